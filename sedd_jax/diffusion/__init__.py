@@ -1,0 +1,1 @@
+"""The mathematics of score entropy discrete diffusion; imports jax only."""

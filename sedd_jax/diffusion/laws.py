@@ -1,0 +1,81 @@
+"""The law of one reverse step: what may be drawn, and how likely each token is. Imports jax only.
+
+A graph turns scores into a law; a sampler draws from it; the bound asks for the probability of the
+data under the last one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from sedd_jax.diffusion.scores import Scores, Tokens
+
+
+class Law(Protocol):
+    """Independent distributions over the next state of every token."""
+
+    def probabilities(self) -> jax.Array:
+        """float32 [B, L, D] as the paper writes them: neither clamped nor normalised."""
+
+    def draw(self, key: jax.Array) -> Tokens:
+        """One draw from the clamped and normalised law, int32 [B, L]."""
+
+    def log_probability(self, tokens: Tokens) -> jax.Array:
+        """Log-probability of tokens under the law that `draw` follows, float32 [B, L]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A law given by its table of probabilities."""
+
+    probabilities: Callable[[], jax.Array]  # -> float32 [B, L, D]
+
+    def _log_weights(self) -> jax.Array:
+        # An approximate score can make an entry negative. The floor is the smallest normal number,
+        # so no token is impossible and the bound stays finite.
+        return jnp.log(jnp.maximum(self.probabilities(), jnp.finfo(jnp.float32).tiny))
+
+    def draw(self, key: jax.Array) -> Tokens:
+        # mode="high": with 23-bit noise a token of probability 1e-7 beside a dominant "stay"
+        # is drawn at half its rate.
+        return jax.random.categorical(key, self._log_weights(), mode="high").astype(jnp.int32)
+
+    def log_probability(self, tokens: Tokens) -> jax.Array:
+        log_probs = jax.nn.log_softmax(self._log_weights(), axis=-1)
+        return jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reveal:
+    """A masked token is revealed with probability chance * sum of scores, an unmasked one stays.
+
+    The reveal is drawn first and the token from the unscaled conditional, so a rare token keeps
+    its rate however small the step is.
+    """
+
+    scores: Scores
+    xt: Tokens
+    mask: int
+    log_chance: jax.Array  # float32 [B, 1]; inf reveals with certainty
+    probabilities: Callable[[], jax.Array]  # -> float32 [B, L, D]
+
+    def _log_reveal(self, log_total: jax.Array) -> jax.Array:
+        return jnp.minimum(self.log_chance + log_total, 0.0)
+
+    def draw(self, key: jax.Array) -> Tokens:
+        key_reveal, key_token = jax.random.split(key)
+        log_total, token = self.scores.total_and_draw(key_token)
+        reveal = jnp.exp(self._log_reveal(log_total))
+        is_revealed = jax.random.bernoulli(key_reveal, reveal, mode="high")
+        return jnp.where((self.xt == self.mask) & is_revealed, token, self.xt)
+
+    def log_probability(self, tokens: Tokens) -> jax.Array:
+        log_total, log_pick = self.scores.total_and_pick(tokens)
+        log_reveal = self._log_reveal(log_total)
+        stays = jnp.log(-jnp.expm1(log_reveal))
+        masked = jnp.where(tokens == self.mask, stays, log_reveal + log_pick - log_total)
+        unmasked = jnp.where(tokens == self.xt, 0.0, -jnp.inf)
+        return jnp.where(self.xt == self.mask, masked, unmasked)

@@ -1,0 +1,65 @@
+"""The seam: what one network call knows, asked through three questions. Imports jax only.
+
+Losses, samplers and the bound take a `ScoreFn` and never see parameters, a model or a config.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+Tokens = jax.Array  # int32 [B, L]
+Sigma = jax.Array  # float32 [B, 1]: total noise, one value a sequence
+
+
+class Scores(Protocol):
+    """The ratios p_sigma(y at l) / p_sigma(x_l at l) of one noised batch x.
+
+    Clean tokens are y < vocab_size; the sums and the draw below leave y = x_l out.
+    """
+
+    def log_score(self) -> jax.Array:
+        """The whole table, float32 [B, L, D]; 0 at y = x_l."""
+
+    def total_and_pick(self, targets: Tokens) -> tuple[jax.Array, jax.Array]:
+        """Log of the sum of scores over clean y != x_l, and log-score at targets; [B, L] each."""
+
+    def total_and_draw(self, key: jax.Array) -> tuple[jax.Array, Tokens]:
+        """Log of the same sum, and a clean token drawn in proportion to its score; [B, L] each."""
+
+
+ScoreFn = Callable[[Tokens, Sigma], Scores]
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseScores:
+    """Scores answered from a table, for tests, toy laws and small vocabularies.
+
+    log_score at y = x_l is set to 0 whatever the table holds there.
+    """
+
+    table: jax.Array  # float32 [B, L, D]
+    xt: Tokens  # int32 [B, L]
+    vocab_size: int  # clean tokens
+
+    def log_score(self) -> jax.Array:
+        states = jnp.arange(self.table.shape[-1])
+        return jnp.where(states == self.xt[..., None], 0.0, self.table)
+
+    def _others(self) -> jax.Array:
+        """The table over clean tokens, -inf at y = x_l; [B, L, V]."""
+        states = jnp.arange(self.vocab_size)
+        clean = self.table[..., : self.vocab_size]
+        return jnp.where(states == self.xt[..., None], -jnp.inf, clean)
+
+    def total_and_pick(self, targets: Tokens) -> tuple[jax.Array, jax.Array]:
+        log_total = jax.nn.logsumexp(self._others(), axis=-1)
+        pick = jnp.take_along_axis(self.log_score(), targets[..., None], axis=-1)
+        return log_total, pick[..., 0]
+
+    def total_and_draw(self, key: jax.Array) -> tuple[jax.Array, Tokens]:
+        others = self._others()
+        drawn = jax.random.categorical(key, others, mode="high")
+        return jax.nn.logsumexp(others, axis=-1), drawn.astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""Array kernels that know no graph: attention and the reductions over the vocabulary."""

@@ -1,0 +1,169 @@
+"""The diffusion transformer of the paper, parameter for parameter as the original.
+
+Tokens and total noise go in, the last hidden state and the output matrix come out; what the
+output means is the graph's to say. Small has 169,627,218 parameters at GPT-2's vocabulary with
+MASK. Parameters are float32. `dtype` is the dtype of the matrix products; the residual stream,
+layer norms and the modulation stay in float32.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sedd_jax.kernels.attention import attention
+
+FREQUENCIES = 256
+MLP_RATIO = 4
+ROTARY_BASE = 10_000.0
+LAYER_NORM_EPSILON = 1e-5
+
+
+class Output(NamedTuple):
+    """What the network knows: logits = hidden @ weight.T + bias."""
+
+    hidden: jax.Array  # [B, L, C] in the compute dtype
+    weight: jax.Array  # float32 [D, C]
+    bias: jax.Array  # float32 [D]
+
+
+# torch's default for linear layers: uniform in +-1/sqrt(fan_in).
+_torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _torch_bias(fan_in: int):
+    bound = fan_in**-0.5
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def sigma_embedding(sigma: jax.Array) -> jax.Array:
+    """Cosines and sines of sigma at 128 frequencies from 1 to 1e-4, float32 [B, 256]."""
+    half = FREQUENCIES // 2
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half) / half)
+    angles = sigma.astype(jnp.float32) * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Rotary position embedding of [B, L, H, K], halves not interleaved, computed in float32."""
+    length, size = x.shape[1], x.shape[-1]
+    inverse = ROTARY_BASE ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    angles = (jnp.arange(length, dtype=jnp.float32)[:, None] * inverse)[:, None, :]  # [L, 1, K/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [B, L, C] scaled and shifted by the noise level's [B, C]."""
+    return x * (1.0 + scale[:, None]) + shift[:, None]
+
+
+class Modulation(nn.Module):
+    """`count` vectors [B, C] from the conditioning [B, cond]; zero at the start (adaLN-zero)."""
+
+    count: int
+    size: int
+
+    @nn.compact
+    def __call__(self, conditioning):
+        zeros = nn.initializers.zeros_init()
+        out = nn.Dense(self.count * self.size, kernel_init=zeros, name="linear")(conditioning)
+        return jnp.split(out, self.count, axis=-1)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each modulated by the noise level and gated into the residual stream."""
+
+    heads: int
+    dropout: float
+    dtype: jnp.dtype
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x, conditioning):
+        size = x.shape[-1]
+        linear = {"dtype": self.dtype, "kernel_init": _torch_linear}
+
+        def norm(name):
+            return nn.LayerNorm(
+                epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, name=name
+            )
+
+        def drop(branch, gate):
+            branch = nn.Dropout(self.dropout, deterministic=self.deterministic)(branch)
+            return gate[:, None] * branch.astype(jnp.float32)
+
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(6, size, name="modulation")(
+            conditioning
+        )
+
+        h = modulate(norm("norm_1")(x), shift_1, scale_1)
+        qkv = nn.DenseGeneral(
+            (3, self.heads, size // self.heads), use_bias=False, name="qkv", **linear
+        )(h)
+        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, L, H, K]
+        h = attention(rotate(q), rotate(k), v)
+        h = nn.DenseGeneral(size, axis=(-2, -1), use_bias=False, name="out", **linear)(h)
+        x = x + drop(h, gate_1)
+
+        h = modulate(norm("norm_2")(x), shift_2, scale_2)
+        h = nn.Dense(MLP_RATIO * size, bias_init=_torch_bias(size), name="up", **linear)(h)
+        h = nn.gelu(h, approximate=True)
+        h = nn.Dense(size, bias_init=_torch_bias(MLP_RATIO * size), name="down", **linear)(h)
+        return x + drop(h, gate_2), None
+
+
+class Transformer(nn.Module):
+    """(tokens [B, L], sigma [B, 1]) -> Output for `dim` states."""
+
+    dim: int
+    hidden_size: int
+    blocks: int
+    heads: int
+    cond_dim: int
+    dropout: float
+    dtype: jnp.dtype = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, sigma: jax.Array, *, deterministic: bool) -> Output:
+        rows = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=1, out_axis=0)
+        zeros = nn.initializers.zeros_init()
+        table = (self.dim, self.hidden_size)
+
+        embedding = self.param("embedding", rows, table)
+        x = embedding[tokens]
+
+        def linear(name, fan_in):
+            bias_init = _torch_bias(fan_in)
+            return nn.Dense(
+                self.cond_dim, kernel_init=_torch_linear, bias_init=bias_init, name=name
+            )
+
+        conditioning = linear("sigma_1", FREQUENCIES)(sigma_embedding(sigma))
+        conditioning = linear("sigma_2", self.cond_dim)(nn.silu(conditioning))
+        conditioning = nn.silu(conditioning)
+
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.blocks,
+        )
+        x, _ = scanned(self.heads, self.dropout, self.dtype, deterministic, name="blocks")(
+            x, conditioning
+        )
+
+        norm = nn.LayerNorm(
+            epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, name="norm"
+        )
+        shift, scale = Modulation(2, self.hidden_size, name="modulation")(conditioning)
+        hidden = modulate(norm(x), shift, scale).astype(self.dtype)
+        weight = self.param("head_weight", zeros, table)
+        bias = self.param("head_bias", zeros, (self.dim,))
+        return Output(hidden, weight, bias)
