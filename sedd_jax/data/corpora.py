@@ -1,0 +1,236 @@
+"""Corpora: named sources of documents, split into train and heldout. Floor 1: imports the standard library only.
+
+A new corpus is a function (path, heldout_fraction) -> Corpus and a row in CORPORA.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+SPLITS = ("train", "heldout")
+WINDOW = 50  # characters; text shared over this many or more counts as a leak between splits
+SHORT = 40  # characters; paragraphs below this (headings, "See also") may repeat inside a split
+FEW = 20  # documents; below this a split by document is too coarse, so the text is cut instead
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of two splits: `streams[split]()` starts a fresh pass over that split."""
+
+    streams: Mapping[str, Callable[[], Iterable[str]]]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Returns a lazy pass over the documents of "train" or "heldout", in a fixed order."""
+        if split not in self.streams:
+            raise ValueError(f"unknown split {split!r}; known: {', '.join(self.streams)}")
+        return iter(self.streams[split]())
+
+
+def make_corpus(name: str, path: str, heldout_fraction: float) -> Corpus:
+    """Returns the corpus called `name`; ValueError if the name, path or fraction is unusable."""
+    if name not in CORPORA:
+        raise ValueError(f"unknown corpus {name!r}; known: {', '.join(sorted(CORPORA))}")
+    if not 0.0 < heldout_fraction < 1.0:
+        raise ValueError(f"heldout_fraction {heldout_fraction} is not between 0 and 1; try 0.1")
+    return CORPORA[name](path, heldout_fraction)
+
+
+def pydoc(path: str, heldout_fraction: float) -> Corpus:
+    """The language reference that ships inside CPython (`path` is unused): no download needed.
+
+    Topics are held out by the hash of their name. The topics quote each other at length, so a
+    paragraph of train that shares WINDOW whitespace-normalised characters with heldout, or that
+    repeats an earlier paragraph of its own split, is dropped. The text differs between versions
+    of Python; the fingerprint of the records says which text a model saw.
+    """
+    from pydoc_data.topics import topics
+
+    parts: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
+    for name in sorted(topics):
+        paragraphs = [p for p in re.split(r"\n(?:[ \t]*\n)+", topics[name]) if p.strip()]
+        parts[_split_of(name, heldout_fraction)].append(paragraphs)
+    forbidden: set[str] = set()
+    kept: dict[str, tuple[str, ...]] = {}
+    for split in ("heldout", "train"):
+        kept[split] = tuple(_without_repeats(parts[split], forbidden))
+        if not kept[split]:
+            raise ValueError(
+                f"heldout_fraction {heldout_fraction} leaves split {split!r} of 'pydoc' empty; try 0.1"
+            )
+        for document in kept[split]:
+            plain = _normalise(document)
+            forbidden.update(plain[i : i + WINDOW] for i in range(len(plain) - WINDOW + 1))
+    return Corpus({split: kept[split].__iter__ for split in SPLITS})
+
+
+def text(path: str, heldout_fraction: float) -> Corpus:
+    """A user's folder (recursive) or file: a document per .txt file and per line of a .jsonl file.
+
+    Files come in the order of their relative POSIX paths; the lines of a .jsonl file are objects
+    whose key "text" is the document; blank documents are skipped. The splits are the subfolders
+    `train` and `heldout` where both exist (files beside them are not read). Else a document goes
+    by the hash of its relative path and line number; with fewer than FEW documents, heldout is
+    the last `heldout_fraction` of all characters, cut after a line break where one is near.
+    Documents are streamed: memory holds one at a time. A fault in a file raises ValueError when
+    its line is read, which for a large corpus is during the pass and not here.
+    """
+    root = Path(path)
+    if not root.exists():
+        raise ValueError(f"no file or folder at {path!r}; set data.path to your text")
+    if all((root / split).is_dir() for split in SPLITS):
+        streams = {split: _Documents(root / split) for split in SPLITS}
+    else:
+        streams = _split(_Documents(root), heldout_fraction)
+    for split in SPLITS:
+        if next(iter(streams[split]()), None) is None:
+            raise ValueError(
+                f"split {split!r} of {path!r} is empty; give more text or another heldout_fraction"
+            )
+    return Corpus(streams)
+
+
+CORPORA: dict[str, Callable[[str, float], Corpus]] = {
+    "pydoc": pydoc,
+    "text": text,
+}
+
+
+def _split_of(identity: str, heldout_fraction: float) -> str:
+    digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()
+    draw = int.from_bytes(digest, "big") / 2**256  # uniform in [0, 1], the same on every machine
+    return "heldout" if draw < heldout_fraction else "train"
+
+
+def _normalise(document: str) -> str:
+    return " ".join(document.split())
+
+
+def _without_repeats(documents: list[list[str]], forbidden: set[str]) -> Iterator[str]:
+    """Yields the documents less paragraphs seen before or sharing a window with `forbidden`."""
+    seen: set[str] = set()
+    for paragraphs in documents:
+        kept = []
+        before = ""  # the end of what is kept, so that windows across paragraphs are checked too
+        for paragraph in paragraphs:
+            plain = _normalise(paragraph)
+            joined = f"{before} {plain}".lstrip()
+            windows = (joined[i : i + WINDOW] for i in range(len(joined) - WINDOW + 1))
+            if plain in seen or any(window in forbidden for window in windows):
+                continue
+            if len(plain) >= SHORT:
+                seen.add(plain)
+            kept.append(paragraph.strip("\n"))
+            before = joined[-(WINDOW - 1) :]
+        if kept:
+            yield "\n\n".join(kept) + "\n"
+
+
+class _Documents:
+    """The documents of a file or folder as (identity, text), read again at each pass."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        found = [root] if root.is_file() else sorted(root.rglob("*"), key=self._identity)
+        self.files = [f for f in found if f.suffix in (".txt", ".jsonl") and not f.is_dir()]
+        if not self.files:
+            raise ValueError(
+                f"no .txt or .jsonl file in {str(root)!r}; add one or change data.path"
+            )
+        if not any(True for _ in self.pairs()):
+            raise ValueError(f"the files of {str(root)!r} hold no text; change data.path")
+
+    def _identity(self, file: Path) -> str:
+        return file.name if file == self.root else file.relative_to(self.root).as_posix()
+
+    def __call__(self) -> Iterator[str]:
+        return (document for _, document in self.pairs())
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        for file in self.files:
+            try:
+                if file.suffix == ".txt":
+                    document = _decode(file.read_bytes(), file, 0)
+                    if document.strip():
+                        yield self._identity(file), document
+                else:
+                    for number, document in _jsonl(file):
+                        yield f"{self._identity(file)}:{number}", document
+            except OSError as error:
+                raise ValueError(
+                    f"cannot read {str(file)!r}: {error.strerror}; repair or remove it"
+                ) from error
+
+
+def _decode(data: bytes, file: Path, offset: int) -> str:
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is not text
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}: invalid UTF-8 at byte {offset + error.start}; convert the file to UTF-8"
+        ) from error
+
+
+def _jsonl(file: Path) -> Iterator[tuple[int, str]]:
+    offset = 0
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            content = _decode(line, file, offset).strip()
+            offset += len(line)
+            if not content:
+                continue
+            try:
+                document = json.loads(content)["text"]
+                document.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{file}:{number}: half a surrogate pair at character {error.start}; remove it"
+                ) from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f'{file}:{number}: not JSON; give {{"text": "..."}} a line'
+                ) from error
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f'{file}:{number}: no string under "text"; give {{"text": "..."}} a line'
+                ) from error
+            if document.strip():
+                yield number, document
+
+
+def _split(documents: _Documents, heldout_fraction: float) -> dict[str, Callable]:
+    lengths = [len(document) for document in islice(documents(), FEW)]
+    if len(lengths) >= FEW:
+
+        def by_hash(wanted: str) -> Callable[[], Iterator[str]]:
+            return lambda: (
+                document
+                for identity, document in documents.pairs()
+                if _split_of(identity, heldout_fraction) == wanted
+            )
+
+        return {split: by_hash(split) for split in SPLITS}
+
+    cut = round(sum(lengths) * (1.0 - heldout_fraction))
+    near = round(sum(lengths) * heldout_fraction / 2)  # heldout grows by half at most
+    index = 0  # the document that holds the cut
+    while index < len(lengths) - 1 and cut >= lengths[index]:
+        cut -= lengths[index]
+        index += 1
+    line_end = next(islice(documents(), index, None)).rfind("\n", max(0, cut - near), cut)
+    if line_end >= 0:
+        cut = line_end + 1
+
+    def pieces(part: slice, whole: tuple[int, int | None]) -> Iterator[str]:
+        piece = (document[part] for document in islice(documents(), index, index + 1))
+        others = islice(documents(), *whole)
+        ordered = chain(others, piece) if whole[0] == 0 else chain(piece, others)
+        return (document for document in ordered if document.strip())
+
+    return {
+        "train": lambda: pieces(slice(0, cut), (0, index)),
+        "heldout": lambda: pieces(slice(cut, None), (index + 1, None)),
+    }
