@@ -1,0 +1,87 @@
+"""Every key, with its unit. The other configs are this one and a few lines of difference.
+
+Values are the paper's for SEDD small on OpenWebText: batch 512, AdamW at 3e-4, EMA 0.9999.
+"""
+
+import ml_collections
+
+
+def get_config():
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of parameters, noise, dropout and data order
+
+    config.data = ml_collections.ConfigDict()
+    config.data.corpus = "text"  # pydoc (ships with Python) or text (your own files)
+    config.data.path = (
+        ""  # text: a folder of .txt (a document each) or .jsonl ({"text": ...}) files
+    )
+    config.data.tokenizer = "gpt2"  # characters, text8, bytes, gpt2, bert
+    config.data.tokenizer_path = ""  # gpt2, bert: folder of the vocabulary files
+    config.data.length = 1024  # tokens in a block
+    config.data.heldout_fraction = (
+        0.05  # of the documents, where the corpus has no split of its own
+    )
+    config.data.records = ""  # folder of the packed blocks; empty: WORKDIR/records
+
+    config.graph = ml_collections.ConfigDict()
+    config.graph.name = "absorbing"  # absorbing or uniform
+    config.graph.scale_by_sigma = True  # absorbing: log_score = logits - log expm1(sigma) - log V
+
+    config.schedule = ml_collections.ConfigDict()
+    config.schedule.name = "log_linear"  # log_linear or geometric
+    config.schedule.eps = 1e-3  # log_linear: share of the tokens still clean at t = 1
+    config.schedule.sigma_min = 1e-5  # geometric: total noise at t = 0
+    config.schedule.sigma_max = 20.0  # geometric: total noise at t = 1
+
+    config.objective = ml_collections.ConfigDict()
+    config.objective.name = "dwdse"
+    config.objective.t_min = 1e-3  # times are drawn from [t_min, 1]
+    config.objective.times = "independent"  # independent (the paper) or stratified over the batch
+
+    config.model = ml_collections.ConfigDict()
+    config.model.hidden_size = 768
+    config.model.blocks = 12
+    config.model.heads = 12
+    config.model.cond_dim = 128  # width of the noise level's embedding
+    config.model.dropout = 0.1  # probability
+    config.model.dtype = "bfloat16"  # of the matrix products: float32 or bfloat16
+    config.model.remat = False  # make activations again in the backward pass: less memory, slower
+
+    config.optimizer = ml_collections.ConfigDict()
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 2500  # linear from 0
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.eps = 1e-8
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = 1.0  # global norm of the gradient
+    config.optimizer.ema_decay = 0.9999
+
+    config.train = ml_collections.ConfigDict()
+    config.train.steps = 1_300_000
+    config.train.batch_size = 512  # sequences a step, over all devices
+    config.train.microbatches = 1  # parts of a batch whose gradients are averaged
+    config.train.log_every = 50  # steps
+    config.train.eval_every = 5000  # steps
+    config.train.max_skipped = 50  # steps skipped in a row, for loss or gradient not finite
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every = 10_000  # steps
+    config.checkpoint.keep = 3  # newest checkpoints kept
+
+    config.evaluate = ml_collections.ConfigDict()
+    config.evaluate.blocks = 256  # held-out blocks scored while training; sedd-eval scores all
+    config.evaluate.batch_size = 32  # blocks a network call
+    config.evaluate.passes = 8  # noise levels a block; even
+
+    config.sample = ml_collections.ConfigDict()
+    config.sample.predictor = "tweedie"  # tweedie, euler, none
+    config.sample.steps = 128
+    config.sample.t_min = 1e-5  # time of the final denoising
+    config.sample.draw = "exact"  # exact, or float32_gumbel: the original's, rare tokens underdrawn
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1  # devices the batch is split over; -1: all that are left
+    config.mesh.fsdp = 1  # devices the batch and the parameters are split over
+    config.mesh.tensor = 1  # devices heads and MLP are split over
+    return config

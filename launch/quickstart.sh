@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained model, its bound, samples and a picture, on a CPU.
+# usage: bash launch/quickstart.sh [RUN_FOLDER]     (default runs/quickstart)
+set -euo pipefail
+began=$(date +%s)
+source "$(dirname "$0")/environment.sh"
+run=${1:-runs/quickstart}
+install plot
+"$VENV/bin/sedd-train" --config=configs/quickstart.py --workdir="$run"
+"$VENV/bin/sedd-report" --workdir="$run" --began="$began"

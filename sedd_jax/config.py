@@ -1,0 +1,243 @@
+"""What a config may say, and the objects it names. Config objects stop at this floor.
+
+`check` rejects every bad value and combination before any work starts; each `make_` builds one
+part from its section. The tables are the ones that hold the parts, so a new part is known here.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from sedd_jax.data import CORPORA, TOKENIZERS
+from sedd_jax.diffusion.graphs import GRAPHS, Graph
+from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
+from sedd_jax.diffusion.samplers import DRAWS, PREDICTORS
+from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
+from sedd_jax.models.head import make_score_fn
+from sedd_jax.models.transformer import Transformer
+from sedd_jax.state import LossFn
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value must satisfy, in code and in words."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _one_of(table: Mapping[str, Any]) -> Rule:
+    return Rule(lambda x: x in table, f"one of {', '.join(table)}")
+
+
+def _whole(least: int, most: float = math.inf) -> Rule:
+    words = f"a whole number >= {least}" + ("" if most == math.inf else f" and <= {most}")
+    return Rule(lambda x: isinstance(x, int) and _is_number(x) and least <= x <= most, words)
+
+
+_ANY_TEXT = Rule(lambda x: isinstance(x, str), "text")
+_TRUTH = Rule(lambda x: isinstance(x, bool), "True or False")
+_POSITIVE = Rule(lambda x: _is_number(x) and x > 0, "a finite number above 0")
+_NOT_NEGATIVE = Rule(lambda x: _is_number(x) and x >= 0, "a finite number >= 0")
+_INSIDE = Rule(lambda x: _is_number(x) and 0 < x < 1, "inside (0, 1)")
+_DECAY = Rule(lambda x: _is_number(x) and 0 <= x < 1, "in [0, 1)")
+_AXIS = Rule(lambda x: isinstance(x, int) and (x == -1 or x >= 1), "a whole number >= 1, or -1")
+_PASSES = Rule(lambda x: isinstance(x, int) and x >= 2 and x % 2 == 0, "an even number >= 2")
+
+RULES: dict[str, Rule] = {
+    "seed": _whole(0, 2**32 - 1),
+    "data.corpus": _one_of(CORPORA),
+    "data.path": _ANY_TEXT,
+    "data.tokenizer": _one_of(TOKENIZERS),
+    "data.tokenizer_path": _ANY_TEXT,
+    "data.length": _whole(1),
+    "data.heldout_fraction": _INSIDE,
+    "data.records": _ANY_TEXT,
+    "graph.name": _one_of(GRAPHS),
+    "graph.scale_by_sigma": _TRUTH,
+    "schedule.name": _one_of(SCHEDULES),
+    "schedule.eps": _INSIDE,
+    "schedule.sigma_min": _POSITIVE,
+    "schedule.sigma_max": _POSITIVE,
+    "objective.name": _one_of(OBJECTIVES),
+    "objective.t_min": _INSIDE,
+    "objective.times": _one_of(TIMES),
+    "model.hidden_size": _whole(1),
+    "model.blocks": _whole(1),
+    "model.heads": _whole(1),
+    "model.cond_dim": _whole(1),
+    "model.dropout": _DECAY,
+    "model.dtype": _one_of(DTYPES),
+    "model.remat": _TRUTH,
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.warmup_steps": _whole(0),
+    "optimizer.b1": _DECAY,
+    "optimizer.b2": _DECAY,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_norm": _POSITIVE,
+    "optimizer.ema_decay": _DECAY,
+    "train.steps": _whole(1),
+    "train.batch_size": _whole(1),
+    "train.microbatches": _whole(1),
+    "train.log_every": _whole(1),
+    "train.eval_every": _whole(1),
+    "train.max_skipped": _whole(1),
+    "checkpoint.every": _whole(1),
+    "checkpoint.keep": _whole(1),
+    "evaluate.blocks": _whole(1),
+    "evaluate.batch_size": _whole(1),
+    "evaluate.passes": _PASSES,
+    "sample.predictor": _one_of(PREDICTORS),
+    "sample.steps": _whole(1),
+    "sample.t_min": _INSIDE,
+    "sample.draw": _one_of(DRAWS),
+    "mesh.data": _AXIS,
+    "mesh.fsdp": _AXIS,
+    "mesh.tensor": _AXIS,
+}
+
+# A run may be resumed with other values of these: they change neither the model nor its noise.
+MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.max_skipped")
+MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh")
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("data.length", 1024) and so on."""
+    for key in config:
+        if isinstance(config[key], (ConfigDict, dict)):
+            yield from flatten(config[key], f"{prefix}{key}.")
+        else:
+            yield prefix + key, config[key]
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ValueError at the first value or combination that cannot be meant."""
+    values = dict(flatten(config))
+    for key, value in values.items():
+        if key not in RULES:
+            raise ValueError(f"unknown config key {key}; known: {', '.join(RULES)}")
+        if not RULES[key].holds(value):
+            raise ValueError(
+                f"config.{key} {value!r} is not allowed; it must be {RULES[key].words}"
+            )
+    for key in RULES:
+        if key not in values:
+            raise ValueError(f"config.{key} is missing; start from configs/base.py")
+
+    def divides(part: str, whole: str):
+        if values[whole] % values[part]:
+            raise ValueError(
+                f"config.{whole} {values[whole]} is not divisible by config.{part} {values[part]}; "
+                "change one of them"
+            )
+
+    divides("model.heads", "model.hidden_size")
+    divides("train.microbatches", "train.batch_size")
+    if config.model.hidden_size // config.model.heads % 2:
+        raise ValueError(
+            f"config.model.hidden_size {config.model.hidden_size} over {config.model.heads} heads "
+            "gives an odd head size; rotary position embedding needs an even one"
+        )
+    graph_fields = [field.name for field in dataclasses.fields(GRAPHS[config.graph.name])]
+    if config.graph.scale_by_sigma and "scale_by_sigma" not in graph_fields:
+        raise ValueError(
+            f"config.graph.scale_by_sigma True does not fit the {config.graph.name} graph, whose "
+            "logits are the log-scores; set it to False"
+        )
+    if [values[f"mesh.{axis}"] for axis in config.mesh].count(-1) > 1:
+        raise ValueError("config.mesh holds -1 more than once; one axis may take what is left")
+    make_schedule(config)
+
+
+def differences(saved: ConfigDict, config: ConfigDict) -> list[str]:
+    """Lines "key: saved -> now" for the keys that a resumed run may not change."""
+    before, now = dict(flatten(saved)), dict(flatten(config))
+    return [
+        f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
+        for key in {**before, **now}
+        if before.get(key) != now.get(key)
+        and key not in MAY_CHANGE
+        and key.split(".")[0] not in MAY_CHANGE_SECTIONS
+    ]
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as indented JSON."""
+    return json.dumps(config.to_dict(), indent=1)
+
+
+def from_json(text: str) -> ConfigDict:
+    """The config of `to_json`."""
+    return ConfigDict(json.loads(text))
+
+
+def _make(table: Mapping[str, type], section: ConfigDict, **given: Any) -> Any:
+    """The dataclass that section names, with those of its fields that the section holds."""
+    cls = table[section.name]
+    fields = {field.name for field in dataclasses.fields(cls)} & set(section) - {"name"}
+    return cls(**given, **{field: section[field] for field in fields})
+
+
+def make_graph(config: ConfigDict, vocab_size: int) -> Graph:
+    """The graph over the tokenizer's vocabulary."""
+    return _make(GRAPHS, config.graph, vocab_size=vocab_size)
+
+
+def make_schedule(config: ConfigDict) -> Schedule:
+    """The noise schedule."""
+    return _make(SCHEDULES, config.schedule)
+
+
+def make_model(config: ConfigDict, graph: Graph) -> Transformer:
+    """The network for the graph's states."""
+    fields = {**config.model.to_dict(), "dtype": DTYPES[config.model.dtype]}
+    return Transformer(dim=graph.dim, **fields)
+
+
+def init_params(config: ConfigDict, model: Transformer, key: jax.Array) -> Any:
+    """Fresh float32 parameters."""
+    tokens = jnp.zeros((1, config.data.length), jnp.int32)
+    return model.init(key, tokens, jnp.zeros((1, 1)), deterministic=True)["params"]
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Global-norm clip, then AdamW with a linear warm-up to a constant learning rate."""
+    o = config.optimizer
+
+    def learning_rate(count):  # count is 0 at the first update, which takes 1/warmup of the rate
+        return o.learning_rate * jnp.minimum((count + 1) / max(o.warmup_steps, 1), 1.0)
+
+    return optax.chain(
+        optax.clip_by_global_norm(o.clip_norm),
+        optax.adamw(learning_rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay),
+    )
+
+
+def make_loss_fn(
+    config: ConfigDict, model: Transformer, graph: Graph, schedule: Schedule
+) -> LossFn:
+    """(params, key, x0) -> nats per sequence, [B]; dropout acts."""
+    objective, times = OBJECTIVES[config.objective.name], TIMES[config.objective.times]
+
+    def loss_fn(params, key, x0):
+        key_noise, key_dropout = jax.random.split(key)
+        score_fn = make_score_fn(model, params, graph, dropout_key=key_dropout)
+        return objective(
+            key_noise, x0, score_fn, graph, schedule, t_min=config.objective.t_min, times=times
+        )
+
+    return loss_fn

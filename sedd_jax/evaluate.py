@@ -1,0 +1,153 @@
+"""The bound on a corpus, in the units of the literature, and the simple models to hold it against."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+from sedd_jax.diffusion.graphs import Graph
+from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
+from sedd_jax.diffusion.schedules import Schedule
+
+BoundFn = Callable[[Any, jax.Array, jax.Array, jax.Array], Bound]
+
+
+WHOLES = ("bound", "normalised", "paper_protocol")  # of CorpusBound: not parts, not errors
+
+
+class CorpusBound(NamedTuple):
+    """Sums over a corpus, nats; the standard errors are of the sums, for the noise drawn."""
+
+    bound: float
+    bound_standard_error: float
+    diffusion: float
+    tail: float
+    prior: float
+    normalised: float | None
+    normalised_standard_error: float | None
+    paper_protocol: float  # mean over t ~ U[t_min, 1], nothing added: what published tables hold
+
+    def per(self, count: float) -> dict[str, float | None]:
+        """Each divided by count."""
+        return {k: None if v is None else v / count for k, v in self._asdict().items()}
+
+
+def make_bound_fn(
+    make_score_fn: Callable, graph: Graph, schedule: Schedule, *, passes: int, t_min: float
+) -> BoundFn:
+    """Jitted (params, key, x0, index) -> Bound; make_score_fn(params) gives the score function."""
+
+    @jax.jit
+    def bound_fn(params, key, x0, index):
+        score_fn = make_score_fn(params)
+        return bound(key, x0, index, score_fn, graph, schedule, passes=passes, t_min=t_min)
+
+    return bound_fn
+
+
+def corpus_bound(
+    bound_fn: BoundFn,
+    params: Any,
+    key: jax.Array,
+    blocks: np.ndarray,
+    *,
+    batch_size: int,
+    t_min: float,
+    progress: bool = False,
+) -> CorpusBound:
+    """Bound the blocks int32 [N, L] together, batch_size at a time."""
+    parts = []
+    starts = range(0, len(blocks), batch_size)
+    for start in tqdm(starts, desc="bound", unit="batch", disable=not progress):
+        index = np.arange(start, start + batch_size)
+        # The last batch is filled up with blocks that are dropped again: one shape compiles once.
+        x0 = blocks[np.minimum(index, len(blocks) - 1)]
+        parts.append(jax.device_get(bound_fn(params, key, x0, index)))
+
+    def add_up(*values):
+        return float(np.concatenate(values)[: len(blocks)].sum(dtype=np.float64))
+
+    total = jax.tree.map(add_up, *parts)
+    ends = total.tail + total.prior
+    normalised = total.normalised
+    return CorpusBound(
+        bound=total.diffusion + ends,
+        bound_standard_error=math.sqrt(total.variance),
+        diffusion=total.diffusion,
+        tail=total.tail,
+        prior=total.prior,
+        normalised=None if normalised is None else normalised + ends,
+        normalised_standard_error=(
+            None if normalised is None else math.sqrt(total.normalised_variance)
+        ),
+        paper_protocol=total.diffusion / (1.0 - t_min),
+    )
+
+
+def one_in_units(nats: float, tokens: int, characters: int) -> dict[str, float]:
+    """Total nats over a text, in every unit."""
+    return {
+        "nats_per_token": nats / tokens,
+        "bits_per_character": bits_per_character(nats, characters),
+        "perplexity_per_token": perplexity(nats / tokens),
+    }
+
+
+def in_units(
+    total: CorpusBound, tokens: int, characters: int
+) -> dict[str, dict[str, float | None]]:
+    """{unit: {field of total: value}}; the perplexity of a part or of an error means nothing."""
+    units: dict[str, dict[str, float | None]] = {
+        "nats_per_token": {},
+        "bits_per_character": {},
+        "perplexity_per_token": {},
+    }
+    for name, nats in total._asdict().items():
+        for unit, values in units.items():
+            if unit != "perplexity_per_token" or name in WHOLES:
+                values[name] = (
+                    None if nats is None else one_in_units(nats, tokens, characters)[unit]
+                )
+    return units
+
+
+class Bigram:
+    """Unigram and interpolated bigram models of a token stream, fitted by counting.
+
+    The unigram adds one to every count. The bigram mixes in the unigram by Witten and Bell's rule
+    (1991): p(y | x) = (count(x, y) + kinds(x) unigram(y)) / (count(x) + kinds(x)), kinds(x) the
+    number of different tokens seen after x.
+    """
+
+    def __init__(self, blocks: Iterable[np.ndarray], vocab_size: int):
+        self.vocab_size = vocab_size
+        singles = np.ones(vocab_size)
+        pairs = []
+        for block in blocks:  # int32 [L]
+            singles += np.bincount(block, minlength=vocab_size)
+            pairs.append(self._pair(block[:-1], block[1:]))
+        self.unigram = singles / singles.sum()
+        self.pairs, self.counts = np.unique(np.concatenate(pairs), return_counts=True)
+        first = self.pairs // vocab_size
+        self.totals = np.bincount(first, weights=self.counts, minlength=vocab_size)
+        self.kinds = np.bincount(first, minlength=vocab_size)
+
+    def _pair(self, x, y):
+        return x.astype(np.int64) * self.vocab_size + y
+
+    def unigram_nats(self, blocks: np.ndarray) -> float:
+        """-log p of int32 [N, L] under the unigram, summed."""
+        return float(-np.log(self.unigram[blocks]).sum())
+
+    def bigram_nats(self, blocks: np.ndarray) -> float:
+        """-log p of int32 [N, L] under the bigram, summed; a block starts with the unigram."""
+        x, y = blocks[:, :-1], blocks[:, 1:]
+        wanted = self._pair(x, y)
+        at = np.minimum(np.searchsorted(self.pairs, wanted), len(self.pairs) - 1)
+        seen = np.where(self.pairs[at] == wanted, self.counts[at], 0)
+        kinds = np.maximum(self.kinds[x], 1)  # a token that never came first: the unigram
+        probability = (seen + kinds * self.unigram[y]) / (self.totals[x] + kinds)
+        return float(-np.log(self.unigram[blocks[:, 0]]).sum() - np.log(probability).sum())

@@ -1,0 +1,92 @@
+"""Where arrays live: the device mesh, and one table that places every parameter on it.
+
+Imports jax only. The network holds no sharding words; a leaf is placed by the first rule whose
+pattern is found in its path, so parameters, their moving average and the optimizer's moments
+follow the same rule.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Blocks are stacked along axis 0. tensor splits heads and the MLP's width, fsdp the hidden size.
+RULES = (
+    (r"blocks/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks/out/kernel$", P(None, "tensor", None, "fsdp")),
+    (r"blocks/up/kernel$", P(None, "fsdp", "tensor")),
+    (r"blocks/up/bias$", P(None, "tensor")),
+    (r"blocks/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"blocks/modulation/linear/kernel$", P(None, None, "fsdp")),
+    (r"modulation/linear/kernel$", P(None, "fsdp")),
+    (r"(embedding|head_weight)$", P(None, "fsdp")),
+    (r"(blocks/down|modulation/linear|sigma_[12])/bias$", P()),
+    (r"sigma_[12]/kernel$", P()),
+    (r"(norm|norm_[12])/scale$", P()),
+    (r"head_bias$", P()),
+    (r"(^|/)(step|count|ema_updates|skipped|skipped_in_a_row)$", P()),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices; sizes names the axes data, fsdp and tensor, one of which may be -1.
+
+    ValueError if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = [int(sizes[axis]) for axis in AXES]
+    wanted = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
+    if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+        raise ValueError(f"mesh {wanted}: every size must be at least 1, and one may be -1")
+    rest = math.prod(size for size in shape if size != -1)
+    if -1 in shape and len(devices) % rest == 0:
+        shape[shape.index(-1)] = len(devices) // rest
+    if math.prod(shape) != len(devices):
+        raise ValueError(
+            f"mesh {wanted} does not multiply to {len(devices)} devices; "
+            "set one size to -1 to fit it to them"
+        )
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=kinds)
+
+
+def path_name(path) -> str:
+    """A tree path as params/blocks/qkv/kernel."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_for(name: str, shape: tuple[int, ...]) -> P:
+    """The first rule whose pattern is found in name; ValueError if there is none."""
+    for pattern, spec in RULES:
+        if re.search(pattern, name):
+            return spec
+    raise ValueError(f"no sharding rule for {name} {shape}; add one to sharding.RULES")
+
+
+def tree_shardings(tree, mesh: Mesh):
+    """The NamedSharding of every leaf of a tree of arrays or shapes."""
+
+    def place(path, leaf):
+        name = path_name(path)
+        spec = spec_for(name, leaf.shape)
+        for size, axis in zip(leaf.shape, spec):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{name} {leaf.shape}: {size} is not divisible by the mesh's "
+                    f"{axis}={mesh.shape[axis]}; choose another mesh or model size"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def put_batch(batch: np.ndarray, mesh: Mesh) -> jax.Array:
+    """This process's rows of the global batch, as one array over the mesh."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), batch)

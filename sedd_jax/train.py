@@ -1,0 +1,322 @@
+"""The experiment, told from the config to the last checkpoint.
+
+A run's folder (workdir) holds config.json, tokenizer.json, records/ (the packed corpus, unless
+data.records names another place), checkpoints/, metrics.jsonl and tensorboard/.
+"""
+
+import contextlib
+import json
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+from tqdm.auto import tqdm
+
+from sedd_jax import config as configuration
+from sedd_jax import data, evaluate, sharding, state
+from sedd_jax.checkpoint import Checkpoints, with_shardings
+from sedd_jax.models.head import make_score_fn
+
+log = logging.getLogger(__name__)
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says why and what to try."""
+
+
+def train(config: ConfigDict, workdir: str | Path) -> int:
+    """Train until config.train.steps, resuming from workdir's newest checkpoint if there is one.
+
+    Returns the step reached: fewer than asked for if SIGINT or SIGTERM came, after which a
+    checkpoint is written; a second signal ends at once. ValueError before any work for what the
+    config, the corpus or the workdir cannot give; TrainingStopped for loss or gradient that is
+    not finite config.train.max_skipped times in a row.
+    """
+    configuration.check(config)
+    workdir = Path(workdir)
+    mesh = sharding.make_mesh(config.mesh)
+    _check_batches(config, mesh)
+    claim_workdir(config, workdir)
+    records = prepare_data(config, workdir)
+
+    graph = configuration.make_graph(config, records.tokenizer.vocab_size)
+    schedule = configuration.make_schedule(config)
+    model = configuration.make_model(config, graph)
+    optimizer = configuration.make_optimizer(config)
+    key_init, key_train, key_eval = jax.random.split(jax.random.key(config.seed), 3)
+
+    def fresh():
+        return state.init(configuration.init_params(config, model, key_init), optimizer)
+
+    shape = jax.eval_shape(fresh)
+    shardings = sharding.tree_shardings(shape, mesh)
+    train_step = state.on_mesh(
+        state.make_train_step(
+            configuration.make_loss_fn(config, model, graph, schedule),
+            optimizer,
+            decay=config.optimizer.ema_decay,
+            microbatches=config.train.microbatches,
+        ),
+        shape,
+        mesh,
+    )
+    bound_fn = evaluate.make_bound_fn(
+        lambda params: make_score_fn(model, params, graph),
+        graph,
+        schedule,
+        passes=config.evaluate.passes,
+        t_min=config.objective.t_min,
+    )
+    heldout = data.heldout_blocks(records, limit=config.evaluate.blocks)
+
+    def heldout_bound(ema) -> evaluate.CorpusBound:
+        total = evaluate.corpus_bound(
+            bound_fn,
+            ema,
+            key_eval,
+            heldout,
+            batch_size=config.evaluate.batch_size,
+            t_min=config.objective.t_min,
+        )
+        return evaluate.CorpusBound(**total.per(heldout.size))
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_Signals())
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
+        )
+        if checkpoints.latest_step() is None:
+            train_state = jax.jit(fresh, out_shardings=shardings)()
+        else:
+            train_state = checkpoints.restore(with_shardings(shape, shardings))
+        step = int(train_state.step)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(shape.params))
+        log.info(
+            "%s parameters, %s blocks of %d tokens, mesh %s; %s",
+            f"{parameters:,}",
+            f"{records.fingerprint['splits']['train']['blocks']:,}",
+            records.length,
+            dict(mesh.shape),
+            f"resuming at step {step}" if step else "starting; compiling the first step",
+        )
+        batches = data.train_batches(
+            records,
+            seed=config.seed,
+            batch_size=config.train.batch_size,
+            start_step=step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        stack.callback(batches.close)
+        report = stack.enter_context(_Report(config, workdir, step))
+
+        while step < config.train.steps and not stop.asked:
+            batch = sharding.put_batch(next(batches), mesh)
+            train_state, metrics = train_step(train_state, batch, key_train)
+            step += 1
+            report.collect(metrics)
+            if step % config.train.log_every == 0 or step == config.train.steps:
+                report.train(step)
+            if step % config.train.eval_every == 0 or step == config.train.steps:
+                report.heldout(step, heldout_bound(train_state.ema))
+            if step % config.checkpoint.every == 0:
+                checkpoints.save(step, train_state)
+        checkpoints.save(step, train_state)
+        checkpoints.wait()
+    if step < config.train.steps:
+        log.warning("stopped by a signal at step %d; run the same command to go on", step)
+    return step
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Write config.json into a new workdir; ValueError if another config's run or files are there.
+
+    A run may be resumed with other values of configuration.MAY_CHANGE; config.json then follows.
+    """
+    saved = workdir / "config.json"
+    if saved.exists():
+        lines = configuration.differences(configuration.from_json(saved.read_text()), config)
+        if lines:
+            raise ValueError(
+                f"workdir {str(workdir)!r} holds a run of another config ({'; '.join(lines)}); "
+                "choose another workdir, or the config that it began with"
+            )
+    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise ValueError(
+            f"workdir {str(workdir)!r} is not empty and holds no run; choose a new folder"
+        )
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write(saved, configuration.to_json(config))
+
+
+def records_folder(config: ConfigDict, workdir: Path) -> Path:
+    """Where the run's packed corpus is."""
+    return Path(config.data.records or workdir / "records")
+
+
+def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
+    """The packed corpus, made on first use; the run's tokenizer is copied into workdir."""
+    folder = records_folder(config, workdir)
+    if not (folder / "fingerprint.json").exists():
+        corpus = data.make_corpus(
+            config.data.corpus, config.data.path, config.data.heldout_fraction
+        )
+        tokenizer = data.make_tokenizer(config.data.tokenizer, config.data.tokenizer_path, corpus)
+        log.info(
+            "packing corpus %s into blocks of %d tokens", config.data.corpus, config.data.length
+        )
+        source = {
+            "corpus": config.data.corpus,
+            "path": config.data.path,
+            "heldout_fraction": config.data.heldout_fraction,
+        }
+        data.prepare(corpus, tokenizer, config.data.length, folder, source=source)
+    records = data.open_records(folder)
+    for field, found, wanted in (
+        ("length", records.length, config.data.length),
+        ("tokenizer", records.tokenizer.name, config.data.tokenizer),
+    ):
+        if found != wanted:
+            raise ValueError(
+                f"the records in {str(folder)!r} have {field} {found!r}, the config wants "
+                f"{wanted!r}; name another folder in data.records or change data.{field}"
+            )
+    if jax.process_index() == 0:
+        _write(workdir / "tokenizer.json", json.dumps(records.tokenizer.to_dict()))
+    return records
+
+
+def _check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.train.batch_size // config.train.microbatches
+    if rows % parts:
+        raise ValueError(
+            f"config.train.batch_size {config.train.batch_size} in {config.train.microbatches} "
+            f"microbatches gives {rows} rows, not divisible by the {parts} devices of the mesh's "
+            "data and fsdp axes; change one of them"
+        )
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file at once, so that no reader finds half of it."""
+    if path.exists() and path.read_text(encoding="utf-8") == text:
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+class _Signals:
+    """While entered, the first SIGINT or SIGTERM only sets `asked`; the next acts as usual."""
+
+    def __init__(self):
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number, frame) -> None:
+        self.asked = True
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class _Report:
+    """Progress bar, metrics.jsonl and TensorBoard events; reads the device only when logging."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, step: int):
+        self.config = config
+        self.tokens = config.train.batch_size * config.data.length  # a step
+        self.pending: list[dict[str, jax.Array]] = []
+        self.began = self.since = time.perf_counter()
+        self.writes = jax.process_index() == 0
+        self.bar = tqdm(
+            desc="train",
+            total=config.train.steps,
+            initial=step,
+            unit="step",
+            disable=not self.writes,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        )
+        if self.writes:
+            self.lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+            self.events = SummaryWriter(str(workdir / "tensorboard"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+        if self.writes:
+            self.lines.close()
+            self.events.close()
+
+    def collect(self, metrics: dict[str, jax.Array]) -> None:
+        self.pending.append(metrics)
+        self.bar.update()
+
+    def train(self, step: int) -> None:
+        """Log the mean over the steps since the last call; steps that were skipped do not count."""
+        window = jax.device_get(self.pending)
+        now = time.perf_counter()
+        finite = [m for m in window if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])]
+        values = {
+            "nats_per_token": _mean(m["loss"] for m in finite) / self.config.data.length,
+            "grad_norm": _mean(m["grad_norm"] for m in finite),
+            "tokens_per_second": len(window) * self.tokens / (now - self.since),
+            "skipped": int(window[-1]["skipped"]),
+        }
+        self.pending, self.since = [], now
+        self._write("train", step, values)
+        self.bar.set_postfix_str(
+            f"loss {values['nats_per_token']:.3f} nats/token, "
+            f"{values['tokens_per_second']:,.0f} tokens/s",
+            refresh=False,
+        )
+        in_a_row = int(window[-1]["skipped_in_a_row"])
+        if in_a_row >= self.config.train.max_skipped:
+            raise TrainingStopped(
+                f"loss or gradient was not finite in {in_a_row} steps in a row up to step {step}; "
+                "nothing was updated in them: resume with a lower optimizer.learning_rate in a new "
+                "workdir, or look at the data"
+            )
+
+    def heldout(self, step: int, nats: evaluate.CorpusBound) -> None:
+        """Log the bound, nats per token; the time it took is not training time."""
+        values = {k: v for k, v in nats._asdict().items() if v is not None}
+        self._write("heldout", step, values)
+        self.bar.write(
+            f"step {step}: held-out bound {nats.bound:.3f} +- {nats.bound_standard_error:.3f} "
+            "nats/token"
+        )
+        self.since = time.perf_counter()
+
+    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
+        if not self.writes:
+            return
+        seconds = round(time.perf_counter() - self.began, 3)
+        row = {"kind": kind, "step": step, "seconds": seconds}
+        self.lines.write(json.dumps({**row, **values}) + "\n")
+        self.lines.flush()
+        for name, value in values.items():
+            self.events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return float(np.mean(values)) if values else float("nan")

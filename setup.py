@@ -1,0 +1,56 @@
+"""The package; pyproject.toml holds the build system and tool settings only."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_jax/__init__.py").read_text())[1]
+
+TEST = ["pytest", "pytest-xdist", "scipy", "ruff", "matplotlib"]
+COMMANDS = ("train", "eval", "sample", "report")
+
+setup(
+    name="sedd_jax",
+    version=VERSION,
+    description="Score Entropy Discrete Diffusion language models in JAX",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    # The configs are kept beside the package and installed inside it.
+    packages=[*find_packages(include=["sedd_jax", "sedd_jax.*"]), "sedd_jax.configs"],
+    package_dir={"sedd_jax.configs": "configs"},
+    install_requires=[
+        "absl-py",
+        "array_record",
+        "flax>=0.11",
+        "grain>=0.2.12",
+        "huggingface_hub",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.7.2",
+        "ml-collections",
+        "numpy",
+        "optax",
+        "orbax-checkpoint>=0.11",
+        "safetensors",
+        "sentencepiece",
+        "tensorboardX",
+        "tensorflow-datasets",
+        "tokenizers",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.7.2"],
+        "cuda12": ["jax[cuda12]>=0.7.2"],
+        "cuda13": ["jax[cuda13]>=0.7.2"],
+        "torch": ["torch>=2.10"],
+        "plot": ["matplotlib"],
+        "test": TEST,
+        "dev": TEST,
+    },
+    entry_points={
+        "console_scripts": [f"sedd-{name} = sedd_jax.cli:{name}_command" for name in COMMANDS]
+    },
+)
