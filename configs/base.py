@@ -12,15 +12,11 @@ def get_config():
 
     config.data = ml_collections.ConfigDict()
     config.data.corpus = "text"  # pydoc (ships with Python) or text (your own files)
-    config.data.path = (
-        ""  # text: a folder of .txt (a document each) or .jsonl ({"text": ...}) files
-    )
+    config.data.path = ""  # text: folder of .txt (a document each) or .jsonl ({"text": ...}) files
     config.data.tokenizer = "gpt2"  # characters, text8, bytes, gpt2, bert
     config.data.tokenizer_path = ""  # gpt2, bert: folder of the vocabulary files
     config.data.length = 1024  # tokens in a block
-    config.data.heldout_fraction = (
-        0.05  # of the documents, where the corpus has no split of its own
-    )
+    config.data.heldout_fraction = 0.05  # of documents, where the corpus has no split of its own
     config.data.records = ""  # folder of the packed blocks; empty: WORKDIR/records
 
     config.graph = ml_collections.ConfigDict()

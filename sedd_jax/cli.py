@@ -95,7 +95,9 @@ def parse_config(name: str, argv: list[str]) -> tuple[ConfigDict, Path]:
                 near = difflib.get_close_matches(key, RULES, n=3) or list(RULES)
                 raise ValueError(f"unknown config key {key}; did you mean {', '.join(near)}?")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "the experiment", flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", None, "the experiment", flag_values=values, sys_argv=[name, *argv]
+    )
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
     rest = values([name, *argv])[1:]
     if rest:

@@ -86,7 +86,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch, key: jax.Array):
         loss, grads = gradients(state.params, jax.random.fold_in(key, state.step), batch)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -43,8 +43,9 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     workdir = Path(workdir)
     mesh = sharding.make_mesh(config.mesh)
     _check_batches(config, mesh)
-    claim_workdir(config, workdir)
+    check_workdir(config, workdir)
     records = prepare_data(config, workdir)
+    claim_workdir(config, workdir, records)
 
     graph = configuration.make_graph(config, records.tokenizer.vocab_size)
     schedule = configuration.make_schedule(config)
@@ -135,11 +136,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     return step
 
 
-def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Write config.json into a new workdir; ValueError if another config's run or files are there.
-
-    A run may be resumed with other values of configuration.MAY_CHANGE; config.json then follows.
-    """
+def check_workdir(config: ConfigDict, workdir: Path) -> None:
+    """ValueError if another config's run, or somebody's files, are in workdir."""
     saved = workdir / "config.json"
     if saved.exists():
         lines = configuration.differences(configuration.from_json(saved.read_text()), config)
@@ -148,13 +146,21 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
                 f"workdir {str(workdir)!r} holds a run of another config ({'; '.join(lines)}); "
                 "choose another workdir, or the config that it began with"
             )
-    elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise ValueError(
-            f"workdir {str(workdir)!r} is not empty and holds no run; choose a new folder"
-        )
+    elif workdir.exists():
+        # A start that was interrupted leaves records, and nothing else.
+        foreign = not workdir.is_dir() or any("records" not in p.name for p in workdir.iterdir())
+        if foreign:
+            raise ValueError(
+                f"workdir {str(workdir)!r} is not empty and holds no run; choose a new folder"
+            )
+
+
+def claim_workdir(config: ConfigDict, workdir: Path, records: data.Records) -> None:
+    """Write config.json and tokenizer.json; a resumed run may have changed MAY_CHANGE's keys."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write(saved, configuration.to_json(config))
+        _write(workdir / "tokenizer.json", json.dumps(records.tokenizer.to_dict()))
+        _write(workdir / "config.json", configuration.to_json(config))
 
 
 def records_folder(config: ConfigDict, workdir: Path) -> Path:
@@ -163,9 +169,10 @@ def records_folder(config: ConfigDict, workdir: Path) -> Path:
 
 
 def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
-    """The packed corpus, made on first use; the run's tokenizer is copied into workdir."""
+    """The packed corpus, made on first use; ValueError if it does not fit the config."""
     folder = records_folder(config, workdir)
-    if not (folder / "fingerprint.json").exists():
+    is_ours = bool(config.data.records) or (workdir / "config.json").exists()
+    if not (is_ours and (folder / "fingerprint.json").exists()):
         corpus = data.make_corpus(
             config.data.corpus, config.data.path, config.data.heldout_fraction
         )
@@ -189,8 +196,6 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
                 f"the records in {str(folder)!r} have {field} {found!r}, the config wants "
                 f"{wanted!r}; name another folder in data.records or change data.{field}"
             )
-    if jax.process_index() == 0:
-        _write(workdir / "tokenizer.json", json.dumps(records.tokenizer.to_dict()))
     return records
 
 

@@ -1,0 +1,171 @@
+"""The commands as a user meets them: what they print, and one line for every mistake."""
+
+import json
+import re
+
+import pytest
+from conftest import command_line, start
+
+from sedd_jax import cli
+from sedd_jax.cli import eval_command, report_command, sample_command, train_command
+
+
+def fails(capsys, command, *arguments):
+    """The one line of a command that is refused."""
+    assert command([str(a) for a in arguments]) == 2
+    out, errors = capsys.readouterr()
+    lines = [line for line in errors.splitlines() if ": error: " in line]
+    assert len(lines) == 1 and errors.rstrip().endswith(lines[0]), errors
+    assert "Traceback" not in out + errors
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--config.train.stepz=3", "unknown config key train.stepz; did you mean train.steps"),
+        ("--config.foo=1", "unknown config key foo"),
+        ("--config.train.steps=many", "invalid literal for int"),
+        ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate nan is not"),
+        ("--config.graph.name=absorb", "one of absorbing, uniform"),
+        ("--config.data.corpus=wiki", "one of pydoc, text"),
+        ("--config.model.heads=3", "not divisible by config.model.heads 3"),
+        ("--nonsense=1", "Unknown command line flag 'nonsense'"),
+        ("nonsense", "unknown argument 'nonsense'"),
+    ],
+)
+def test_a_mistake_in_the_arguments_of_training_is_one_line(capsys, tmp_path, flag, message):
+    workdir = tmp_path / "run"
+    line = fails(capsys, train_command, "--config=quickstart", f"--workdir={workdir}", flag)
+    assert message in line
+    assert not workdir.exists()
+
+
+def test_training_without_a_config_or_workdir_says_what_to_write(capsys, tmp_path):
+    assert "--config is missing" in fails(capsys, train_command, f"--workdir={tmp_path}")
+    assert "--workdir is missing" in fails(capsys, train_command, "--config=quickstart")
+    line = fails(capsys, train_command, "--config=configs/none.py", f"--workdir={tmp_path}")
+    assert "no config file 'configs/none.py'" in line and "quickstart" in line
+
+
+def test_an_unreadable_or_too_small_corpus_is_one_line(capsys, tmp_path):
+    where = [f"--workdir={tmp_path / 'run'}", "--config.data.corpus=text"]
+    line = fails(capsys, train_command, "--config=quickstart", *where, "--config.data.path=/none")
+    assert "'/none'" in line
+    (tmp_path / "empty").mkdir()
+    path = f"--config.data.path={tmp_path / 'empty'}"
+    assert "no .txt or .jsonl" in fails(capsys, train_command, "--config=quickstart", *where, path)
+
+
+@pytest.mark.parametrize("command", [eval_command, sample_command, report_command])
+def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        assert "holds no training run" in fails(capsys, command, f"--workdir={folder}")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--template", "a" * 40], "more than length 32"),
+        (["--template", "[MASK:200]"], "more than length 32"),
+        (["--template", "[MASK:x]"], "names no number of free positions"),
+        (["--template", "日本"], "outside the alphabet"),
+        (["--prefix", "日本"], "outside the alphabet"),
+        (["--prefix", "x" * 20, "--suffix", "y" * 20], "more than length 32"),
+        (["--template", "a[MASK]", "--prefix", "b"], "--template cannot go with --prefix"),
+        (["--steps", "0"], "steps 0 is below 1"),
+        (["--num_samples", "0"], "num_samples 0 is below 1"),
+        (["--predictor", "ddim"], "unknown predictor 'ddim'; known: euler, tweedie, none"),
+    ],
+)
+def test_a_mistake_in_the_arguments_of_sampling_is_one_line(capsys, tiny_run, arguments, message):
+    assert message in fails(capsys, sample_command, f"--workdir={tiny_run}", *arguments)
+
+
+def test_odd_passes_and_no_blocks_are_one_line(capsys, tiny_run):
+    assert "passes 3" in fails(capsys, eval_command, f"--workdir={tiny_run}", "--passes=3")
+    assert "limit 0" in fails(capsys, eval_command, f"--workdir={tiny_run}", "--blocks=0")
+
+
+def sampled(capsys, tiny_run, *arguments):
+    assert sample_command([f"--workdir={tiny_run}", "--steps=4", *arguments]) == 0
+    texts = re.split(r"--- \d+ -+\n", capsys.readouterr().out)[1:]
+    return [text.removesuffix("\n") for text in texts]
+
+
+def test_sampling_keeps_the_prefix_the_suffix_and_the_template(capsys, tiny_run):
+    texts = sampled(capsys, tiny_run, "--prefix=The ", "--suffix= end.", "--num_samples=3")
+    assert len(texts) == 3 and len(set(texts)) == 3
+    assert all(t.startswith("The ") and t.endswith(" end.") and len(t) == 32 for t in texts)
+    (text,) = sampled(capsys, tiny_run, "--template=if [MASK:9]: [MASK]")
+    assert re.fullmatch(r"if .{9}: .", text, re.DOTALL)
+
+
+def test_sampling_repeats_with_the_seed_and_differs_without(capsys, tiny_run):
+    first = sampled(capsys, tiny_run, "--seed=1")
+    assert sampled(capsys, tiny_run, "--seed=1") == first
+    assert sampled(capsys, tiny_run, "--seed=2") != first
+
+
+@pytest.mark.parametrize("predictor", ["euler", "tweedie", "none"])
+def test_every_predictor_samples_clean_text(capsys, tiny_run, predictor):
+    (text,) = sampled(capsys, tiny_run, f"--predictor={predictor}")
+    assert len(text) == 32 and "░" not in text
+
+
+def test_evaluation_prints_and_writes_the_same_numbers(capsys, tiny_run, tmp_path):
+    file = tmp_path / "result.json"
+    arguments = [f"--workdir={tiny_run}", "--blocks=8", "--passes=2", "--baselines"]
+    assert eval_command([*arguments, f"--json={file}"]) == 0
+    out, result = capsys.readouterr().out, json.loads(file.read_text())
+    bits = result["bits_per_character"]
+    assert f"{bits['bound']:.3f} +- {bits['bound_standard_error']:.3f}" in out
+    assert f"{bits['bigram']:.3f}" in out
+    assert result["tokens"] == result["characters"] == 8 * 32
+    parts = bits["diffusion"] + bits["tail"] + bits["prior"]
+    assert bits["bound"] == pytest.approx(parts, rel=1e-6)
+    assert bits["bound"] >= bits["normalised"]
+
+
+def test_the_report_writes_the_summary_and_the_picture(capsys, tiny_run):
+    pytest.importorskip("matplotlib", reason="the picture needs the [plot] extra")
+    arguments = ["--template=if [MASK:9]:", "--passes=2", "--began=0"]
+    assert report_command([f"--workdir={tiny_run}", *arguments]) == 0
+    summary = json.loads((tiny_run / "summary.json").read_text())
+    bits = summary["bits_per_character"]
+    assert set(bits) == {
+        "bound",
+        "bound_standard_error",
+        "normalised",
+        "normalised_standard_error",
+        "paper_protocol",
+        "unigram",
+        "bigram",
+    }
+    assert all(isinstance(value, float) for value in bits.values())
+    assert summary["seconds"] > 0 and len(summary["samples"]) == 8
+    assert all(re.fullmatch(r"if .{9}:", text, re.DOTALL) for text in summary["infill"])
+    assert (tiny_run / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert f"{bits['bound']:.3f}" in capsys.readouterr().out
+
+
+def test_the_commands_are_there_as_processes(tiny_run):
+    process = start("sample", f"--workdir={tiny_run}", "--steps=2", "--prefix=ab")
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert out.splitlines()[1].startswith("ab")
+    process = start("sing")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert errors == "sedd_jax: unknown command 'sing'; known: train, eval, sample, report\n"
+
+
+def test_a_config_is_found_by_path_and_by_name():
+    by_name, workdir = cli.parse_config("sedd-train", ["--config=text8", "--workdir=x"])
+    path = command_line("x")[0].replace("quickstart", cli._find_config("--config=text8")[9:])
+    by_path, _ = cli.parse_config("sedd-train", [path, "--workdir=x", "--config.seed=3"])
+    assert str(workdir) == "x"
+    assert (by_name.seed, by_path.seed) == (0, 3)
+    by_name.seed = 3
+    assert by_name.to_dict() == by_path.to_dict()

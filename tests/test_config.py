@@ -1,0 +1,225 @@
+"""Configs: the shipped ones are sound, every key is read, every bad value is refused."""
+
+import importlib
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sedd_jax import config as configuration
+from sedd_jax.configs import base
+from sedd_jax.diffusion.graphs import Absorbing, Uniform
+from sedd_jax.diffusion.schedules import Geometric, LogLinear
+from sedd_jax.models.transformer import Transformer
+
+ROOT = Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
+
+
+def shipped(name):
+    return importlib.import_module(f"sedd_jax.configs.{name}").get_config()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_config_passes_the_check_and_builds_its_parts(name):
+    config = shipped(name)
+    configuration.check(config)
+    graph = configuration.make_graph(config, 27)
+    configuration.make_schedule(config)
+    configuration.make_model(config, graph)
+    configuration.make_optimizer(config)
+
+
+def test_the_shipped_configs_are_the_ones_the_project_promises():
+    promised = {"base", "quickstart", "text8", "openwebtext_small", "openwebtext_medium", "lm1b"}
+    promised |= {"text8_uniform", "openwebtext_small_uniform", "lm1b_uniform"}
+    assert promised <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("base", "quickstart")])
+def test_the_papers_configs_hold_the_papers_hyperparameters(name):
+    config = shipped(name)
+    assert config.train.batch_size == 512
+    o = config.optimizer
+    assert (o.learning_rate, o.b1, o.b2, o.weight_decay) == (3e-4, 0.9, 0.999, 0.0)
+    assert (o.warmup_steps, o.clip_norm, o.ema_decay) == (2500, 1.0, 0.9999)
+    sizes = (config.model.hidden_size, config.model.blocks, config.model.heads)
+    assert sizes == ((1024, 24, 16) if "medium" in name else (768, 12, 12))
+    uniform = name.endswith("uniform")
+    graph = configuration.make_graph(config, 27)
+    assert graph == (Uniform(27) if uniform else Absorbing(27, scale_by_sigma=True))
+    schedule = configuration.make_schedule(config)
+    assert schedule == (Geometric(1e-5, 20.0) if uniform else LogLinear(1e-3))
+
+
+def test_every_key_of_the_base_config_has_a_rule_and_every_rule_a_key():
+    assert {key for key, _ in configuration.flatten(base.get_config())} == set(configuration.RULES)
+
+
+def test_every_key_is_read_somewhere():
+    text = "\n".join(path.read_text() for path in (ROOT / "sedd_jax").rglob("*.py"))
+    built = {  # sections whose keys are the fields of what they build
+        "graph": (Absorbing,),
+        "schedule": (LogLinear, Geometric),
+        "model": (Transformer,),
+    }
+    for key in configuration.RULES:
+        section, _, name = key.rpartition(".")
+        if any(name in cls.__dataclass_fields__ for cls in built.get(section, ())):
+            continue
+        reads = rf"\.{section}\.{name}\b|\b(o|ours)\.{name}\b" if section else rf"config\.{name}\b"
+        if section == "mesh":
+            reads = r"make_mesh\(config\.mesh\)"
+        elif key in ("graph.name", "schedule.name"):
+            reads = rf"_make\(\w+, config\.{section}\b"
+        assert re.search(reads, text), f"nothing reads config.{key}"
+
+
+BAD = {
+    "seed": -1,
+    "data.corpus": "wikipedia",
+    "data.path": 3,
+    "data.tokenizer": "words",
+    "data.length": 0,
+    "data.heldout_fraction": 1.0,
+    "graph.name": "absorb",
+    "graph.scale_by_sigma": 1,
+    "schedule.name": "cosine",
+    "schedule.eps": 0.0,
+    "schedule.sigma_min": -1e-3,
+    "schedule.sigma_max": float("inf"),
+    "objective.name": "elbo",
+    "objective.t_min": 1.0,
+    "objective.times": "grid",
+    "model.hidden_size": 0,
+    "model.blocks": 2.5,
+    "model.heads": 0,
+    "model.cond_dim": -8,
+    "model.dropout": 1.0,
+    "model.dtype": "float16",
+    "model.remat": "yes",
+    "optimizer.learning_rate": float("nan"),
+    "optimizer.warmup_steps": -1,
+    "optimizer.b1": 1.0,
+    "optimizer.b2": float("nan"),
+    "optimizer.eps": 0.0,
+    "optimizer.weight_decay": -0.1,
+    "optimizer.clip_norm": 0.0,
+    "optimizer.ema_decay": 1.5,
+    "train.steps": 0,
+    "train.batch_size": True,
+    "train.microbatches": 0,
+    "train.log_every": 0,
+    "train.eval_every": -5,
+    "train.max_skipped": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 0,
+    "evaluate.blocks": 0,
+    "evaluate.batch_size": 0,
+    "evaluate.passes": 3,
+    "sample.predictor": "ancestral",
+    "sample.steps": 0,
+    "sample.t_min": 0.0,
+    "sample.draw": "float64",
+    "mesh.data": 0,
+    "mesh.fsdp": -2,
+    "mesh.tensor": 1.0,
+}
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_a_bad_value_is_refused_with_the_key_the_value_and_the_rule(key):
+    config = base.get_config()
+    section, _, name = key.rpartition(".")
+    target = config[section] if section else config
+    with target.unlocked(), target.ignore_type():
+        target[name] = BAD[key]
+    with pytest.raises(ValueError, match=re.escape(f"config.{key} {BAD[key]!r}")) as error:
+        configuration.check(config)
+    assert configuration.RULES[key].words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"graph.name": "uniform"}, "scale_by_sigma True does not fit the uniform graph"),
+        ({"train.microbatches": 3}, "batch_size 512 is not divisible by config.train.microbatches"),
+        ({"model.heads": 7}, "hidden_size 768 is not divisible by config.model.heads 7"),
+        ({"model.heads": 256}, "odd head size"),
+        ({"mesh.fsdp": -1}, "-1 more than once"),
+        ({"schedule.name": "geometric", "schedule.sigma_min": 30.0}, "sigma_min < sigma_max"),
+    ],
+)
+def test_a_bad_combination_is_refused(changes, message):
+    config = base.get_config()
+    for key, value in changes.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    with pytest.raises(ValueError, match=message):
+        configuration.check(config)
+
+
+def test_an_unknown_and_a_missing_key_are_refused():
+    config = base.get_config()
+    config.train.stepz = 3
+    with pytest.raises(ValueError, match="unknown config key train.stepz"):
+        configuration.check(config)
+    config = base.get_config()
+    del config.model.dtype
+    with pytest.raises(ValueError, match="model.dtype is missing"):
+        configuration.check(config)
+
+
+def test_a_config_survives_json():
+    config = shipped("quickstart")
+    again = configuration.from_json(configuration.to_json(config))
+    assert again.to_dict() == config.to_dict()
+    configuration.check(again)
+
+
+def test_only_what_leaves_the_model_alone_may_differ_on_resume():
+    before, now = shipped("quickstart"), shipped("quickstart")
+    now.train.steps += 1
+    now.mesh.fsdp = 2
+    now.sample.steps = 7
+    assert configuration.differences(before, now) == []
+    now.optimizer.learning_rate = 1.0
+    now.seed = 5
+    lines = configuration.differences(before, now)
+    assert sorted(line.split(":")[0] for line in lines) == ["optimizer.learning_rate", "seed"]
+
+
+def test_the_learning_rate_warms_up_linearly_and_reaches_its_value_at_the_last_warm_up_step():
+    config = base.get_config()
+    config.optimizer.warmup_steps = 4
+    config.optimizer.clip_norm = 1e9
+    optimizer = configuration.make_optimizer(config)
+    params = {"w": jnp.zeros(())}
+    opt_state, rates = optimizer.init(params), []
+    for _ in range(6):  # with a constant gradient AdamW moves by exactly the learning rate
+        updates, opt_state = optimizer.update({"w": jnp.ones(())}, opt_state, params)
+        rates.append(-float(updates["w"]))
+    expected = 3e-4 * np.array([1, 2, 3, 4, 4, 4]) / 4
+    np.testing.assert_allclose(rates, expected, rtol=1e-4)
+
+
+def test_the_clip_is_of_the_global_norm():
+    config = base.get_config()
+    clip = configuration.make_optimizer(config)
+    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
+    clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+    small = {"a": jnp.array([0.6]), "b": jnp.array([0.8])}
+    np.testing.assert_allclose(clipped["a"], small["a"], rtol=1e-6)
+    # Adam is blind to a common scale of all its gradients, so compare after a small one.
+    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    state_big, state_small = clip.init(params), clip.init(params)
+    first = {"a": jnp.array([0.1]), "b": jnp.array([0.1])}
+    for gradient_big, gradient_small in ((first, first), (grads, small)):
+        big, state_big = clip.update(gradient_big, state_big, params)
+        little, state_small = clip.update(gradient_small, state_small, params)
+    np.testing.assert_allclose(big["a"], little["a"], rtol=1e-6)
+    np.testing.assert_allclose(big["b"], little["b"], rtol=1e-6)

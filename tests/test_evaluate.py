@@ -1,0 +1,89 @@
+"""The corpus bound and the models it is held against, by hand and by brute force."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sedd_jax import evaluate
+from sedd_jax.diffusion.graphs import GRAPHS
+from sedd_jax.diffusion.schedules import LogLinear
+from sedd_jax.diffusion.scores import DenseScores
+from sedd_jax.report import word_rate
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
+    graph, schedule = GRAPHS[name](5), LogLinear()
+    blocks = np.asarray(jax.random.randint(jax.random.key(0), (11, 6), 0, 5))
+
+    def make_score_fn(bias):
+        def score_fn(xt, sigma):
+            table = bias + jnp.zeros((*xt.shape, graph.dim)) - graph.log_scale(sigma)[..., None]
+            return DenseScores(table, xt, 5)
+
+        return score_fn
+
+    bias = jnp.linspace(-0.5, 0.5, graph.dim)
+    bound_fn = evaluate.make_bound_fn(make_score_fn, graph, schedule, passes=4, t_min=1e-3)
+    totals = [
+        evaluate.corpus_bound(
+            bound_fn, bias, jax.random.key(1), blocks, batch_size=size, t_min=1e-3
+        )
+        for size in (1, 4, 11, 32)
+    ]
+    for total in totals[1:]:
+        for field, value in total._asdict().items():
+            if value is None:
+                assert getattr(totals[0], field) is None
+            else:
+                assert value == pytest.approx(getattr(totals[0], field), rel=1e-5), field
+    total = totals[0]
+    assert total.bound == pytest.approx(total.diffusion + total.tail + total.prior)
+    assert total.paper_protocol == pytest.approx(total.diffusion / (1 - 1e-3))
+    if total.normalised is not None:
+        assert total.normalised < total.bound
+
+
+def test_units_are_converted_by_their_definitions():
+    total = evaluate.CorpusBound(100.0, 1.0, 90.0, 4.0, 6.0, None, None, 91.0)
+    units = evaluate.in_units(total, tokens=50, characters=200)
+    assert units["nats_per_token"]["bound"] == 2.0
+    assert units["bits_per_character"]["bound"] == pytest.approx(0.5 / math.log(2.0))
+    assert units["bits_per_character"]["bound_standard_error"] == pytest.approx(
+        1 / 200 / math.log(2.0)
+    )
+    assert units["perplexity_per_token"]["bound"] == pytest.approx(math.exp(2.0))
+    assert units["nats_per_token"]["normalised"] is None
+    assert set(units["perplexity_per_token"]) == set(evaluate.WHOLES)
+
+
+def test_the_unigram_and_bigram_are_the_counted_ones():
+    blocks = np.array([[0, 1, 0, 1, 2]], np.int32)
+    model = evaluate.Bigram(blocks, 4)
+    unigram = np.array([3, 3, 2, 1]) / 9
+    text = np.array([[1, 0, 3]], np.int32)
+    assert model.unigram_nats(text) == pytest.approx(-np.log(unigram[[1, 0, 3]]).sum())
+    # After 1 came 0 once and 2 once; after 0 came 1 twice.
+    after_1 = (1 + 2 * unigram[0]) / (2 + 2)
+    after_0 = (0 + 1 * unigram[3]) / (2 + 1)
+    expected = -np.log([unigram[1], after_1, after_0]).sum()
+    assert model.bigram_nats(text) == pytest.approx(expected)
+
+
+def test_the_bigram_is_a_distribution_after_every_token():
+    blocks = np.asarray(jax.random.randint(jax.random.key(0), (3, 40), 0, 6)).astype(np.int32)
+    model = evaluate.Bigram(blocks, 7)  # token 6 never came: the unigram follows it
+    for first in range(7):
+        start = -model.unigram_nats(np.array([[first]]))
+        pairs = np.array([[first, second] for second in range(7)], np.int32)
+        total = sum(math.exp(-model.bigram_nats(pair[None]) - start) for pair in pairs)
+        assert total == pytest.approx(1.0)
+
+
+def test_the_word_rate_counts_whole_inner_words_of_three_letters():
+    texts = ["cut the list of xyz cut", "no words"]
+    assert word_rate(texts, {"the", "list"}) == pytest.approx(2 / 3)
+    assert word_rate([], {"the"}) == 0.0

@@ -1,0 +1,184 @@
+"""The train step: accumulation, the guard, the moving average, and the mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sedd_jax import config as configuration
+from sedd_jax import sharding, state
+
+BIG = {"model.hidden_size": 32, "model.heads": 4, "train.batch_size": 16}
+
+
+def parts(config, *, devices=None, mesh=None, loss_fn=None):
+    """(train step on the mesh, fresh state, x0) for the tiny config at 27 characters."""
+    for key, value in BIG.items():
+        section, name = key.split(".")
+        config[section][name] = value
+    graph = configuration.make_graph(config, 27)
+    model = configuration.make_model(config, graph)
+    optimizer = configuration.make_optimizer(config)
+    loss_fn = loss_fn or configuration.make_loss_fn(
+        config, model, graph, configuration.make_schedule(config)
+    )
+    step = state.make_train_step(
+        loss_fn, optimizer, decay=0.9, microbatches=config.train.microbatches
+    )
+
+    def fresh():
+        params = configuration.init_params(config, model, jax.random.key(0))
+        # At the start every gate and the head are zero: nothing but the head would be trained.
+        params = jax.tree.map(
+            lambda p: p + 0.02 * jnp.cos(jnp.arange(p.size) + 1.0).reshape(p.shape), params
+        )
+        return state.init(params, optimizer)
+
+    mesh = sharding.make_mesh(mesh or {"data": -1, "fsdp": 1, "tensor": 1}, devices)
+    shape = jax.eval_shape(fresh)
+    begun = jax.jit(fresh, out_shardings=sharding.tree_shardings(shape, mesh))()
+    x0 = np.asarray(jax.random.randint(jax.random.key(1), (16, 32), 0, 27))
+    return state.on_mesh(step, shape, mesh), begun, sharding.put_batch(x0, mesh), mesh
+
+
+def losses(config, steps=5, **kwargs):
+    step, current, x0, _ = parts(config, **kwargs)
+    found = []
+    for _ in range(steps):
+        current, metrics = step(current, x0, jax.random.key(7))
+        found.append(float(metrics["loss"]))
+    return np.array(found), current
+
+
+MESHES = [{"data": 8, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_eight_devices_give_the_losses_of_one_with_the_same_noise(tiny_config, mesh):
+    tiny_config.train.microbatches = 2
+    one, state_one = losses(tiny_config, devices=jax.devices()[:1])
+    many, state_many = losses(tiny_config, mesh=mesh)
+    np.testing.assert_allclose(many, one, rtol=1e-5)
+    assert np.ptp(one) > 1.0  # the noise differs from step to step
+    for a, b in zip(jax.tree.leaves(state_one.params), jax.tree.leaves(state_many.params)):
+        np.testing.assert_allclose(a, b, atol=2e-4)
+
+
+def test_parameters_moments_and_average_live_where_the_rules_say(tiny_config):
+    step, current, x0, mesh = parts(tiny_config, mesh=MESHES[1])
+    current, _ = step(current, x0, jax.random.key(7))
+    leaves = jax.tree_util.tree_leaves_with_path(current)
+    split = 0
+    for path, leaf in leaves:
+        spec = sharding.spec_for(sharding.path_name(path), leaf.shape)
+        assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, spec), leaf.ndim), (
+            path
+        )
+        split += any(axis is not None for axis in spec)
+    assert split >= 4 * 8  # parameters, average and both moments of every matrix
+
+
+def test_microbatches_average_their_gradients_and_draw_their_own_noise(tiny_config):
+    seen = []
+
+    def loss_fn(params, key, x0):
+        seen.append(x0.shape)
+        noise = jax.random.normal(key, (x0.shape[0],))
+        return jnp.sum(x0, axis=-1) * params["w"] + params["w"] * noise
+
+    optimizer = optax.sgd(1.0)
+    x0 = jnp.arange(8.0).reshape(8, 1)
+    key = jax.random.key(3)
+
+    def noise(microbatches):
+        key_step = jax.random.fold_in(key, 0)
+        rows = 8 // microbatches
+        drawn = [
+            jax.random.normal(jax.random.fold_in(key_step, i), (rows,)) for i in range(microbatches)
+        ]
+        if microbatches > 1:
+            assert not np.allclose(drawn[0], drawn[1])
+        return float(jnp.mean(jnp.stack(drawn)))
+
+    for microbatches in (1, 2, 4):
+        seen.clear()
+        step = state.make_train_step(loss_fn, optimizer, microbatches=microbatches)
+        begun = state.init({"w": jnp.ones(())}, optimizer)
+        after, metrics = step(begun, x0, key)
+        expected = float(x0.mean()) + noise(microbatches)  # of the gradient, and of the loss at 1
+        assert seen[0] == (8 // microbatches, 1)
+        np.testing.assert_allclose(1.0 - after.params["w"], expected, rtol=1e-5)
+        np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+
+
+def test_every_step_draws_new_noise_from_the_same_key():
+    step = state.make_train_step(
+        lambda params, key, x0: params["w"] * jax.random.normal(key, (4,)), optax.sgd(0.0)
+    )
+    current = state.init({"w": jnp.ones(())}, optax.sgd(0.0))
+    first, metrics_1 = step(current, jnp.zeros((4, 1)), jax.random.key(0))
+    _, metrics_2 = step(first, jnp.zeros((4, 1)), jax.random.key(0))
+    assert metrics_1["loss"] != metrics_2["loss"]
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_only_the_counters(fault):
+    # 1e25 is finite, the norm of a gradient of 1e25 is not.
+    slope = {"loss": jnp.nan, "gradient": 1e25}[fault]
+
+    def loss_fn(params, key, x0):
+        return jnp.where(x0[:, 0] < 0, slope, 2.0) * params["w"].sum()
+
+    optimizer = optax.adam(0.1)
+    step = jax.jit(state.make_train_step(loss_fn, optimizer, decay=0.5))
+    good, bad = jnp.ones((4, 1)), -jnp.ones((4, 1))
+    key = jax.random.key(0)
+    before, _ = step(state.init({"w": jnp.ones(2)}, optimizer), good, key)
+    after, metrics = step(before, bad, key)
+    assert not (np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]))
+    for kept in ("params", "opt_state", "ema", "ema_updates"):
+        same = jax.tree.map(np.array_equal, getattr(before, kept), getattr(after, kept))
+        assert all(jax.tree.leaves(same)), kept
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (2, 1, 1)
+    again, _ = step(after, bad, key)
+    assert int(again.skipped_in_a_row) == 2
+    fine, metrics = step(again, good, key)
+    assert (int(fine.skipped), int(fine.skipped_in_a_row)) == (2, 0)
+    assert np.isfinite(metrics["loss"])
+    assert not np.array_equal(fine.params["w"], after.params["w"])
+    assert int(fine.ema_updates) == 2
+
+
+def test_the_average_follows_the_originals_warm_up():
+    n = np.array([1, 2, 5, 100, 10**6])
+    expected = np.minimum(0.9999, (1 + n) / (10 + n))
+    np.testing.assert_allclose(state.ema_decay(jnp.asarray(n), 0.9999), expected, rtol=1e-6)
+
+
+def test_the_average_is_the_weighted_mean_of_the_parameters():
+    step = state.make_train_step(lambda p, key, x: -p["w"] * x[:, 0], optax.sgd(1.0), decay=0.9999)
+    current = state.init({"w": jnp.zeros(())}, optax.sgd(1.0))
+    average = 0.0
+    for n in range(1, 6):
+        current, _ = step(current, jnp.ones((2, 1)), jax.random.key(0))  # w = n after step n
+        keep = min(0.9999, (1 + n) / (10 + n))
+        average = keep * average + (1 - keep) * n
+    np.testing.assert_allclose(current.ema["w"], average, rtol=1e-5)
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(ValueError, match="data=3, fsdp=1, tensor=1 does not multiply to 8"):
+        sharding.make_mesh({"data": 3, "fsdp": 1, "tensor": 1})
+    with pytest.raises(ValueError, match="does not multiply to 8"):
+        sharding.make_mesh({"data": -1, "fsdp": 3, "tensor": 1})
+    assert dict(sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 2}).shape)["data"] == 2
+
+
+def test_a_parameter_without_a_rule_or_that_does_not_divide_is_refused():
+    leaf = jax.ShapeDtypeStruct((3,), jnp.float32)
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})
+    with pytest.raises(ValueError, match="no sharding rule for params/new/gate"):
+        sharding.tree_shardings({"params": {"new": {"gate": leaf}}}, mesh)
+    with pytest.raises(ValueError, match="12 is not divisible by the mesh's fsdp=8"):
+        sharding.tree_shardings({"embedding": jax.ShapeDtypeStruct((27, 12), jnp.float32)}, mesh)

@@ -1,0 +1,190 @@
+"""Training as a process: killed, stopped and resumed, its files, its refusals."""
+
+import json
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import command_line, start
+
+from sedd_jax import config as configuration
+from sedd_jax import state
+from sedd_jax.checkpoint import Checkpoints
+from sedd_jax.train import TrainingStopped, check_workdir, train
+
+
+def restored(workdir):
+    """The newest train state, every leaf as numpy, by Orbax's own reading."""
+    import orbax.checkpoint as ocp
+
+    folder = workdir / "checkpoints"
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    items = ocp.StandardCheckpointer()
+    return step, [
+        items.restore((folder / str(step) / item).absolute()) for item in ("train", "ema")
+    ]
+
+
+def assert_bit_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), (_, y) in zip(
+        jax.tree_util.tree_leaves_with_path(a), jax.tree_util.tree_leaves_with_path(b)
+    ):
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes(), path
+
+
+def finish(process):
+    _, errors = process.communicate(timeout=300)
+    return process.returncode, errors
+
+
+def wait_until(happened, process):
+    for _ in range(6000):
+        if happened():
+            return
+        assert process.poll() is None, finish(process)
+        time.sleep(0.02)
+    raise AssertionError("it never happened")
+
+
+def logged_steps(workdir):
+    file = workdir / "metrics.jsonl"
+    return (
+        [json.loads(row)["step"] for row in file.read_text().splitlines()] if file.exists() else []
+    )
+
+
+def checkpoint_steps(workdir):
+    folder = workdir / "checkpoints"
+    return [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+
+
+def test_a_run_killed_in_the_middle_and_restarted_ends_bit_equal_to_one_that_was_not(tmp_path):
+    changes = {"train__log_every": 1, "checkpoint__every": 10}
+    killed = start("train", *command_line(tmp_path / "killed", train__steps=100_000, **changes))
+    wait_until(lambda: checkpoint_steps(tmp_path / "killed"), killed)
+    killed.send_signal(signal.SIGKILL)
+    assert finish(killed)[0] == -signal.SIGKILL
+    survived = max(checkpoint_steps(tmp_path / "killed"))
+    changes["train__steps"] = survived + 20
+    code, errors = finish(start("train", *command_line(tmp_path / "killed", **changes)))
+    assert code == 0, errors
+    assert f"resuming at step {survived}" in errors
+    code, errors = finish(start("train", *command_line(tmp_path / "whole", **changes)))
+    assert code == 0, errors
+
+    step, ours = restored(tmp_path / "killed")
+    step_whole, theirs = restored(tmp_path / "whole")
+    assert step == step_whole == survived + 20
+    assert_bit_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_training_with_a_checkpoint_and_exit_code_zero(tmp_path, number):
+    workdir = tmp_path / "run"
+    changes = {"train__steps": 100_000, "train__log_every": 1, "checkpoint__every": 100_000}
+    process = start("train", *command_line(workdir, **changes))
+    wait_until(lambda: max(logged_steps(workdir), default=0) >= 3, process)
+    process.send_signal(number)
+    code, errors = finish(process)
+    assert code == 0, errors
+    step, (train_state, _) = restored(workdir)
+    assert 3 <= step < 100_000
+    assert int(train_state["step"]) == step
+    assert f"stopped by a signal at step {step}" in errors
+
+
+def test_a_finished_run_leaves_its_config_metrics_events_and_checkpoints(tiny_run, tiny_config):
+    saved = configuration.from_json((tiny_run / "config.json").read_text())
+    assert configuration.differences(saved, tiny_config) == []
+    rows = [json.loads(row) for row in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 6, 8]
+    assert [row["step"] for row in rows if row["kind"] == "heldout"] == [4, 8]
+    assert all(np.isfinite(row["nats_per_token"]) for row in rows if row["kind"] == "train")
+    assert all(row["bound_standard_error"] > 0 for row in rows if row["kind"] == "heldout")
+    assert list((tiny_run / "tensorboard").glob("events.out.tfevents.*"))
+    with Checkpoints(tiny_run / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 8
+
+
+def test_a_finished_run_started_again_does_nothing(tiny_run, tiny_config):
+    before = restored(tiny_run)
+    assert train(tiny_config, tiny_run) == 8
+    after = restored(tiny_run)
+    assert before[0] == after[0]
+    assert_bit_equal(before[1], after[1])
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(tiny_run, tiny_config):
+    before = (tiny_run / "config.json").read_bytes()
+    tiny_config.optimizer.learning_rate = 1.0
+    with pytest.raises(
+        ValueError, match=r"another config \(optimizer.learning_rate: 0.00\d* -> 1.0"
+    ):
+        train(tiny_config, tiny_run)
+    assert (tiny_run / "config.json").read_bytes() == before
+
+
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(tmp_path, tiny_config):
+    (tmp_path / "thesis.tex").write_text("chapter 1")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        check_workdir(tiny_config, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_bad_corpus_is_refused_before_any_compilation(tmp_path, tiny_config):
+    tiny_config.data.corpus = "text"
+    tiny_config.data.path = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no file or folder at"):
+        train(tiny_config, tmp_path / "run")
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short/a.txt").write_text("few words\n" * 3)
+    tiny_config.data.path = str(tmp_path / "short")
+    with pytest.raises(ValueError, match="fewer than one block of length 32"):
+        train(tiny_config, tmp_path / "run")
+    # The mistakes have claimed nothing: the same workdir takes a corpus that fits.
+    tiny_config.data.corpus = "pydoc"
+    tiny_config.train.steps = 1
+    assert train(tiny_config, tmp_path / "run") == 1
+
+
+def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path, tiny_config):
+    tiny_config.train.batch_size = 12
+    with pytest.raises(ValueError, match="gives 12 rows, not divisible by the 8 devices"):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_on_nothing_but_nan_stops_with_the_reason_and_keeps_the_parameters(
+    tmp_path, tiny_config, monkeypatch
+):
+    make = configuration.make_loss_fn
+
+    def poisoned(*parts):
+        loss_fn = make(*parts)
+        return lambda params, key, x0: loss_fn(params, key, x0) * np.nan
+
+    monkeypatch.setattr(configuration, "make_loss_fn", poisoned)
+    tiny_config.train.max_skipped = 3
+    tiny_config.train.log_every = 1
+    with pytest.raises(TrainingStopped, match="not finite in 3 steps in a row up to step 3"):
+        train(tiny_config, tmp_path / "run")
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(tiny_run, tiny_config):
+    tiny_config.model.hidden_size = 32
+    graph = configuration.make_graph(tiny_config, 103)
+    model = configuration.make_model(tiny_config, graph)
+    optimizer = configuration.make_optimizer(tiny_config)
+    shape = jax.eval_shape(
+        lambda: state.init(
+            configuration.init_params(tiny_config, model, jax.random.key(0)), optimizer
+        )
+    )
+    with (
+        Checkpoints(tiny_run / "checkpoints") as checkpoints,
+        pytest.raises(ValueError, match=r"holds .* as float32\[.*the model needs float32\["),
+    ):
+        checkpoints.restore(shape)
