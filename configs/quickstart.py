@@ -1,4 +1,4 @@
-"""A 1.8 M parameter character model of the text that ships with Python, in minutes on 2 CPU cores."""
+"""A 1.1 M parameter character model of the text that ships with Python, in minutes on 2 CPU cores."""
 
 from sedd_jax.configs import base
 
@@ -19,9 +19,10 @@ def get_config():
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.ema_decay = 0.995
-    config.train.steps = 3000
-    config.train.batch_size = 32
-    config.train.eval_every = 1000
-    config.checkpoint.every = 1000
+    config.train.steps = 1200
+    config.train.batch_size = 16
+    config.train.log_every = 20
+    config.train.eval_every = 300
+    config.checkpoint.every = 300
     config.evaluate.blocks = 64
     return config
