@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_jax/__init__.py").read_text())[1]
 
-TEST = ["pytest", "pytest-xdist", "scipy", "ruff", "matplotlib"]
+TEST = ["pytest", "pytest-xdist", "scipy", "ruff==0.17.6", "matplotlib"]
 COMMANDS = ("train", "eval", "sample", "report")
 
 setup(

@@ -45,7 +45,7 @@ def get_config():
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 3e-4
-    config.optimizer.warmup_steps = 2500  # linear from 0
+    config.optimizer.warmup_steps = 2500  # linear, from 1/2500 of the rate to all of it
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
@@ -80,4 +80,12 @@ def get_config():
     config.mesh.data = -1  # devices the batch is split over; -1: all that are left
     config.mesh.fsdp = 1  # devices the batch and the parameters are split over
     config.mesh.tensor = 1  # devices heads and MLP are split over
+    return config
+
+
+def with_uniform_noise(config):
+    """The paper's uniform noise: geometric schedule 1e-5..20, logits that are the log-scores."""
+    config.graph.name = "uniform"
+    config.graph.scale_by_sigma = False
+    config.schedule.name = "geometric"
     return config

@@ -1,4 +1,8 @@
-"""SEDD medium on OpenWebText (Table 1): 424.5 M parameters, 1024 GPT-2 tokens, batch 512."""
+"""SEDD medium on OpenWebText (Table 1): 424.5 M parameters, 1024 GPT-2 tokens, batch 512.
+
+Zero-shot perplexity in the paper: LAMBADA 42.77, WikiText2 31.04, PTB 87.12, WikiText103 29.98,
+1BW 61.19.
+"""
 
 from sedd_jax.configs import openwebtext_small
 

@@ -1,11 +1,11 @@
-"""SEDD medium with uniform noise on OpenWebText: geometric schedule 1e-5..20."""
+"""SEDD medium with uniform noise on OpenWebText (Table 1).
 
-from sedd_jax.configs import openwebtext_small_uniform
+Zero-shot perplexity in the paper: LAMBADA 51.28, WikiText2 38.93, PTB 102.28, WikiText103 36.81,
+1BW 79.12.
+"""
+
+from sedd_jax.configs import base, openwebtext_medium
 
 
 def get_config():
-    config = openwebtext_small_uniform.get_config()
-    config.model.hidden_size = 1024
-    config.model.blocks = 24
-    config.model.heads = 16
-    return config
+    return base.with_uniform_noise(openwebtext_medium.get_config())

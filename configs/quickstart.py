@@ -19,10 +19,10 @@ def get_config():
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.ema_decay = 0.995
-    config.train.steps = 1200
+    config.train.steps = 1000
     config.train.batch_size = 16
     config.train.log_every = 20
-    config.train.eval_every = 300
-    config.checkpoint.every = 300
+    config.train.eval_every = 250
+    config.checkpoint.every = 250
     config.evaluate.blocks = 64
     return config

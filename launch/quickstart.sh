@@ -7,4 +7,5 @@ source "$(dirname "$0")/environment.sh"
 run=${1:-runs/quickstart}
 install plot
 "$VENV/bin/sedd-train" --config=configs/quickstart.py --workdir="$run"
-"$VENV/bin/sedd-report" --workdir="$run" --began="$began"
+"$VENV/bin/sedd-report" --workdir="$run" --began="$began" \
+  --template "The [MASK:24] statement is used to [MASK:24]."

@@ -72,9 +72,13 @@ class SEDD:
         known is (tokens int32 [L], is_known bool [L]): tokens to keep. steps network calls and one
         for the denoiser; another number of steps or another seed does not recompile.
         """
-        for name, value in (("num_samples", num_samples), ("steps", steps)):
-            if value < 1:
-                raise ValueError(f"{name} {value} is below 1; give at least 1")
+        for name, value, least, most in (
+            ("num_samples", num_samples, 1, 2**31 - 1),
+            ("steps", steps, 1, 10**6),
+            ("seed", seed, 0, 2**32 - 1),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"{name} {value} is not in [{least}, {most}]; choose another")
         for name, value, table in (
             ("predictor", predictor, samplers.PREDICTORS),
             ("draw", draw, samplers.DRAWS),
@@ -143,9 +147,11 @@ class SEDD:
         passes is even; a call takes batch_size blocks. Times and noise depend on seed and a
         block's place alone.
         """
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed {seed} is not in [0, 2**32); choose another")
         t_min = self.config.objective.t_min
         return evaluate.corpus_bound(
-            self._bound(passes, t_min),
+            functools.partial(self._bound_fn, passes=passes),
             self.params,
             jax.random.key(seed),
             blocks,
@@ -155,17 +161,12 @@ class SEDD:
         )
 
     @functools.cached_property
-    def _bound(self):
-        @functools.cache
-        def make(passes, t_min):
-            def score_fn(params):
-                return make_score_fn(self.network, params, self.graph)
+    def _bound_fn(self) -> evaluate.BoundFn:
+        def score_fn(params):
+            return make_score_fn(self.network, params, self.graph)
 
-            return evaluate.make_bound_fn(
-                score_fn, self.graph, self.schedule, passes=passes, t_min=t_min
-            )
-
-        return make
+        t_min = self.config.objective.t_min
+        return evaluate.make_bound_fn(score_fn, self.graph, self.schedule, t_min=t_min)
 
     def decode(self, tokens: jax.Array) -> list[str]:
         """A text for each row of int32 [B, L]; masked positions show as ░."""
@@ -190,7 +191,7 @@ def load(workdir: str | Path) -> SEDD:
     shape = jax.eval_shape(lambda: configuration.init_params(config, network, jax.random.key(0)))
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = jax.tree.map(lambda leaf: one_device, shape)
-    with Checkpoints(files[2]) as checkpoints:
+    with Checkpoints(files[2], read_only=True) as checkpoints:
         step, params = checkpoints.restore_ema(with_shardings(shape, shardings))
     return SEDD(
         network=network,

@@ -17,11 +17,14 @@ from sedd_jax.state import TrainState
 class Checkpoints:
     """The checkpoints of one run, newest last. Use as a context manager: leaving waits for saves."""
 
-    def __init__(self, folder: str | Path, *, keep: int | None = None):
+    def __init__(self, folder: str | Path, *, keep: int | None = None, read_only: bool = False):
+        """keep: how many of the newest stay. A reader must be read_only: the one that writes
+        clears away unfinished saves, and would take another's for leftovers."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=not read_only,
         )
         # Orbax wants an absolute path.
         handlers = {item: ocp.StandardCheckpointHandler() for item in ("train", "ema")}

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -57,19 +58,20 @@ def main(argv: Argv = None) -> int:
     return COMMANDS[argv[0]](argv[1:])
 
 
-def _guarded(name: str, command: Callable[[str, list[str]], None], argv: Argv) -> int:
-    from sedd_jax.train import TrainingStopped
-
+def _guarded(name: str, command: Callable[[str, list[str]], int | None], argv: Argv) -> int:
     _log_plainly()
     try:
-        command(name, sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError, flags.Error, TrainingStopped) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingStopped) else 2
+        return command(name, sys.argv[1:] if argv is None else argv) or 0
+    except (ValueError, OSError, flags.Error) as error:
+        return _say(name, error, status=2)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def _say(name: str, error: Exception, status: int) -> int:
+    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
 
 
 def _log_plainly() -> None:
@@ -129,15 +131,29 @@ def _find_config(argument: str) -> str:
     raise ValueError(f"no config file {path!r}; give a path, or one of {', '.join(known)}")
 
 
-def _train(name: str, argv: list[str]) -> None:
+def _train(name: str, argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: {train_command.__doc__}\nEvery key is in configs/base.py.")
+        return 0
     config, workdir = parse_config(name, argv)
-    from sedd_jax.train import train
+    from sedd_jax.train import TrainingStopped, train
 
-    train(config, workdir)
+    try:
+        train(config, workdir)
+    except TrainingStopped as error:
+        return _say(name, error, status=1)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes in the arguments are errors like any other: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help lists the arguments")
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=name, description=description, allow_abbrev=False)
+    parser = _Parser(prog=name, description=description, allow_abbrev=False)
     parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
     return parser
 
@@ -213,7 +229,7 @@ def _show(texts: list[str]) -> None:
 
 def _report(name: str, argv: list[str]) -> None:
     parser = _parser(name, "A run's table, samples, picture.png and summary.json.")
-    parser.add_argument("--template", default="The [MASK:24] statement is used to [MASK:24].")
+    parser.add_argument("--template", help='text to infill, "The [MASK:24] statement."')
     parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")
     options = parser.parse_args(argv)
@@ -231,6 +247,7 @@ def _report(name: str, argv: list[str]) -> None:
     print(f"\nwords of the samples that occur in the training text: {summary['word_rate']:.0%}")
     print("\nsamples")
     _show(summary["samples"][:4])
-    print(f"\n{options.template}")
-    _show(summary["infill"])
+    if options.template is not None:
+        print(f"\n{options.template}")
+        _show(summary["infill"])
     print(f"\nwritten: {options.workdir / 'summary.json'}, {options.workdir / 'picture.png'}")

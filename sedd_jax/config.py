@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd_jax.data import CORPORA, TOKENIZERS
@@ -22,6 +23,7 @@ from sedd_jax.diffusion.samplers import DRAWS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
+from sedd_jax.sharding import batch_parts
 from sedd_jax.state import LossFn
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -71,7 +73,10 @@ RULES: dict[str, Rule] = {
     "schedule.name": _one_of(SCHEDULES),
     "schedule.eps": _INSIDE,
     "schedule.sigma_min": _POSITIVE,
-    "schedule.sigma_max": _POSITIVE,
+    "schedule.sigma_max": Rule(
+        lambda x: _is_number(x) and 0 < x <= 80,
+        "a number above 0 and at most 80: float32 has no exp(sigma) beyond",
+    ),
     "objective.name": _one_of(OBJECTIVES),
     "objective.t_min": _INSIDE,
     "objective.times": _one_of(TIMES),
@@ -164,7 +169,7 @@ def check(config: ConfigDict) -> None:
 
 
 def differences(saved: ConfigDict, config: ConfigDict) -> list[str]:
-    """Lines "key: saved -> now" for the keys that a resumed run may not change."""
+    """Phrases "key: saved -> now" for the keys that a resumed run may not change."""
     before, now = dict(flatten(saved)), dict(flatten(config))
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
@@ -181,8 +186,14 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(text: str) -> ConfigDict:
-    """The config of `to_json`."""
-    return ConfigDict(json.loads(text))
+    """The config of `to_json`; ValueError if the text is not one."""
+    values = json.loads(text)
+    sections = {key.split(".")[0] for key in RULES}
+    if not isinstance(values, dict) or not sections <= set(values):
+        raise ValueError(
+            f"{' '.join(text.split())[:60]!r} is no config of sedd_jax; give the folder of a run"
+        )
+    return ConfigDict(values)
 
 
 def _make(table: Mapping[str, type], section: ConfigDict, **given: Any) -> Any:
@@ -195,6 +206,18 @@ def _make(table: Mapping[str, type], section: ConfigDict, **given: Any) -> Any:
 def make_graph(config: ConfigDict, vocab_size: int) -> Graph:
     """The graph over the tokenizer's vocabulary."""
     return _make(GRAPHS, config.graph, vocab_size=vocab_size)
+
+
+def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
+    """ValueError if the mesh cannot split the batch."""
+    parts = batch_parts(mesh)
+    rows = config.train.batch_size // config.train.microbatches
+    if rows % parts:
+        raise ValueError(
+            f"config.train.batch_size {config.train.batch_size} in {config.train.microbatches} "
+            f"microbatches gives {rows} rows, not divisible by the {parts} devices of the mesh's "
+            "data and fsdp axes; change one of them"
+        )
 
 
 def make_schedule(config: ConfigDict) -> Schedule:

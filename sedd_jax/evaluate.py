@@ -1,21 +1,21 @@
 """The bound on a corpus, in the units of the literature, and the simple models to hold it against."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
+from sedd_jax import sharding
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
 from sedd_jax.diffusion.schedules import Schedule
 
-BoundFn = Callable[[Any, jax.Array, jax.Array, jax.Array], Bound]
-
-
-WHOLES = ("bound", "normalised", "paper_protocol")  # of CorpusBound: not parts, not errors
+BoundFn = Callable[..., Bound]
 
 
 class CorpusBound(NamedTuple):
@@ -36,12 +36,12 @@ class CorpusBound(NamedTuple):
 
 
 def make_bound_fn(
-    make_score_fn: Callable, graph: Graph, schedule: Schedule, *, passes: int, t_min: float
+    make_score_fn: Callable, graph: Graph, schedule: Schedule, *, t_min: float
 ) -> BoundFn:
-    """Jitted (params, key, x0, index) -> Bound; make_score_fn(params) gives the score function."""
+    """Jitted (params, key, x0, index, *, passes) -> Bound; make_score_fn takes the parameters."""
 
-    @jax.jit
-    def bound_fn(params, key, x0, index):
+    @functools.partial(jax.jit, static_argnames="passes")
+    def bound_fn(params, key, x0, index, *, passes):
         score_fn = make_score_fn(params)
         return bound(key, x0, index, score_fn, graph, schedule, passes=passes, t_min=t_min)
 
@@ -56,21 +56,35 @@ def corpus_bound(
     *,
     batch_size: int,
     t_min: float,
+    mesh: Mesh | None = None,
     progress: bool = False,
-) -> CorpusBound:
-    """Bound the blocks int32 [N, L] together, batch_size at a time."""
-    parts = []
+    should_stop: Callable[[], bool] = lambda: False,
+) -> CorpusBound | None:
+    """Bound the blocks int32 [N, L] together; bound_fn(params, key, x0, index) -> Bound.
+
+    A call takes batch_size blocks, rounded up to the devices of the mesh that share a batch. None
+    if should_stop() turned true before the end.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
+    parts = 1 if mesh is None else sharding.batch_parts(mesh)
+    batch_size = -(-batch_size // parts) * parts
+    results = []
     starts = range(0, len(blocks), batch_size)
     for start in tqdm(starts, desc="bound", unit="batch", disable=not progress):
-        index = np.arange(start, start + batch_size)
+        if should_stop():
+            return None
+        index = np.arange(start, start + batch_size, dtype=np.int32)
         # The last batch is filled up with blocks that are dropped again: one shape compiles once.
-        x0 = blocks[np.minimum(index, len(blocks) - 1)]
-        parts.append(jax.device_get(bound_fn(params, key, x0, index)))
+        batch = (blocks[np.minimum(index, len(blocks) - 1)], index)
+        if mesh is not None:
+            batch = tuple(sharding.put_batch(part, mesh) for part in batch)
+        results.append(jax.device_get(bound_fn(params, key, *batch)))
 
     def add_up(*values):
         return float(np.concatenate(values)[: len(blocks)].sum(dtype=np.float64))
 
-    total = jax.tree.map(add_up, *parts)
+    total = jax.tree.map(add_up, *results)
     ends = total.tail + total.prior
     normalised = total.normalised
     return CorpusBound(
@@ -100,18 +114,15 @@ def in_units(
     total: CorpusBound, tokens: int, characters: int
 ) -> dict[str, dict[str, float | None]]:
     """{unit: {field of total: value}}; the perplexity of a part or of an error means nothing."""
-    units: dict[str, dict[str, float | None]] = {
-        "nats_per_token": {},
-        "bits_per_character": {},
-        "perplexity_per_token": {},
+    nats = total.per(tokens)
+    wholes = ("bound", "normalised", "paper_protocol")
+    return {
+        "nats_per_token": nats,
+        "bits_per_character": total.per(characters * math.log(2.0)),
+        "perplexity_per_token": {
+            name: None if nats[name] is None else perplexity(nats[name]) for name in wholes
+        },
     }
-    for name, nats in total._asdict().items():
-        for unit, values in units.items():
-            if unit != "perplexity_per_token" or name in WHOLES:
-                values[name] = (
-                    None if nats is None else one_in_units(nats, tokens, characters)[unit]
-                )
-    return units
 
 
 class Bigram:
@@ -125,12 +136,26 @@ class Bigram:
     def __init__(self, blocks: Iterable[np.ndarray], vocab_size: int):
         self.vocab_size = vocab_size
         singles = np.ones(vocab_size)
-        pairs = []
+        self.pairs, self.counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        pending: list[np.ndarray] = []
+
+        def merge():
+            # A part at a time: memory holds the different pairs, not the corpus.
+            pairs, counts = np.unique(np.concatenate(pending), return_counts=True)
+            pending.clear()
+            both = np.concatenate([self.pairs, pairs])
+            self.pairs, where = np.unique(both, return_inverse=True)
+            counts = np.concatenate([self.counts, counts])
+            self.counts = np.bincount(where, weights=counts).astype(np.int64)
+
         for block in blocks:  # int32 [L]
             singles += np.bincount(block, minlength=vocab_size)
-            pairs.append(self._pair(block[:-1], block[1:]))
+            pending.append(self._pair(block[:-1], block[1:]))
+            if len(pending) * len(block) > 2**20:
+                merge()
+        if pending:
+            merge()
         self.unigram = singles / singles.sum()
-        self.pairs, self.counts = np.unique(np.concatenate(pairs), return_counts=True)
         first = self.pairs // vocab_size
         self.totals = np.bincount(first, weights=self.counts, minlength=vocab_size)
         self.kinds = np.bincount(first, minlength=vocab_size)

@@ -10,7 +10,7 @@ import numpy as np
 
 from sedd_jax import data, evaluate
 from sedd_jax.api import SEDD
-from sedd_jax.train import records_folder
+from sedd_jax.train import open_records
 
 ROWS = (
     ("bound", "SEDD, bound"),
@@ -33,10 +33,10 @@ def evaluate_heldout(
     progress: bool = False,
 ) -> dict[str, Any]:
     """The bound on the run's held-out blocks in every unit; baselines adds the n-gram models."""
-    records = data.open_records(records_folder(model.config, workdir))
+    records = open_records(model.config, workdir)
     heldout = data.heldout_blocks(records, limit=blocks)
     total = model.bound(heldout, passes=passes, batch_size=batch_size, seed=seed, progress=progress)
-    characters = sum(len(text) for text in model.decode(heldout))
+    characters = records.tokenizer.count_characters(heldout.reshape(-1))
     values = evaluate.in_units(total, heldout.size, characters)
     if baselines:
         source = records.source("train")
@@ -95,6 +95,16 @@ def word_rate(texts: list[str], vocabulary: set[str]) -> float:
     return sum(word in vocabulary for word in found) / max(len(found), 1)
 
 
+def training_words(records: data.Records) -> set[str]:
+    """The words of three letters or more in the training text."""
+    source = records.source("train")
+    words: set[str] = set()
+    for start in range(0, len(source), 1024):  # blocks at a time, not the corpus
+        part = [records.parse(source[i]) for i in range(start, min(start + 1024, len(source)))]
+        words.update(_words(records.tokenizer.decode(np.concatenate(part)))[1:-1])
+    return words
+
+
 def _words(text: str) -> list[str]:
     return re.findall(r"[A-Za-z]{3,}", text)
 
@@ -128,36 +138,30 @@ def picture(
 
     width = max(map(len, frames))
     for y, text in enumerate(frames):
-        before = frames[y - 1] if y else " " * width
+        before = (frames[y - 1] if y else "").ljust(width)
         for x, letter in enumerate(text):
             color = "#cccccc" if letter == "░" else "#111111" if letter == before[x] else "#c0392b"
             shown = "·" if letter == "░" else letter if letter.isprintable() else "↵"
             film.text(x, y, shown, color=color, family="monospace", fontsize=8, ha="center")
     film.set(xlim=(-1, width), ylim=(len(frames) - 0.3, -0.8), xticks=[], yticks=[])
     film.set_ylabel("noise to text")
-    film.set_title("one sample, from all masked to text (red: just revealed)", fontsize=10)
+    film.set_title("one sample, from noise to text (red: just changed)", fontsize=10)
     film.spines[:].set_visible(False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def report(
-    model: SEDD, workdir: Path, *, template: str, passes: int, began: float | None
+    model: SEDD, workdir: Path, *, template: str | None, passes: int, began: float | None
 ) -> dict[str, Any]:
     """Write summary.json and picture.png into workdir and return the summary.
 
-    began is the Unix time that `seconds` counts from; None leaves it out.
+    template is infilled three times, None not at all; began is the Unix time that `seconds` counts from; None leaves it out.
     """
-    result = evaluate_heldout(model, workdir, passes=passes, baselines=True, progress=True)
+    infill = [] if template is None else model.infill(template, 3, seed=0)
     drawn = model.sample_tokens(8, seed=0, frames=12)
     samples = model.decode(drawn.tokens)
-    infill = model.infill(template, 3, seed=0)
-
-    records = data.open_records(records_folder(model.config, workdir))
-    source = records.source("train")
-    text = records.tokenizer.decode(
-        np.concatenate([records.parse(source[i]) for i in range(len(source))])
-    )
+    result = evaluate_heldout(model, workdir, passes=passes, baselines=True, progress=True)
     metrics = [
         json.loads(line)
         for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -180,7 +184,7 @@ def report(
         "seconds": None if began is None else round(time.time() - began, 1),
         "samples": samples,
         "infill": infill,
-        "word_rate": word_rate(samples, set(_words(text))),
+        "word_rate": word_rate(samples, training_words(open_records(model.config, workdir))),
         "heldout": result,
     }
     (workdir / "summary.json").write_text(

@@ -87,6 +87,11 @@ def tree_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def batch_parts(mesh: Mesh) -> int:
+    """Over how many devices the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def put_batch(batch: np.ndarray, mesh: Mesh) -> jax.Array:
     """This process's rows of the global batch, as one array over the mesh."""
     return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), batch)

@@ -5,11 +5,15 @@ data.records names another place), checkpoints/, metrics.jsonl and tensorboard/.
 """
 
 import contextlib
+import functools
 import json
 import logging
+import math
+import re
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,7 +46,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     configuration.check(config)
     workdir = Path(workdir)
     mesh = sharding.make_mesh(config.mesh)
-    _check_batches(config, mesh)
+    configuration.check_mesh(config, mesh)
     check_workdir(config, workdir)
     records = prepare_data(config, workdir)
     claim_workdir(config, workdir, records)
@@ -72,21 +76,21 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         lambda params: make_score_fn(model, params, graph),
         graph,
         schedule,
-        passes=config.evaluate.passes,
         t_min=config.objective.t_min,
     )
     heldout = data.heldout_blocks(records, limit=config.evaluate.blocks)
 
-    def heldout_bound(ema) -> evaluate.CorpusBound:
-        total = evaluate.corpus_bound(
-            bound_fn,
+    def heldout_bound(ema, should_stop) -> evaluate.CorpusBound | None:
+        return evaluate.corpus_bound(
+            functools.partial(bound_fn, passes=config.evaluate.passes),
             ema,
             key_eval,
             heldout,
             batch_size=config.evaluate.batch_size,
             t_min=config.objective.t_min,
+            mesh=mesh,
+            should_stop=should_stop,
         )
-        return evaluate.CorpusBound(**total.per(heldout.size))
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_Signals())
@@ -125,10 +129,13 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             report.collect(metrics)
             if step % config.train.log_every == 0 or step == config.train.steps:
                 report.train(step)
+            if step % config.checkpoint.every == 0 or step == config.train.steps:
+                checkpoints.save(step, train_state)  # in the background, while evaluating
             if step % config.train.eval_every == 0 or step == config.train.steps:
-                report.heldout(step, heldout_bound(train_state.ema))
-            if step % config.checkpoint.every == 0:
-                checkpoints.save(step, train_state)
+                with report.pause():
+                    total = heldout_bound(train_state.ema, lambda: stop.asked)
+                if total is not None:
+                    report.heldout(step, evaluate.CorpusBound(**total.per(heldout.size)))
         checkpoints.save(step, train_state)
         checkpoints.wait()
     if step < config.train.steps:
@@ -143,24 +150,33 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         lines = configuration.differences(configuration.from_json(saved.read_text()), config)
         if lines:
             raise ValueError(
-                f"workdir {str(workdir)!r} holds a run of another config ({'; '.join(lines)}); "
+                f"workdir {str(workdir)!r} holds a run of another config ({_first(lines)}); "
                 "choose another workdir, or the config that it began with"
             )
     elif workdir.exists():
-        # A start that was interrupted leaves records, and nothing else.
-        foreign = not workdir.is_dir() or any("records" not in p.name for p in workdir.iterdir())
-        if foreign:
+        # A start that was interrupted leaves these, and nothing else.
+        ours = re.compile(r"records|\.records\.tmp-\w+|(config|tokenizer|data)\.json(\.part)?")
+        if not workdir.is_dir() or not all(ours.fullmatch(p.name) for p in workdir.iterdir()):
             raise ValueError(
                 f"workdir {str(workdir)!r} is not empty and holds no run; choose a new folder"
             )
 
 
 def claim_workdir(config: ConfigDict, workdir: Path, records: data.Records) -> None:
-    """Write config.json and tokenizer.json; a resumed run may have changed MAY_CHANGE's keys."""
+    """Write what the run is: its data's fingerprint, its tokenizer and, last, its config.
+
+    A resumed run has the same data and tokenizer; its config may differ in MAY_CHANGE's keys.
+    """
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
+        _write(workdir / "data.json", json.dumps(records.fingerprint, indent=1))
         _write(workdir / "tokenizer.json", json.dumps(records.tokenizer.to_dict()))
         _write(workdir / "config.json", configuration.to_json(config))
+
+
+def _first(lines: list[str], most: int = 5) -> str:
+    rest = f" and {len(lines) - most} more" if len(lines) > most else ""
+    return "; ".join(lines[:most]) + rest
 
 
 def records_folder(config: ConfigDict, workdir: Path) -> Path:
@@ -169,10 +185,14 @@ def records_folder(config: ConfigDict, workdir: Path) -> Path:
 
 
 def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
-    """The packed corpus, made on first use; ValueError if it does not fit the config."""
+    """The packed corpus, made on first use; ValueError if it does not fit the config and the run."""
     folder = records_folder(config, workdir)
-    is_ours = bool(config.data.records) or (workdir / "config.json").exists()
-    if not (is_ours and (folder / "fingerprint.json").exists()):
+    source = {
+        "corpus": config.data.corpus,
+        "path": config.data.path,
+        "heldout_fraction": config.data.heldout_fraction,
+    }
+    if not (folder / "fingerprint.json").exists():
         corpus = data.make_corpus(
             config.data.corpus, config.data.path, config.data.heldout_fraction
         )
@@ -180,34 +200,32 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
         log.info(
             "packing corpus %s into blocks of %d tokens", config.data.corpus, config.data.length
         )
-        source = {
-            "corpus": config.data.corpus,
-            "path": config.data.path,
-            "heldout_fraction": config.data.heldout_fraction,
-        }
         data.prepare(corpus, tokenizer, config.data.length, folder, source=source)
-    records = data.open_records(folder)
+    records = open_records(config, workdir)
     for field, found, wanted in (
+        ("source", records.fingerprint["source"], source),
         ("length", records.length, config.data.length),
         ("tokenizer", records.tokenizer.name, config.data.tokenizer),
     ):
         if found != wanted:
             raise ValueError(
                 f"the records in {str(folder)!r} have {field} {found!r}, the config wants "
-                f"{wanted!r}; name another folder in data.records or change data.{field}"
+                f"{wanted!r}; name another folder in data.records or change the config's data"
             )
     return records
 
 
-def _check_batches(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = config.train.batch_size // config.train.microbatches
-    if rows % parts:
+def open_records(config: ConfigDict, workdir: Path) -> data.Records:
+    """The run's packed corpus; ValueError if it is not the one that the run began with."""
+    records = data.open_records(records_folder(config, workdir))
+    began = workdir / "data.json"
+    if began.exists() and json.loads(began.read_text(encoding="utf-8")) != records.fingerprint:
         raise ValueError(
-            f"config.train.batch_size {config.train.batch_size} in {config.train.microbatches} "
-            f"microbatches gives {rows} rows, not divisible by the {parts} devices of the mesh's "
-            "data and fsdp axes; change one of them"
+            f"the records in {str(records.folder)!r} are not those that {str(began)!r} describes: "
+            "the text, the tokenizer or Python's version has changed; put the old ones back, or "
+            "begin in a new workdir"
         )
+    return records
 
 
 def _write(path: Path, text: str) -> None:
@@ -234,7 +252,7 @@ class _Signals:
 
     def _ask(self, number, frame) -> None:
         self.asked = True
-        signal.signal(number, self._before[number])
+        self.__exit__()
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._before.items():
@@ -259,6 +277,7 @@ class _Report:
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
         if self.writes:
+            _write(workdir / "metrics.jsonl", _lines_up_to(workdir / "metrics.jsonl", step))
             self.lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
             self.events = SummaryWriter(str(workdir / "tensorboard"))
 
@@ -293,33 +312,51 @@ class _Report:
             f"{values['tokens_per_second']:,.0f} tokens/s",
             refresh=False,
         )
-        in_a_row = int(window[-1]["skipped_in_a_row"])
+        in_a_row = max(int(m["skipped_in_a_row"]) for m in window)
         if in_a_row >= self.config.train.max_skipped:
             raise TrainingStopped(
-                f"loss or gradient was not finite in {in_a_row} steps in a row up to step {step}; "
+                f"loss or gradient was not finite in {in_a_row} steps in a row by step {step}; "
                 "nothing was updated in them: resume with a lower optimizer.learning_rate in a new "
                 "workdir, or look at the data"
             )
 
     def heldout(self, step: int, nats: evaluate.CorpusBound) -> None:
-        """Log the bound, nats per token; the time it took is not training time."""
+        """Log the bound, nats per token."""
         values = {k: v for k, v in nats._asdict().items() if v is not None}
         self._write("heldout", step, values)
         self.bar.write(
             f"step {step}: held-out bound {nats.bound:.3f} +- {nats.bound_standard_error:.3f} "
             "nats/token"
         )
-        self.since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside is not training time."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         if not self.writes:
             return
         seconds = round(time.perf_counter() - self.began, 3)
         row = {"kind": kind, "step": step, "seconds": seconds}
-        self.lines.write(json.dumps({**row, **values}) + "\n")
+        # JSON has no NaN: a window in which every step was skipped has null.
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.lines.write(json.dumps(row) + "\n")
         self.lines.flush()
         for name, value in values.items():
             self.events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _lines_up_to(file: Path, step: int) -> str:
+    """The lines of metrics that a run resumed at step keeps; a line torn by a kill is none."""
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    return "".join(kept)
 
 
 def _mean(values) -> float:

@@ -8,6 +8,7 @@ from conftest import command_line, start
 
 from sedd_jax import cli
 from sedd_jax.cli import eval_command, report_command, sample_command, train_command
+from sedd_jax.report import picture
 
 
 def fails(capsys, command, *arguments):
@@ -74,8 +75,11 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command):
         (["--prefix", "日本"], "outside the alphabet"),
         (["--prefix", "x" * 20, "--suffix", "y" * 20], "more than length 32"),
         (["--template", "a[MASK]", "--prefix", "b"], "--template cannot go with --prefix"),
-        (["--steps", "0"], "steps 0 is below 1"),
-        (["--num_samples", "0"], "num_samples 0 is below 1"),
+        (["--steps", "0"], "steps 0 is not in [1, 1000000]"),
+        (["--steps", "3000000000"], "steps 3000000000 is not in"),
+        (["--steps", "x"], "invalid int value"),
+        (["--seed", "-1"], "seed -1 is not in [0, 4294967295]"),
+        (["--num_samples", "0"], "num_samples 0 is not in"),
         (["--predictor", "ddim"], "unknown predictor 'ddim'; known: euler, tweedie, none"),
     ],
 )
@@ -86,6 +90,25 @@ def test_a_mistake_in_the_arguments_of_sampling_is_one_line(capsys, tiny_run, ar
 def test_odd_passes_and_no_blocks_are_one_line(capsys, tiny_run):
     assert "passes 3" in fails(capsys, eval_command, f"--workdir={tiny_run}", "--passes=3")
     assert "limit 0" in fails(capsys, eval_command, f"--workdir={tiny_run}", "--blocks=0")
+    line = fails(capsys, eval_command, f"--workdir={tiny_run}", "--batch_size=0")
+    assert "batch_size 0 is below 1" in line
+
+
+def test_a_foreign_config_is_one_line(capsys, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for text in ("[]", '{"model": "bert"}'):
+        (tmp_path / "config.json").write_text(text)
+        assert "is no config of sedd_jax" in fails(capsys, sample_command, f"--workdir={tmp_path}")
+
+
+@pytest.mark.parametrize("command", list(cli.COMMANDS.values()))
+def test_every_command_explains_itself(capsys, command):
+    try:
+        assert command(["--help"]) == 0
+    except SystemExit as done:  # argparse's way
+        assert done.code == 0
+    assert "--workdir" in capsys.readouterr().out
 
 
 def sampled(capsys, tiny_run, *arguments):
@@ -148,6 +171,13 @@ def test_the_report_writes_the_summary_and_the_picture(capsys, tiny_run):
     assert all(re.fullmatch(r"if .{9}:", text, re.DOTALL) for text in summary["infill"])
     assert (tiny_run / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert f"{bits['bound']:.3f}" in capsys.readouterr().out
+
+
+def test_the_picture_takes_frames_of_different_lengths(tmp_path, tiny_run):
+    pytest.importorskip("matplotlib", reason="the picture needs the [plot] extra")
+    result = {"bits_per_character": {}, "tokens": 2, "characters": 2}
+    picture(tmp_path / "a.png", [], result, ["░░░", "a░░░░", "ab"])
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_commands_are_there_as_processes(tiny_run):

@@ -90,7 +90,7 @@ BAD = {
     "schedule.name": "cosine",
     "schedule.eps": 0.0,
     "schedule.sigma_min": -1e-3,
-    "schedule.sigma_max": float("inf"),
+    "schedule.sigma_max": 100.0,
     "objective.name": "elbo",
     "objective.t_min": 1.0,
     "objective.times": "grid",

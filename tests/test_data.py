@@ -295,7 +295,7 @@ def test_every_fault_of_a_tokenizer_is_named(tmp_path, pydoc):
     for tokenizer in (make_tokenizer("bytes", "", pydoc), some_tokenizer("gpt2", pydoc)):
         with says("half a surrogate pair at position 1"):
             tokenizer.encode("a\ud800")
-    with says("no encoder.json or vocab.json in", "set tokenizer.path"):
+    with says("no encoder.json or vocab.json in", "set data.tokenizer_path"):
         make_tokenizer("gpt2", str(tmp_path), pydoc)
     write(tmp_path, {"vocab.json": '{"a": 0, "b": 2}', "merges.txt": "#version: 0.2\n"})
     with says("vocab.json' as a vocabulary: its ids are not 0 .. n - 1"):
@@ -570,3 +570,15 @@ def test_every_fault_of_a_template_is_named(pydoc):
         parse_template("[MASK]aB", tokenizer, 8)
     with says("prefix and suffix take 4 positions, more than length 3"):
         prefix_suffix("ab", "cd", tokenizer, 3)
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="data.path is empty"):
+        make_corpus("text", "", 0.1)
+
+
+def test_separators_that_are_no_text_count_no_characters():
+    tokenizer = tokenizers_module.GPT2(("a", "b", "<|endoftext|>"), ())
+    assert tokenizer.count_characters(np.array([0, 2, 1, 2])) == 2
+    characters = tokenizers_module.Characters("\nab")
+    assert characters.count_characters(np.array([1, 0, 2, 0])) == 4

@@ -1,5 +1,6 @@
 """The corpus bound and the models it is held against, by hand and by brute force."""
 
+import functools
 import math
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax import evaluate
+from sedd_jax import evaluate, sharding
 from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
@@ -27,7 +28,9 @@ def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
         return score_fn
 
     bias = jnp.linspace(-0.5, 0.5, graph.dim)
-    bound_fn = evaluate.make_bound_fn(make_score_fn, graph, schedule, passes=4, t_min=1e-3)
+    bound_fn = functools.partial(
+        evaluate.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3), passes=4
+    )
     totals = [
         evaluate.corpus_bound(
             bound_fn, bias, jax.random.key(1), blocks, batch_size=size, t_min=1e-3
@@ -47,6 +50,54 @@ def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
         assert total.normalised < total.bound
 
 
+def test_the_corpus_bound_over_a_mesh_is_that_of_one_device():
+    graph, schedule = GRAPHS["absorbing"](5), LogLinear()
+    blocks = np.asarray(jax.random.randint(jax.random.key(0), (11, 6), 0, 5))
+
+    def make_score_fn(bias):
+        return lambda xt, sigma: DenseScores(bias + jnp.zeros((*xt.shape, graph.dim)), xt, 5)
+
+    bound_fn = functools.partial(
+        evaluate.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3), passes=2
+    )
+    mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
+    one, many = (
+        evaluate.corpus_bound(
+            bound_fn, 0.5, jax.random.key(1), blocks, batch_size=3, t_min=1e-3, mesh=mesh
+        )
+        for mesh in (None, mesh)
+    )
+    assert many == pytest.approx(one, rel=1e-5)
+
+
+def test_the_corpus_bound_stops_when_asked():
+    calls = []
+
+    def bound_fn(*arguments):
+        calls.append(arguments)
+        raise AssertionError("asked to stop before the first call")
+
+    stopped = evaluate.corpus_bound(
+        bound_fn,
+        None,
+        None,
+        np.zeros((4, 4), int),
+        batch_size=2,
+        t_min=0.1,
+        should_stop=lambda: True,
+    )
+    assert stopped is None and not calls
+
+
+def test_the_bigram_of_a_long_corpus_is_that_of_its_parts(monkeypatch):
+    blocks = np.asarray(jax.random.randint(jax.random.key(0), (9000, 128), 0, 3))  # > 2^20 tokens
+    model = evaluate.Bigram(blocks, 3)
+    expected = np.zeros((3, 3), int)
+    np.add.at(expected, (blocks[:, :-1].ravel(), blocks[:, 1:].ravel()), 1)
+    np.testing.assert_array_equal(model.counts, expected.ravel())
+    np.testing.assert_array_equal(model.totals, expected.sum(axis=1))
+
+
 def test_units_are_converted_by_their_definitions():
     total = evaluate.CorpusBound(100.0, 1.0, 90.0, 4.0, 6.0, None, None, 91.0)
     units = evaluate.in_units(total, tokens=50, characters=200)
@@ -57,7 +108,10 @@ def test_units_are_converted_by_their_definitions():
     )
     assert units["perplexity_per_token"]["bound"] == pytest.approx(math.exp(2.0))
     assert units["nats_per_token"]["normalised"] is None
-    assert set(units["perplexity_per_token"]) == set(evaluate.WHOLES)
+    assert set(units["perplexity_per_token"]) == {"bound", "normalised", "paper_protocol"}
+    assert evaluate.one_in_units(100.0, 50, 200) == pytest.approx(
+        {unit: values["bound"] for unit, values in units.items()}
+    )
 
 
 def test_the_unigram_and_bigram_are_the_counted_ones():

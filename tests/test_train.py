@@ -1,18 +1,21 @@
 """Training as a process: killed, stopped and resumed, its files, its refusals."""
 
 import json
+import shutil
 import signal
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import command_line, start
 
 from sedd_jax import config as configuration
 from sedd_jax import state
 from sedd_jax.checkpoint import Checkpoints
-from sedd_jax.train import TrainingStopped, check_workdir, train
+from sedd_jax.train import TrainingStopped, _lines_up_to, _Signals, check_workdir, train
 
 
 def restored(workdir):
@@ -168,9 +171,73 @@ def test_training_on_nothing_but_nan_stops_with_the_reason_and_keeps_the_paramet
 
     monkeypatch.setattr(configuration, "make_loss_fn", poisoned)
     tiny_config.train.max_skipped = 3
-    tiny_config.train.log_every = 1
-    with pytest.raises(TrainingStopped, match="not finite in 3 steps in a row up to step 3"):
+    tiny_config.train.log_every = 4  # three in a row within a window are seen at its end
+    with pytest.raises(TrainingStopped, match="not finite in 4 steps in a row by step 4"):
         train(tiny_config, tmp_path / "run")
+    (row,) = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert (row["nats_per_token"], row["skipped"]) == (None, 4)
+
+
+def test_a_reader_leaves_a_save_in_progress_alone(tmp_path):
+    folder = tmp_path / "checkpoints"
+    big = {"w": jnp.ones((2000, 2000))}
+    with Checkpoints(folder) as writer:
+        saved = state.init(big, optax.adam(1.0))
+        writer.save(1, saved)
+        writer.wait()
+        writer.save(2, saved)  # still being written
+        with Checkpoints(folder, read_only=True) as reader:
+            assert reader.latest_step() in (1, 2)
+        writer.wait()
+        assert writer.latest_step() == 2
+
+
+def test_data_that_changed_under_a_run_is_refused(tmp_path, tiny_config):
+    corpus = tmp_path / "text"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("one two three four five\n" * 200)
+    tiny_config.data.corpus, tiny_config.data.path = "text", str(corpus)
+    tiny_config.data.records = str(tmp_path / "packed")
+    tiny_config.train.steps = 1
+    assert train(tiny_config, tmp_path / "run") == 1
+    shutil.rmtree(tmp_path / "packed")
+    (corpus / "a.txt").write_text("one two three four fivE\n" * 200)
+    tokenizer = (tmp_path / "run/tokenizer.json").read_bytes()
+    tiny_config.train.steps = 2
+    with pytest.raises(ValueError, match="are not those that .*data.json' describes"):
+        train(tiny_config, tmp_path / "run")
+    assert (tmp_path / "run/tokenizer.json").read_bytes() == tokenizer
+    # Nor does another run take packed text for that of the corpus it names.
+    tiny_config.data.path = str(tmp_path)
+    with pytest.raises(ValueError, match="have source .* the config wants"):
+        train(tiny_config, tmp_path / "other")
+
+
+def test_either_signal_after_the_first_acts_as_usual():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with _Signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        assert {n: signal.getsignal(n) for n in before} == before
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_metrics_of_steps_that_a_kill_undid_are_dropped_and_a_torn_line_too(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
+    assert _lines_up_to(file, 4) == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_an_interrupted_start_leaves_a_workdir_that_can_be_started(tmp_path, tiny_config):
+    for name in ("data.json", "tokenizer.json", "config.json.part"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / ".records.tmp-0123abcd").mkdir()
+    check_workdir(tiny_config, tmp_path)
+    (tmp_path / "patient_records.csv").write_text("")
+    with pytest.raises(ValueError, match="holds no run"):
+        check_workdir(tiny_config, tmp_path)
 
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tiny_run, tiny_config):

@@ -78,6 +78,8 @@ def text(path: str, heldout_fraction: float) -> Corpus:
     Documents are streamed: memory holds one at a time. A fault in a file raises ValueError when
     its line is read, which for a large corpus is during the pass and not here.
     """
+    if not path:
+        raise ValueError("data.path is empty; name a folder or file of .txt or .jsonl text")
     root = Path(path)
     if not root.exists():
         raise ValueError(f"no file or folder at {path!r}; set data.path to your text")

@@ -60,6 +60,16 @@ class Tokenizer:
     def _decode_run(self, ids: np.ndarray) -> str:
         raise NotImplementedError
 
+    @property
+    def special(self) -> tuple[int, ...]:
+        """The ids that stand for no text."""
+        return ()
+
+    def count_characters(self, ids: np.ndarray) -> int:
+        """Characters of text in ids [n], special ids left out."""
+        ids = _check_ids(ids)
+        return len(self.decode(ids[~np.isin(ids, self.special)]))
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what `tokenizer_from_dict` needs, as JSON-able values; no path is in it."""
         return {"name": self.name, **asdict(self)}
@@ -165,6 +175,10 @@ class Subwords(Tokenizer):
     @cached_property
     def separator(self) -> tuple[int, ...]:
         return (self.vocab.index(self.last),)
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        return self.separator
 
     @cached_property
     def _library(self) -> Any:
@@ -289,7 +303,9 @@ def _find(path: str, *names: str) -> Path:
     for name in names:
         if (Path(path) / name).is_file():
             return Path(path) / name
-    raise ValueError(f"no {' or '.join(names)} in {str(path)!r}; set tokenizer.path to its folder")
+    raise ValueError(
+        f"no {' or '.join(names)} in {str(path)!r}; set data.tokenizer_path to its folder"
+    )
 
 
 def _check_ids(ids: Any) -> np.ndarray:

@@ -20,13 +20,12 @@ from sedd_jax.diffusion.scores import Scores, Sigma, Tokens
 class ScoreEntropy(NamedTuple):
     """Score entropy per token, before the weight dsigma/dt; float32 [B, L] each.
 
-    normalised is the same for the scores rescaled to the total that the true ones have, and
-    log_z the log of the factor; both are None where the graph fixes no total.
+    normalised is the same for the scores rescaled to the total that the true ones have; None where
+    the graph fixes no total.
     """
 
     value: jax.Array
     normalised: jax.Array | None
-    log_z: jax.Array | None
 
 
 def lift(kernel, *arguments: jax.Array) -> jax.Array:
@@ -173,7 +172,6 @@ class Absorbing(_Kernels):
         return ScoreEntropy(
             value=jnp.where(is_masked, (jnp.exp(log_z) - 1.0 - log_q) / odds, 0.0),
             normalised=jnp.where(is_masked, (log_z - log_q) / odds, 0.0),
-            log_z=jnp.where(is_masked, log_z, 0.0),
         )
 
     def _reveal(self, scores, xt, log_chance, kernel, *noise) -> Law:
@@ -275,7 +273,7 @@ class Uniform(_Kernels):
     def score_entropy(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> ScoreEntropy:
         """Score entropy of every token, [B, L]."""
         value = lift(self.token_score_entropy, scores.log_score(), sigma, xt, x0)
-        return ScoreEntropy(value, normalised=None, log_z=None)
+        return ScoreEntropy(value, normalised=None)
 
     def _table(self, kernel, scores, xt, *noise) -> Law:
         return Table(lambda: lift(kernel, scores.log_score(), xt, *noise))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graphs import Graph, ScoreEntropy
+from sedd_jax.diffusion.losses import weighted_entropy
 from sedd_jax.diffusion.samplers import denoise
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
@@ -25,7 +26,7 @@ class Bound(NamedTuple):
 
     normalised is the diffusion part of the scores rescaled to their true total (a valid bound
     from the same weights, never looser; None where the graph fixes no total). The variances are of
-    the estimates' noise, slightly overestimated.
+    the estimates' noise, overestimated: a few percent from about 8 passes on, much at 2.
     """
 
     diffusion: jax.Array
@@ -85,19 +86,18 @@ def bound(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
         sigma = schedule.sigma(t)
         perturb = jax.vmap(lambda k, x, sg: graph.perturb(k, x[None], sg[None])[0])
-        return perturb(keys, x0, sigma), sigma
+        return perturb(keys, x0, sigma)
 
     def diffusion_pass(k_and_t):
         k, t = k_and_t
         t = t[:, None]
-        xt, sigma = noised(jax.random.fold_in(key_passes, k), t)
-        entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
-        weight = (1.0 - t_min) * schedule.dsigma_dt(t)
-        return jax.tree.map(lambda e: jnp.sum(weight * e, axis=-1), entropy)
+        xt = noised(jax.random.fold_in(key_passes, k), t)
+        entropy = weighted_entropy(t, xt, x0, score_fn, graph, schedule)
+        return jax.tree.map(lambda e: (1.0 - t_min) * e, entropy)
 
     def tail_pass(k):
         t = jnp.full((x0.shape[0], 1), t_min)
-        xt, _ = noised(jax.random.fold_in(key_tail, k), t)
+        xt = noised(jax.random.fold_in(key_tail, k), t)
         law = denoise(xt, t, score_fn, graph, schedule)
         return -jnp.sum(law.log_probability(x0), axis=-1)
 
@@ -121,8 +121,8 @@ def bound(
 
 
 def perplexity(nats_per_token: float) -> float:
-    """exp(nats_per_token)."""
-    return math.exp(nats_per_token)
+    """exp(nats_per_token), inf where a float64 cannot hold it."""
+    return math.exp(nats_per_token) if nats_per_token < 709.0 else math.inf
 
 
 def bits_per_character(nats: float, characters: int) -> float:

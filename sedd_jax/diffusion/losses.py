@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.graphs import Graph
+from sedd_jax.diffusion.graphs import Graph, ScoreEntropy
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
 
@@ -51,9 +51,16 @@ def dwdse_at(
     t: jax.Array, xt: Tokens, x0: Tokens, score_fn: ScoreFn, graph: Graph, schedule: Schedule
 ) -> jax.Array:
     """The same at given times [B, 1] and noised tokens [B, L]."""
+    return weighted_entropy(t, xt, x0, score_fn, graph, schedule).value
+
+
+def weighted_entropy(
+    t: jax.Array, xt: Tokens, x0: Tokens, score_fn: ScoreFn, graph: Graph, schedule: Schedule
+) -> ScoreEntropy:
+    """dsigma/dt times the score entropy at times [B, 1], summed over L; float32 [B] each."""
     sigma = schedule.sigma(t)
     entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
-    return jnp.sum(schedule.dsigma_dt(t) * entropy.value, axis=-1)
+    return jax.tree.map(lambda e: jnp.sum(schedule.dsigma_dt(t) * e, axis=-1), entropy)
 
 
 OBJECTIVES = {"dwdse": dwdse}

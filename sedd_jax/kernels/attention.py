@@ -1,6 +1,7 @@
 """Full bidirectional attention. Imports jax only."""
 
 import jax
+import jax.numpy as jnp
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -8,4 +9,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
     The softmax is taken in float32 whatever the dtype of q.
     """
-    return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    # This function takes no precision, but what it calls follows the default in force.
+    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")

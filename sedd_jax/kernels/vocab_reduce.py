@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sedd_jax.kernels import precision
+
 # Elements of one block of logits: 64 MiB of float32.
 BLOCK_ELEMENTS = 2**24
 
@@ -17,7 +19,11 @@ BLOCK_ELEMENTS = 2**24
 def logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
     """hidden [..., C] times weight [V, C] plus bias [V], accumulated in float32, [..., V]."""
     product = jnp.einsum(
-        "...c,vc->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=jnp.float32
+        "...c,vc->...v",
+        hidden,
+        weight.astype(hidden.dtype),
+        precision=precision(hidden.dtype),
+        preferred_element_type=jnp.float32,
     )
     return product + bias
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sedd_jax.kernels import Precision, precision
 from sedd_jax.kernels.attention import attention
 
 FREQUENCIES = 256
@@ -70,7 +71,10 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, conditioning):
         zeros = nn.initializers.zeros_init()
-        out = nn.Dense(self.count * self.size, kernel_init=zeros, name="linear")(conditioning)
+        dense = nn.Dense(
+            self.count * self.size, kernel_init=zeros, precision=Precision.HIGHEST, name="linear"
+        )
+        out = dense(conditioning)
         return jnp.split(out, self.count, axis=-1)
 
 
@@ -85,7 +89,11 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, conditioning):
         size = x.shape[-1]
-        linear = {"dtype": self.dtype, "kernel_init": _torch_linear}
+        linear = {
+            "dtype": self.dtype,
+            "kernel_init": _torch_linear,
+            "precision": precision(self.dtype),
+        }
 
         def norm(name):
             return nn.LayerNorm(
@@ -140,7 +148,11 @@ class Transformer(nn.Module):
         def linear(name, fan_in):
             bias_init = _torch_bias(fan_in)
             return nn.Dense(
-                self.cond_dim, kernel_init=_torch_linear, bias_init=bias_init, name=name
+                self.cond_dim,
+                kernel_init=_torch_linear,
+                bias_init=bias_init,
+                precision=Precision.HIGHEST,
+                name=name,
             )
 
         conditioning = linear("sigma_1", FREQUENCIES)(sigma_embedding(sigma))
