@@ -59,7 +59,7 @@ def main(argv: Argv = None) -> int:
 
 
 def _guarded(name: str, command: Callable[[str, list[str]], int | None], argv: Argv) -> int:
-    _log_plainly()
+    _log_plainly(quiet=command is not _train)
     try:
         return command(name, sys.argv[1:] if argv is None else argv) or 0
     except (ValueError, OSError, flags.Error) as error:
@@ -74,8 +74,12 @@ def _say(name: str, error: Exception, status: int) -> int:
     return status
 
 
-def _log_plainly() -> None:
-    """The package's own messages as plain lines on standard error."""
+def _log_plainly(quiet: bool) -> None:
+    """The package's own messages as plain lines on standard error.
+
+    quiet leaves out Orbax's warning that it only reads.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR if quiet else logging.WARNING)
     logger = logging.getLogger("sedd_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -136,7 +140,8 @@ def _train(name: str, argv: list[str]) -> int:
         print(f"usage: {train_command.__doc__}\nEvery key is in configs/base.py.")
         return 0
     config, workdir = parse_config(name, argv)
-    from sedd_jax.train import TrainingStopped, train
+    from sedd_jax.progress import TrainingStopped
+    from sedd_jax.train import train
 
     try:
         train(config, workdir)

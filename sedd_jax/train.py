@@ -1,6 +1,6 @@
 """The experiment, told from the config to the last checkpoint.
 
-A run's folder (workdir) holds config.json, tokenizer.json, records/ (the packed corpus, unless
+A run's folder (workdir) holds config.json, tokenizer.json, data.json (what the data is), records/ (the packed corpus, unless
 data.records names another place), checkpoints/, metrics.jsonl and tensorboard/.
 """
 
@@ -8,31 +8,19 @@ import contextlib
 import functools
 import json
 import logging
-import math
 import re
-import signal
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
-from tensorboardX import SummaryWriter
-from tqdm.auto import tqdm
 
 from sedd_jax import config as configuration
 from sedd_jax import data, evaluate, sharding, state
 from sedd_jax.checkpoint import Checkpoints, with_shardings
 from sedd_jax.models.head import make_score_fn
+from sedd_jax.progress import Report, Signals, write_text
 
 log = logging.getLogger(__name__)
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says why and what to try."""
 
 
 def train(config: ConfigDict, workdir: str | Path) -> int:
@@ -93,7 +81,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         )
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_Signals())
+        stop = stack.enter_context(Signals())
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         )
@@ -120,7 +108,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             process_count=jax.process_count(),
         )
         stack.callback(batches.close)
-        report = stack.enter_context(_Report(config, workdir, step))
+        report = stack.enter_context(Report(config, workdir, step))
 
         while step < config.train.steps and not stop.asked:
             batch = sharding.put_batch(next(batches), mesh)
@@ -169,9 +157,9 @@ def claim_workdir(config: ConfigDict, workdir: Path, records: data.Records) -> N
     """
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        _write(workdir / "data.json", json.dumps(records.fingerprint, indent=1))
-        _write(workdir / "tokenizer.json", json.dumps(records.tokenizer.to_dict()))
-        _write(workdir / "config.json", configuration.to_json(config))
+        write_text(workdir / "data.json", json.dumps(records.fingerprint, indent=1))
+        write_text(workdir / "tokenizer.json", json.dumps(records.tokenizer.to_dict()))
+        write_text(workdir / "config.json", configuration.to_json(config))
 
 
 def _first(lines: list[str], most: int = 5) -> str:
@@ -226,139 +214,3 @@ def open_records(config: ConfigDict, workdir: Path) -> data.Records:
             "begin in a new workdir"
         )
     return records
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file at once, so that no reader finds half of it."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
-        return
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-class _Signals:
-    """While entered, the first SIGINT or SIGTERM only sets `asked`; the next acts as usual."""
-
-    def __init__(self):
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number, frame) -> None:
-        self.asked = True
-        self.__exit__()
-
-    def __exit__(self, *exception) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-class _Report:
-    """Progress bar, metrics.jsonl and TensorBoard events; reads the device only when logging."""
-
-    def __init__(self, config: ConfigDict, workdir: Path, step: int):
-        self.config = config
-        self.tokens = config.train.batch_size * config.data.length  # a step
-        self.pending: list[dict[str, jax.Array]] = []
-        self.began = self.since = time.perf_counter()
-        self.writes = jax.process_index() == 0
-        self.bar = tqdm(
-            desc="train",
-            total=config.train.steps,
-            initial=step,
-            unit="step",
-            disable=not self.writes,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-        )
-        if self.writes:
-            _write(workdir / "metrics.jsonl", _lines_up_to(workdir / "metrics.jsonl", step))
-            self.lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
-            self.events = SummaryWriter(str(workdir / "tensorboard"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.bar.close()
-        if self.writes:
-            self.lines.close()
-            self.events.close()
-
-    def collect(self, metrics: dict[str, jax.Array]) -> None:
-        self.pending.append(metrics)
-        self.bar.update()
-
-    def train(self, step: int) -> None:
-        """Log the mean over the steps since the last call; steps that were skipped do not count."""
-        window = jax.device_get(self.pending)
-        now = time.perf_counter()
-        finite = [m for m in window if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])]
-        values = {
-            "nats_per_token": _mean(m["loss"] for m in finite) / self.config.data.length,
-            "grad_norm": _mean(m["grad_norm"] for m in finite),
-            "tokens_per_second": len(window) * self.tokens / (now - self.since),
-            "skipped": int(window[-1]["skipped"]),
-        }
-        self.pending, self.since = [], now
-        self._write("train", step, values)
-        self.bar.set_postfix_str(
-            f"loss {values['nats_per_token']:.3f} nats/token, "
-            f"{values['tokens_per_second']:,.0f} tokens/s",
-            refresh=False,
-        )
-        in_a_row = max(int(m["skipped_in_a_row"]) for m in window)
-        if in_a_row >= self.config.train.max_skipped:
-            raise TrainingStopped(
-                f"loss or gradient was not finite in {in_a_row} steps in a row by step {step}; "
-                "nothing was updated in them: resume with a lower optimizer.learning_rate in a new "
-                "workdir, or look at the data"
-            )
-
-    def heldout(self, step: int, nats: evaluate.CorpusBound) -> None:
-        """Log the bound, nats per token."""
-        values = {k: v for k, v in nats._asdict().items() if v is not None}
-        self._write("heldout", step, values)
-        self.bar.write(
-            f"step {step}: held-out bound {nats.bound:.3f} +- {nats.bound_standard_error:.3f} "
-            "nats/token"
-        )
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """What is done inside is not training time."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
-
-    def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        if not self.writes:
-            return
-        seconds = round(time.perf_counter() - self.began, 3)
-        row = {"kind": kind, "step": step, "seconds": seconds}
-        # JSON has no NaN: a window in which every step was skipped has null.
-        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.lines.write(json.dumps(row) + "\n")
-        self.lines.flush()
-        for name, value in values.items():
-            self.events.add_scalar(f"{kind}/{name}", value, step)
-
-
-def _lines_up_to(file: Path, step: int) -> str:
-    """The lines of metrics that a run resumed at step keeps; a line torn by a kill is none."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    return "".join(kept)
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return float(np.mean(values)) if values else float("nan")

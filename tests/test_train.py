@@ -15,7 +15,8 @@ from conftest import command_line, start
 from sedd_jax import config as configuration
 from sedd_jax import state
 from sedd_jax.checkpoint import Checkpoints
-from sedd_jax.train import TrainingStopped, _lines_up_to, _Signals, check_workdir, train
+from sedd_jax.progress import Signals, TrainingStopped, lines_up_to
+from sedd_jax.train import check_workdir, train
 
 
 def restored(workdir):
@@ -215,7 +216,7 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path, tiny_config):
 
 def test_either_signal_after_the_first_acts_as_usual():
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    with _Signals() as stop:
+    with Signals() as stop:
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked
         assert {n: signal.getsignal(n) for n in before} == before
@@ -227,7 +228,7 @@ def test_either_signal_after_the_first_acts_as_usual():
 def test_metrics_of_steps_that_a_kill_undid_are_dropped_and_a_torn_line_too(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
-    assert _lines_up_to(file, 4) == '{"step": 2}\n{"step": 4}\n'
+    assert lines_up_to(file, 4) == '{"step": 2}\n{"step": 4}\n'
 
 
 def test_an_interrupted_start_leaves_a_workdir_that_can_be_started(tmp_path, tiny_config):
