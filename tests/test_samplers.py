@@ -456,9 +456,31 @@ def test_a_masked_token_is_revealed_at_its_rate_however_rare(probability):
     assert abs(int(run(jax.random.key(0))) - expected) < 3 * expected**0.5
 
 
+def test_a_uniform_token_of_probability_1e_6_is_drawn_at_its_rate():
+    graph, rows, rounds = Uniform(2), 4096, 10_000
+    xt = jnp.zeros((rows, 1), jnp.int32)
+    law = graph.euler(EvenScores(0.0, xt, 2, 2), xt, jnp.full((rows, 1), 2e-6))  # the rate is 1/2
+    np.testing.assert_allclose(law.probabilities()[0, 0], [1.0, 1e-6], rtol=1e-5)
+
+    @jax.jit
+    def run(key):
+        def one(i):
+            return law.draw(jax.random.fold_in(key, i)).sum()
+
+        return jax.lax.map(one, jnp.arange(rounds)).sum()
+
+    expected = 1e-6 * rows * rounds
+    assert abs(int(run(jax.random.key(0))) - expected) < 3 * expected**0.5
+
+
 def test_the_float32_gumbel_draw_is_right_where_no_token_is_rare():
     p = jnp.broadcast_to(jnp.array([0.5, 0.3, 0.2]), (100_000, 1, 3))
     drawn = samplers.gumbel_argmax(jax.random.uniform(jax.random.key(0), p.shape), p)
     counts = np.bincount(drawn[:, 0], minlength=3)
     assert dense.p_value(counts, np.asarray(p[0, 0])) > dense.P_VALUE
     assert set(DRAWS) == {"exact", "float32_gumbel"}
+
+
+def test_no_steps_at_all_are_refused():
+    with pytest.raises(ValueError, match="steps 0 is below 1"):
+        sample(jax.random.key(0), None, Absorbing(3), LogLinear(), (1, 1), steps=0)

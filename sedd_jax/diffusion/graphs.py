@@ -168,9 +168,12 @@ class Absorbing(_Kernels):
         odds = jnp.expm1(sigma)  # p(mask | x0) / p(x0 | x0)
         log_z = log_total + jnp.log(odds)
         log_q = log_pick + jnp.log(odds)
+        # expm1 keeps the penalty's digits near Z = 1; its gradient, computed as (Z - 1) + 1, loses
+        # those of a small Z.
+        z_minus_1 = jnp.where(jnp.abs(log_z) < 0.5, jnp.expm1(log_z), jnp.exp(log_z) - 1.0)
         is_masked = xt == self.mask
         return ScoreEntropy(
-            value=jnp.where(is_masked, (jnp.exp(log_z) - 1.0 - log_q) / odds, 0.0),
+            value=jnp.where(is_masked, (z_minus_1 - log_q) / odds, 0.0),
             normalised=jnp.where(is_masked, (log_z - log_q) / odds, 0.0),
         )
 

@@ -104,6 +104,8 @@ def sample(
     calls (none's steps cost nothing). frames > 0 also records that many states of the loop, the
     first at t = 1; frames = 0 gives an empty array.
     """
+    if isinstance(steps, int) and steps < 1:
+        raise ValueError(f"steps {steps} is below 1; give at least 1")
     key_limit, key_steps, key_last = jax.random.split(key, 3)
     clamp = known.clamp if known is not None else lambda x: x
     x = clamp(graph.limit(key_limit, shape))
