@@ -4,6 +4,9 @@ A checkpoint holds two items: `ema`, which evaluation and sampling read alone, a
 rest of the state. A restored state is bit-equal to the saved one on any mesh.
 """
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,9 +31,10 @@ class Checkpoints:
         )
         # Orbax wants an absolute path.
         handlers = {item: ocp.StandardCheckpointHandler() for item in ("train", "ema")}
-        self._manager = ocp.CheckpointManager(
-            Path(folder).absolute(), options=options, item_handlers=handlers
-        )
+        with _without_warnings() if read_only else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(
+                Path(folder).absolute(), options=options, item_handlers=handlers
+            )
         self.folder = Path(folder)
 
     def __enter__(self) -> Self:
@@ -96,6 +100,18 @@ class Checkpoints:
                     f"{found.get(name, 'nothing')}, the model needs {wanted.get(name, 'nothing')};"
                     " use the config that it was trained with"
                 )
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Orbax warns whoever only reads that it only reads."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _leaves(tree: Any) -> dict[str, str]:

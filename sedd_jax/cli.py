@@ -59,7 +59,7 @@ def main(argv: Argv = None) -> int:
 
 
 def _guarded(name: str, command: Callable[[str, list[str]], int | None], argv: Argv) -> int:
-    _log_plainly(quiet=command is not _train)
+    _log_plainly()
     try:
         return command(name, sys.argv[1:] if argv is None else argv) or 0
     except (ValueError, OSError, flags.Error) as error:
@@ -74,12 +74,8 @@ def _say(name: str, error: Exception, status: int) -> int:
     return status
 
 
-def _log_plainly(quiet: bool) -> None:
-    """The package's own messages as plain lines on standard error.
-
-    quiet leaves out Orbax's warning that it only reads.
-    """
-    logging.getLogger("absl").setLevel(logging.ERROR if quiet else logging.WARNING)
+def _log_plainly() -> None:
+    """The package's own messages as plain lines on standard error."""
     logger = logging.getLogger("sedd_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False
