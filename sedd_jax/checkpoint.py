@@ -23,17 +23,17 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int | None = None, read_only: bool = False):
         """keep: how many of the newest stay. A reader must be read_only: the one that writes
         clears away unfinished saves, and would take another's for leftovers."""
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
-            create=not read_only,
-        )
-        # Orbax wants an absolute path.
         handlers = {item: ocp.StandardCheckpointHandler() for item in ("train", "ema")}
         with _without_warnings() if read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
-                Path(folder).absolute(), options=options, item_handlers=handlers
+                Path(folder).absolute(),  # Orbax wants an absolute path
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep,
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                    create=not read_only,
+                ),
+                item_handlers=handlers,
             )
         self.folder = Path(folder)
 
