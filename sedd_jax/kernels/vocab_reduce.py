@@ -18,14 +18,23 @@ BLOCK_ELEMENTS = 2**24
 
 def logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
     """hidden [..., C] times weight [V, C] plus bias [V], accumulated in float32, [..., V]."""
-    product = jnp.einsum(
-        "...c,vc->...v",
-        hidden,
-        weight.astype(hidden.dtype),
-        precision=precision(hidden.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    return product + bias
+
+    def product(hidden, weight):
+        return jnp.einsum(
+            "...c,vc->...v",
+            hidden,
+            weight,
+            precision=precision(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def widened(hidden, weight):
+        # The same sums: float32 holds products of bfloat16 exactly. The CPU runtime of jax 0.7.2
+        # cannot add them up in float32 by itself.
+        return product(hidden.astype(jnp.float32), weight.astype(jnp.float32))
+
+    weight = weight.astype(hidden.dtype)
+    return jax.lax.platform_dependent(hidden, weight, cpu=widened, default=product) + bias
 
 
 def _exclude(table: jax.Array, excluded: jax.Array) -> jax.Array:
