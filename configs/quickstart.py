@@ -20,10 +20,10 @@ def get_config():
     config.optimizer.warmup_steps = 100
     config.optimizer.b2 = 0.99
     config.optimizer.ema_decay = 0.995
-    config.train.steps = 1800
+    config.train.steps = 2400
     config.train.batch_size = 16
     config.train.log_every = 20
-    config.train.eval_every = 450
-    config.checkpoint.every = 450
+    config.train.eval_every = 600
+    config.checkpoint.every = 600
     config.evaluate.blocks = 64
     return config
