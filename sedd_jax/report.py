@@ -128,7 +128,9 @@ def picture(
         ("heldout", "bound", {"color": "#1f4e8c", "marker": "o", "label": "held-out bound"}),
     ):
         rows = {row["step"]: row[name] for row in metrics if row["kind"] == kind}
-        curve.plot(list(rows), [value * per_character for value in rows.values()], **style)
+        # A window in which every step was skipped has None: a gap in the curve.
+        values = np.array(list(rows.values()), float)
+        curve.plot(list(rows), values * per_character, **style)
     for name, color in (("unigram", "#bbbbbb"), ("bigram", "#d9822b")):
         if name in bits:
             curve.axhline(bits[name], color=color, linestyle="--", label=f"{name}, held out")
@@ -156,7 +158,8 @@ def report(
 ) -> dict[str, Any]:
     """Write summary.json and picture.png into workdir and return the summary.
 
-    template is infilled three times, None not at all; began is the Unix time that `seconds` counts from; None leaves it out.
+    template is infilled three times, None not at all; began is the Unix time that `seconds` counts
+    from, None leaves it out.
     """
     infill = [] if template is None else model.infill(template, 3, seed=0)
     drawn = model.sample_tokens(8, seed=0, frames=12)

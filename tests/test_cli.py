@@ -176,7 +176,8 @@ def test_the_report_writes_the_summary_and_the_picture(capsys, tiny_run):
 def test_the_picture_takes_frames_of_different_lengths(tmp_path, tiny_run):
     pytest.importorskip("matplotlib", reason="the picture needs the [plot] extra")
     result = {"bits_per_character": {}, "tokens": 2, "characters": 2}
-    picture(tmp_path / "a.png", [], result, ["░░░", "a░░░░", "ab"])
+    skipped = {"kind": "train", "step": 2, "nats_per_token": None}
+    picture(tmp_path / "a.png", [skipped], result, ["░░░", "a░░░░", "ab"])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
