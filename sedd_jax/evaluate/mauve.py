@@ -1,0 +1,113 @@
+"""MAUVE of generated against human text, and the conditional protocol of the paper's Table 5.
+
+Features come from our own scorer, so neither torch nor transformers is used; clustering and the
+divergence curve are the mauve-text library's (Pillutla et al. 2021), from the extra [eval].
+"""
+
+import numpy as np
+
+# The paper's section 5.4 completes texts of 100 GPT-2 tokens of which 50 are given.
+CONDITIONAL_LENGTH = 100
+FORMS = {"prefix": (50, 0), "infill": (25, 25)}  # tokens given at the beginning, at the end
+
+_MOST_SEED = 2**31 - 3  # the library adds 2, and faiss keeps a 32-bit int
+
+
+def mauve(
+    p_features: np.ndarray, q_features: np.ndarray, *, seed: int, buckets: int | None = None
+) -> dict[str, float | int]:
+    """MAUVE in (0, 1], 1 where the laws agree, of human P [N, C] and generated Q [M, C].
+
+    Features are the scorer's (Scorer.features), of texts of one length in tokens: texts cut
+    differently differ for that alone. buckets is the number of k-means clusters, None for the
+    library's min(N, M) / 10; published values use that and a few thousand texts. The seed starts
+    k-means. frontier_integral, in [0, 1], is 0 where the laws agree.
+    """
+    p_features, q_features = np.asarray(p_features), np.asarray(q_features)
+    for name, features in (("p_features", p_features), ("q_features", q_features)):
+        if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
+            raise ValueError(
+                f"{name} must be finite [N, C] with N at least 2, not {list(features.shape)} with "
+                f"{int((~np.isfinite(features)).sum())} infinite or NaN"
+            )
+    if p_features.shape[1] != q_features.shape[1]:
+        raise ValueError(
+            f"p_features have {p_features.shape[1]} channels and q_features "
+            f"{q_features.shape[1]}; score both texts with one scorer"
+        )
+    if not 0 <= seed <= _MOST_SEED:
+        raise ValueError(f"seed {seed} is not in [0, {_MOST_SEED}]; choose another")
+    most = len(p_features) + len(q_features)
+    if buckets is not None and not 2 <= buckets <= most:
+        raise ValueError(f"buckets {buckets} is not in [2, {most}], the texts; choose another")
+    try:
+        from mauve import compute_mauve
+    except ImportError as error:
+        raise ValueError(
+            f'MAUVE needs the library mauve-text ({error}); pip install "sedd_jax[eval]"'
+        ) from error
+    out = compute_mauve(
+        p_features=p_features.astype(np.float32),
+        q_features=q_features.astype(np.float32),
+        num_buckets="auto" if buckets is None else int(buckets),
+        seed=int(seed),
+    )
+    return {
+        "mauve": float(out.mauve),
+        "frontier_integral": float(out.frontier_integral),
+        "buckets": int(out.num_buckets),
+    }
+
+
+def known_tokens(reference: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a sampler is given of a reference int [100]: (tokens int32 [100], is_known bool [100]).
+
+    prefix: the first 50 tokens are known. infill: the first 25 and the last 25. The others are 0
+    in tokens, so that nothing of the answer can leak.
+    """
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    reference = np.asarray(reference)
+    integers = np.issubdtype(reference.dtype, np.integer)
+    if reference.shape != (CONDITIONAL_LENGTH,) or not integers:
+        raise ValueError(
+            f"a reference must be {CONDITIONAL_LENGTH} integers, not {reference.dtype} "
+            f"{list(reference.shape)}"
+        )
+    first, last = FORMS[form]
+    place = np.arange(CONDITIONAL_LENGTH)
+    is_known = (place < first) | (place >= CONDITIONAL_LENGTH - last)
+    return np.where(is_known, reference, 0).astype(np.int32), is_known
+
+
+def mauve_of_repeats(
+    reference_features: np.ndarray,
+    sample_features: list[np.ndarray],
+    *,
+    seed: int,
+    buckets: int | None = None,
+) -> dict[str, float | list[float]]:
+    """Mean and standard deviation of MAUVE over repeats, each a completion of every reference.
+
+    reference_features [N, C] and each of sample_features [N, C] are of whole texts, given tokens
+    included, as in SSD-LM's evaluation. The paper has N = 1000 references and 5 repeats. To score
+    the repeats one by one and to average is our convention, since it yields an error; SSD-LM pools
+    them into one Q, which is mauve(reference_features, np.concatenate(sample_features), ...).
+    The standard deviation is of one repeat, with n - 1; every repeat clusters from the same seed.
+    """
+    if len(sample_features) < 2:
+        raise ValueError(f"{len(sample_features)} repeats have no spread; give at least 2")
+    if any(len(features) != len(reference_features) for features in sample_features):
+        raise ValueError(
+            f"repeats of {[len(features) for features in sample_features]} texts do not fit "
+            f"{len(reference_features)} references; complete every reference once in each"
+        )
+    values = [
+        mauve(reference_features, features, seed=seed, buckets=buckets)["mauve"]
+        for features in sample_features
+    ]
+    return {
+        "mean": float(np.mean(values)),
+        "standard_deviation": float(np.std(values, ddof=1)),
+        "values": values,
+    }
