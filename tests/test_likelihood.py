@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 
 from sedd_jax.diffusion.graphs import GRAPHS, Absorbing
-from sedd_jax.diffusion.likelihood import bits_per_character, bound, perplexity, stratified_time
+from sedd_jax.diffusion.likelihood import bits_per_character, bound, perplexity, stratified
 from sedd_jax.diffusion.samplers import denoise
 from sedd_jax.diffusion.schedules import SCHEDULES, Geometric, LogLinear
 
@@ -42,9 +42,9 @@ def estimate(graph, schedule, x0, *, wrong_by=0.0, passes=16, seed=0, index=None
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_bound_is_tight_with_the_exact_score(name, schedule):
     graph, schedule = GRAPHS[name](3), SCHEDULES[schedule]()
-    everything, copies = dense.sequences(3, 2), 400
+    everything, copies = dense.sequences(3, 2), 1600
     x0 = np.repeat(everything, copies, axis=0)
-    # From 0.02 on the weight 1 / t has no tail that 400 copies could miss; two tokens that are both
+    # From 0.02 on the weight 1 / t has no tail that the copies could miss; two tokens that are both
     # still noised there add 1e-4 nats.
     part = estimate(graph, schedule, x0, passes=32, t_min=0.02)
     total = np.asarray(part.diffusion + part.prior + part.tail, np.float64)
@@ -53,8 +53,8 @@ def test_the_bound_is_tight_with_the_exact_score(name, schedule):
     gap = [base_gap(graph, schedule, x0) for x0 in everything]
     error = total.std(axis=1) / copies**0.5
     excess = total.mean(axis=1) + np.log(LAW.ravel()) - gap
-    assert np.abs(gap).max() < 0.01 and error.max() < 0.1
-    assert (np.abs(excess) < 3 * error).all()
+    assert np.abs(gap).max() < 0.01 and error.max() < 0.05
+    assert (np.abs(excess) < 4 * error).all()  # 36 of these: 3 would be passed once in ten runs
     pooled = (error**2).sum() ** 0.5 / len(error)
     assert abs(excess.mean()) < 3 * pooled < 0.1
 
@@ -134,7 +134,7 @@ def test_the_normalised_bound_is_never_looser_on_the_same_noise(wrong_by):
     x0 = np.repeat(dense.sequences(3, 2), 200, axis=0)
     part = estimate(Absorbing(3), LogLinear(), x0, wrong_by=wrong_by)
     looser = part.diffusion - part.normalised
-    assert looser.min() > -1e-4  # rounding of log-scores, weighted by 1 / t
+    assert looser.min() >= -1e-6  # the last digit of a sum
     assert wrong_by < 1.0 or looser.mean() > 0.1
 
 
@@ -186,7 +186,7 @@ def test_noise_depends_on_key_and_index_alone(name):
 
 
 @graphs
-@pytest.mark.parametrize("passes", [2, 16])
+@pytest.mark.parametrize("passes", [2, 4, 16])
 def test_the_variance_is_slightly_overestimated_and_never_under(name, passes):
     graph, schedule = GRAPHS[name](3), LogLinear()
     score_fn = dense.exact_score_fn(graph, LAW, wrong_by=0.5)
@@ -204,27 +204,26 @@ def test_the_variance_is_slightly_overestimated_and_never_under(name, passes):
     for value, claimed in pairs:
         ratio = np.asarray(claimed).mean(axis=0) / np.asarray(value).var(axis=0)
         assert (ratio > 0.9).all(), ratio
-        assert (ratio < {2: 2.0, 16: 1.2}[passes]).all(), ratio
+        assert (ratio < {2: 8.0, 4: 8.0, 16: 1.25}[passes]).all(), ratio
 
 
 @pytest.mark.parametrize("passes", [2, 16])
-def test_times_of_a_pass_are_uniform_in_its_part(passes):
+def test_the_place_of_a_pass_is_uniform_in_its_part(passes):
     keys = jax.random.split(jax.random.key(0), 5_000)
     index = jnp.array([0, 1, 12_345, 2**31 - 1])
-    t = np.asarray(jax.jit(jax.vmap(lambda k: stratified_time(k, index, passes, T_MIN)))(keys))
-    assert t.shape == (5_000, passes, 4)
+    u = np.asarray(jax.jit(jax.vmap(lambda k: stratified(k, index, passes)))(keys))
+    assert u.shape == (5_000, passes, 4)
     for k in (0, passes - 1):
-        low, width = T_MIN + (1 - T_MIN) * k / passes, (1 - T_MIN) / passes
         for place in range(4):
-            test = scipy.stats.kstest(t[:, k, place], "uniform", (low, width))
+            test = scipy.stats.kstest(u[:, k, place], "uniform", (k / passes, 1 / passes))
             assert test.pvalue > dense.P_VALUE
 
 
-def test_times_of_a_pass_are_spread_evenly_over_the_corpus():
-    t = stratified_time(jax.random.key(0), jnp.arange(10**6, 10**6 + 1_000), 2, 0.0)
-    gaps = np.diff(np.sort(t[0]))
+def test_the_places_of_a_pass_are_spread_evenly_over_the_corpus():
+    u = stratified(jax.random.key(0), jnp.arange(10**6, 10**6 + 1_000), 2)
+    gaps = np.diff(np.sort(u[0]))
     assert gaps.max() < 3 * 0.5 / 1_000
-    assert len(np.unique(t[0])) == 1_000
+    assert len(np.unique(u[0])) == 1_000
 
 
 @pytest.mark.parametrize("counts", [{"passes": 3}, {"passes": 0}, {"passes": 2, "tail_passes": 1}])

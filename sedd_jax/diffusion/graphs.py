@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.laws import Law, Reveal, Table
+from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import Scores, Sigma, Tokens
 
 
@@ -26,6 +27,21 @@ class ScoreEntropy(NamedTuple):
 
     value: jax.Array
     normalised: jax.Array | None
+
+
+class Probe(NamedTuple):
+    """One noised copy of x0 for the bound, and how to read the score entropy found at it.
+
+    With cost = unit * score entropy, the sum over l of weight * cost is an unbiased estimate of
+    the diffusion part. Given sigma, the mean of weight is mean_weight, whatever the other copies:
+    so the sum of (weight - mean_weight) * h has mean 0 for every h that this copy had no part in.
+    """
+
+    xt: Tokens  # int32 [B, L]
+    sigma: Sigma  # float32 [B, 1]
+    unit: jax.Array  # float32 [B, 1]
+    weight: jax.Array  # float32 [B, L]
+    mean_weight: jax.Array  # float32 [B, L]
 
 
 def lift(kernel, *arguments: jax.Array) -> jax.Array:
@@ -49,6 +65,18 @@ class Graph(Protocol):
 
     def limit(self, key: jax.Array, shape: tuple[int, ...]) -> Tokens:
         """Draws from the distribution that sampling starts from, int32 of that shape."""
+
+    def probe(
+        self,
+        key: jax.Array,
+        x0: Tokens,
+        u: jax.Array,
+        is_token: jax.Array,
+        schedule: Schedule,
+        t_min: float,
+    ) -> Probe:
+        """A noised copy for the bound over [t_min, 1]; u in [0, 1) is its place among the noise
+        levels, float32 [B, 1], uniform over all copies."""
 
     def prior(self, sigma: jax.Array) -> jax.Array:
         """KL(p_sigma(. | x0) || p_base), nats per token, the shape of sigma."""
@@ -147,6 +175,46 @@ class Absorbing(_Kernels):
         del key
         return jnp.full(shape, self.mask, jnp.int32)
 
+    def probe(
+        self,
+        key: jax.Array,
+        x0: Tokens,
+        u: jax.Array,
+        is_token: jax.Array,
+        schedule: Schedule,
+        t_min: float,
+    ) -> Probe:
+        """At least one token masked, and the mean cost over the masked ones: no weight 1 / t.
+
+        Over the mask probability p every schedule has dsigma/dt / expm1(sigma) dt = dp / p. And a
+        set of n masked tokens has p^n (1 - p)^(L - n) = (L p / n) times its chance when a uniform
+        token is masked for certain and each of the others with probability p. So
+
+            diffusion = L * integral over p of E[mean cost over the masked tokens]
+
+        in which the number of masked tokens is no longer a factor. p is the square of a uniform
+        number: where few tokens are masked their mean is noisy, and more copies are spent.
+        """
+        key_sure, key_moves = jax.random.split(key)
+        # Ties of these 23-bit numbers are too rare to matter.
+        place = jnp.where(is_token, jax.random.uniform(key_sure, x0.shape), -1.0)
+        sure = jax.nn.one_hot(place.argmax(axis=-1), x0.shape[-1], dtype=bool)
+        low, high = (jnp.sqrt(-jnp.expm1(-schedule.sigma(t))) for t in (t_min, 1.0))
+        root = low + u * (high - low)
+        p = root**2
+        moves = jax.random.bernoulli(key_moves, p, x0.shape, mode="high")
+        is_masked = is_token & (moves | sure)
+        sigma = jnp.minimum(-jnp.log1p(-p), schedule.sigma(1.0))  # p may round to 1
+        slope = 2.0 * root * (high - low)  # dp / du
+        length = is_token.sum(axis=-1, keepdims=True)
+        return Probe(
+            xt=jnp.where(is_masked, self.mask, x0),
+            sigma=sigma,
+            unit=jnp.expm1(sigma),
+            weight=slope * length / is_masked.sum(axis=-1, keepdims=True) * is_masked,
+            mean_weight=slope * is_token,
+        )
+
     def prior(self, sigma: jax.Array) -> jax.Array:
         """alpha log V nats per token: p_base spreads the mass alpha = exp(-sigma) that is not yet
         masked evenly over the clean tokens."""
@@ -238,6 +306,22 @@ class Uniform(_Kernels):
     def limit(self, key: jax.Array, shape: tuple[int, ...]) -> Tokens:
         """Uniform tokens, int32."""
         return jax.random.randint(key, shape, 0, self.vocab_size, jnp.int32)
+
+    def probe(
+        self,
+        key: jax.Array,
+        x0: Tokens,
+        u: jax.Array,
+        is_token: jax.Array,
+        schedule: Schedule,
+        t_min: float,
+    ) -> Probe:
+        """Noise at the time t_min + (1 - t_min) u."""
+        t = t_min + (1.0 - t_min) * u
+        sigma = schedule.sigma(t)
+        weight = is_token.astype(jnp.float32)
+        unit = (1.0 - t_min) * schedule.dsigma_dt(t)
+        return Probe(self.perturb(key, x0, sigma), sigma, unit, weight, mean_weight=weight)
 
     def prior(self, sigma: jax.Array) -> jax.Array:
         """KL from alpha 1{x = x0} + (1 - alpha) / V to the uniform law, nats per token."""

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.graphs import Graph, ScoreEntropy
+from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
 
@@ -36,31 +36,35 @@ def dwdse(
     *,
     t_min: float = 1e-3,
     times=independent_times,
+    is_token: jax.Array | None = None,
 ) -> jax.Array:
     """Diffusion-weighted denoising score entropy, nats per sequence, float32 [B].
 
     Lou et al. 2024, Theorem 3.6 and Algorithm 1: dsigma/dt times the score entropy of xt ~
-    p_sigma(t)(. | x0), summed over L, at one time t for each sequence.
+    p_sigma(t)(. | x0), summed over L, at one time t for each sequence. is_token, bool [B, L],
+    leaves padding out of the sum.
     """
     key_t, key_xt = jax.random.split(key)
     t = times(key_t, x0.shape[0], t_min)[:, None]
-    return dwdse_at(t, graph.perturb(key_xt, x0, schedule.sigma(t)), x0, score_fn, graph, schedule)
+    xt = graph.perturb(key_xt, x0, schedule.sigma(t))
+    return dwdse_at(t, xt, x0, score_fn, graph, schedule, is_token=is_token)
 
 
 def dwdse_at(
-    t: jax.Array, xt: Tokens, x0: Tokens, score_fn: ScoreFn, graph: Graph, schedule: Schedule
+    t: jax.Array,
+    xt: Tokens,
+    x0: Tokens,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    is_token: jax.Array | None = None,
 ) -> jax.Array:
     """The same at given times [B, 1] and noised tokens [B, L]."""
-    return weighted_entropy(t, xt, x0, score_fn, graph, schedule).value
-
-
-def weighted_entropy(
-    t: jax.Array, xt: Tokens, x0: Tokens, score_fn: ScoreFn, graph: Graph, schedule: Schedule
-) -> ScoreEntropy:
-    """dsigma/dt times the score entropy at times [B, 1], summed over L; float32 [B] each."""
     sigma = schedule.sigma(t)
-    entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
-    return jax.tree.map(lambda e: jnp.sum(schedule.dsigma_dt(t) * e, axis=-1), entropy)
+    entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0).value
+    counted = True if is_token is None else is_token
+    return jnp.sum(schedule.dsigma_dt(t) * entropy, axis=-1, where=counted)
 
 
 OBJECTIVES = {"dwdse": dwdse}
