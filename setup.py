@@ -9,7 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_jax/__init__.py").read_text())[1]
 
 TEST = ["pytest", "pytest-xdist", "scipy", "ruff==0.17.6", "matplotlib"]
-COMMANDS = ("train", "eval", "sample", "report")
+COMMANDS = ("prepare", "train", "eval", "sample", "report")
 
 setup(
     name="sedd_jax",
@@ -46,6 +46,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.7.2"],
         "cuda13": ["jax[cuda13]>=0.7.2"],
         "torch": ["torch>=2.10"],
+        "eval": ["mauve-text"],
         "plot": ["matplotlib"],
         "test": TEST,
         "dev": TEST,

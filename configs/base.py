@@ -11,13 +11,24 @@ def get_config():
     config.seed = 0  # of parameters, noise, dropout and data order
 
     config.data = ml_collections.ConfigDict()
-    config.data.corpus = "text"  # pydoc (ships with Python) or text (your own files)
-    config.data.path = ""  # text: folder of .txt (a document each) or .jsonl ({"text": ...}) files
-    config.data.tokenizer = "gpt2"  # characters, text8, bytes, gpt2, bert
-    config.data.tokenizer_path = ""  # gpt2, bert: folder of the vocabulary files
+    config.data.corpus = "text"  # text (your own files), pydoc (ships with Python) or a published
+    # one: text8, wikitext2, wikitext103, ptb, lambada, lm1b, openwebtext
+    config.data.path = ""  # text: folder of .txt (a document each) or .jsonl ({"text": ...}) files;
+    # a published corpus: folder with its archive or files, empty to download them
+    config.data.tokenizer = "gpt2"  # gpt2, bert, sentencepiece, text8, characters, bytes
+    config.data.tokenizer_path = (
+        ""  # gpt2, bert: folder, tokenizer.json or hub id@commit, empty for
+    )
+    # the published one; sentencepiece: .model file, or train:8000 for a vocabulary of 8000
     config.data.length = 1024  # tokens in a block
+    config.data.form = "packed"  # packed: documents one after the other; padded: one a block
+    config.data.windows = "aligned"  # aligned blocks, or random: any L tokens in a row (packed)
+    config.data.train_split = "train"
+    config.data.heldout_split = "validation"
     config.data.heldout_fraction = 0.05  # of documents, where the corpus has no split of its own
-    config.data.records = ""  # folder of the packed blocks; empty: WORKDIR/records
+    config.data.records = (
+        ""  # folder made by sedd-prepare; empty: made on first use, WORKDIR/records
+    )
 
     config.graph = ml_collections.ConfigDict()
     config.graph.name = "absorbing"  # absorbing or uniform

@@ -69,23 +69,20 @@ class SEDD:
     ) -> Samples:
         """Samples int32 [num_samples, L], L the model's length or that of known.
 
-        known is (tokens int32 [L], is_known bool [L]): tokens to keep. steps network calls and one
+        known is (tokens int32, is_known bool), tokens to keep: [L] for all, or [num_samples, L].
+        steps network calls and one
         for the denoiser; another number of steps or another seed does not recompile.
         """
-        for name, value, least, most in (
-            ("num_samples", num_samples, 1, 2**31 - 1),
-            ("steps", steps, 1, 10**6),
-            ("seed", seed, 0, 2**32 - 1),
-        ):
-            if not least <= value <= most:
-                raise ValueError(f"{name} {value} is not in [{least}, {most}]; choose another")
+        _check("num_samples", num_samples, 1, 2**31 - 1)
+        _check("steps", steps, 1, 10**6)
+        _check("seed", seed, 0, 2**32 - 1)
         for name, value, table in (
             ("predictor", predictor, samplers.PREDICTORS),
             ("draw", draw, samplers.DRAWS),
         ):
             if value not in table:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
-        length = self.length if known is None else len(known[0])
+        length = self.length if known is None else np.shape(known[0])[-1]
         if length > self.length:
             raise ValueError(
                 f"{length} positions are more than the model's length {self.length}; shorten them"
@@ -135,35 +132,51 @@ class SEDD:
 
     def bound(
         self,
-        blocks: np.ndarray,
+        blocks: np.ndarray | data.Blocks,
         *,
         passes: int = 16,
         batch_size: int = 32,
         seed: int = 0,
+        target_standard_error: float | None = None,
+        max_passes: int = 1024,
         progress: bool = False,
     ) -> evaluate.CorpusBound:
         """Upper bound on -log p of int32 [N, L] together, nats: passes + 2 network calls a block.
 
         passes is even; a call takes batch_size blocks. Times and noise depend on seed and a
-        block's place alone.
+        block's place alone. With target_standard_error, nats per token, the blocks are gone
+        through again, each time with new noise, until the error is there or the next round would
+        take more than max_passes.
         """
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed {seed} is not in [0, 2**32); choose another")
-        t_min = self.config.objective.t_min
-        return evaluate.corpus_bound(
-            functools.partial(self._bound_fn, passes=passes),
-            self.params,
-            jax.random.key(seed),
-            blocks,
-            batch_size=batch_size,
-            t_min=t_min,
-            progress=progress,
-        )
+        _check("seed", seed, 0, 2**32 - 1)
+        if target_standard_error is not None and not target_standard_error > 0.0:
+            raise ValueError(
+                f"target_standard_error {target_standard_error} is not above 0; give nats per token"
+            )
+        blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(blocks)
+        key = jax.random.key(seed)
+
+        def one_round(r: int) -> evaluate.CorpusBound:
+            return evaluate.corpus_bound(
+                self._bound_fn,
+                self.params,
+                jax.random.fold_in(key, r),
+                blocks,
+                passes=passes,
+                batch_size=batch_size,
+                t_min=self.config.objective.t_min,
+                progress=progress,
+            )
+
+        if target_standard_error is None:
+            return one_round(0)
+        most = max(1, max_passes // max(passes, 1))
+        return evaluate.bound_until(one_round, target_standard_error * blocks.count, most)
 
     @functools.cached_property
     def _bound_fn(self) -> evaluate.BoundFn:
-        def score_fn(params):
-            return make_score_fn(self.network, params, self.graph)
+        def score_fn(params, is_token):
+            return make_score_fn(self.network, params, self.graph, is_token=is_token)
 
         t_min = self.config.objective.t_min
         return evaluate.make_bound_fn(score_fn, self.graph, self.schedule, t_min=t_min)
@@ -171,6 +184,11 @@ class SEDD:
     def decode(self, tokens: jax.Array) -> list[str]:
         """A text for each row of int32 [B, L]; masked positions show as ░."""
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
+
+
+def _check(name: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"{name} {value} is not in [{least}, {most}]; choose another")
 
 
 def load(workdir: str | Path) -> SEDD:

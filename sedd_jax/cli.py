@@ -1,4 +1,4 @@
-"""The commands: sedd-train, sedd-eval, sedd-sample and sedd-report.
+"""The commands: sedd-prepare, sedd-train, sedd-eval, sedd-sample and sedd-report.
 
 Each is also `python -m sedd_jax train` and so on. What a user can cause ends in one line on
 standard error and exit status 2; training that cannot go on ends in one line and status 1.
@@ -8,11 +8,12 @@ import argparse
 import difflib
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -25,8 +26,13 @@ def train_command(argv: Argv = None) -> int:
     return _guarded("sedd-train", _train, argv)
 
 
+def prepare_command(argv: Argv = None) -> int:
+    """sedd-prepare --dataset=wikitext2 --tokenizer=gpt2 --length=1024 --out=DIR: records."""
+    return _guarded("sedd-prepare", _prepare, argv)
+
+
 def eval_command(argv: Argv = None) -> int:
-    """sedd-eval --workdir=DIR: the bound on the run's held-out text."""
+    """sedd-eval likelihood|generative_perplexity|mauve|pareto --workdir=DIR ..."""
     return _guarded("sedd-eval", _eval, argv)
 
 
@@ -41,6 +47,7 @@ def report_command(argv: Argv = None) -> int:
 
 
 COMMANDS = {
+    "prepare": prepare_command,
     "train": train_command,
     "eval": eval_command,
     "sample": sample_command,
@@ -154,42 +161,270 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=name, description=description, allow_abbrev=False)
+    return _Parser(prog=name, description=description, allow_abbrev=False)
+
+
+def _run_parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = _parser(name, description)
     parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
     return parser
 
 
-def _eval(name: str, argv: list[str]) -> None:
-    parser = _parser(name, "The likelihood bound on the run's held-out text.")
-    parser.add_argument("--blocks", type=int, help="score this many blocks (default: all)")
-    parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
-    parser.add_argument("--batch_size", type=int, default=32, help="blocks a network call")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--baselines", action="store_true", help="add unigram and bigram models of the same text"
-    )
-    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    options = parser.parse_args(argv)
-    from sedd_jax.api import load
-    from sedd_jax.report import evaluate_heldout, table
+def _prepare(name: str, argv: list[str]) -> None:
+    from sedd_jax import data
 
-    result = evaluate_heldout(
-        load(options.workdir),
-        options.workdir,
-        blocks=options.blocks,
-        passes=options.passes,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        baselines=options.baselines,
+    parser = _parser(name, "A corpus as records: fixed-length blocks of tokens, made once.")
+    add = parser.add_argument
+    add("--dataset", required=True, help=", ".join(data.CORPORA))
+    add("--out", type=Path, required=True, help="folder of the records; it must not exist yet")
+    add("--tokenizer", default="gpt2", help=", ".join(data.TOKENIZERS))
+    add(
+        "--tokenizer_path",
+        default="",
+        help="folder, tokenizer.json or hub id@commit (gpt2, bert; default: the published one); "
+        ".model file or train:SIZE (sentencepiece)",
+    )
+    add("--length", type=int, default=1024, help="tokens in a block")
+    add("--form", default="packed", help="packed, or padded: a document a block")
+    add(
+        "--manual_dir",
+        default="",
+        help="folder with the corpus's archive or files (default: download); your own text",
+    )
+    add("--data_dir", default="", help="where the documents are kept; TFDS_DATA_DIR by default")
+    add("--documents", default="", help="lines or whole, for the corpora that are cut into lines")
+    add("--detokenizer", default="published", help="published, none, or one by name")
+    add("--heldout_fraction", type=float, help="for corpora without a split of their own")
+    add("--workers", type=int, default=1, help="processes that encode; the result is the same")
+    options = parser.parse_args(argv)
+    records = data.make_records(
+        options.dataset,
+        options.out,
+        path=options.manual_dir,
+        tokenizer=options.tokenizer,
+        tokenizer_path=options.tokenizer_path,
+        length=options.length,
+        form=options.form,
+        heldout_fraction=options.heldout_fraction,
+        documents=options.documents,
+        detokenizer=options.detokenizer,
+        data_dir=options.data_dir,
+        workers=options.workers,
         progress=True,
     )
-    print(table(result))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    print(data.describe(records))
+
+
+def _eval(name: str, argv: list[str]) -> None:
+    kinds = {
+        "likelihood": _likelihood,
+        "generative_perplexity": _generative_perplexity,
+        "mauve": _mauve,
+        "pareto": _pareto,
+    }
+    if argv and argv[0] in kinds:
+        kinds[argv[0]](f"{name} {argv[0]}", argv[1:])
+    elif {"-h", "--help"} & set(argv[:1]):
+        print(f"usage: {name} {{{','.join(kinds)}}} --help")
+    else:
+        given = argv[0] if argv else ""
+        raise ValueError(f"unknown evaluation {given!r}; known: {', '.join(kinds)}")
+
+
+def _write_json(path: Path | None, result: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _likelihood(name: str, argv: list[str]) -> None:
+    parser = _parser(name, "An upper bound on -log p of a split, in every unit.")
+    add = parser.add_argument
+    add("--workdir", type=Path, help="the run's folder")
+    add("--gpt2", help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id")
+    add("--records", type=Path, help="records of sedd-prepare (default: the run's own)")
+    add("--split", help="of the records (default: the run's heldout_split, test with --records)")
+    add("--blocks", type=int, help="score this many blocks (default: all)")
+    add("--passes", type=int, default=16, help="noise levels a block, even")
+    add(
+        "--target_standard_error",
+        type=float,
+        help="go through the blocks again until the bound's error is this, nats per token",
+    )
+    add("--max_passes", type=int, default=1024, help="the most noise levels a block for that")
+    add("--batch_size", type=int, default=32, help="blocks a network call")
+    add("--seed", type=int, default=0)
+    add("--baselines", action="store_true", help="add n-gram models of the run's training text")
+    add("--json", type=Path, help="also write the numbers to this file")
+    options = parser.parse_args(argv)
+    if (options.workdir is None) == (options.gpt2 is None):
+        raise ValueError("give --workdir, or --gpt2 with --records")
+    if options.gpt2 is not None and options.records is None:
+        raise ValueError("--gpt2 needs --records: a folder made by sedd-prepare")
+    from sedd_jax import data, report
+    from sedd_jax.api import load
+    from sedd_jax.train import open_records
+
+    if options.gpt2 is not None:
+        from sedd_jax.evaluate.scorer import load_scorer
+
+        result = report.evaluate_gpt2(
+            load_scorer(options.gpt2),
+            data.open_records(options.records),
+            options.split or "test",
+            blocks=options.blocks,
+            batch_size=options.batch_size,
+            progress=True,
+        )
+    else:
+        model = load(options.workdir)
+        own = options.records is None
+        records = (
+            open_records(model.config, options.workdir)
+            if own
+            else data.open_records(options.records)
+        )
+        train = None
+        if options.baselines:
+            train = (open_records(model.config, options.workdir), model.config.data.train_split)
+        result = report.evaluate_split(
+            model,
+            records,
+            options.split or (model.config.data.heldout_split if own else "test"),
+            blocks=options.blocks,
+            passes=options.passes,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            target_standard_error=options.target_standard_error,
+            max_passes=options.max_passes,
+            train=train,
+            progress=True,
+        )
+    print(report.table(result))
+    _write_json(options.json, result)
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--scorer", default="gpt2-large", help="gpt2 .. gpt2-xl, a folder, or a hub id@commit")
+    add("--scorer_dtype", default="float32", help="float32 or bfloat16")
+    add("--predictor", help="tweedie, euler or none (default: the config's)")
+    add("--draw", help="exact or float32_gumbel, the original's (default: the config's)")
+    add("--batch_size", type=int, default=16, help="texts at once")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="also write the numbers to this file")
+
+
+def _model_and_scorer(options: argparse.Namespace):
+    from sedd_jax.api import load
+    from sedd_jax.evaluate.scorer import load_scorer
+
+    model = load(options.workdir)
+    return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
+
+
+def _generative_perplexity(name: str, argv: list[str]) -> None:
+    parser = _run_parser(name, "Perplexity of the model's samples under GPT-2, with their entropy.")
+    _add_sampling(parser)
+    parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
+    parser.add_argument("--num_samples", type=int, default=256)
+    parser.add_argument("--length", type=int, help="tokens of a sample (default: the model's)")
+    options = parser.parse_args(argv)
+    from sedd_jax import generations
+
+    result = generations.generative_perplexity(
+        *_model_and_scorer(options),
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        length=options.length,
+        steps=options.steps,
+        predictor=options.predictor,
+        draw=options.draw,
+        progress=True,
+    )
+    print(generations.table([result]))
+    _write_json(options.json, result)
+
+
+def _mauve(name: str, argv: list[str]) -> None:
+    parser = _run_parser(name, "MAUVE of completions of 100-token texts, 50 tokens given.")
+    _add_sampling(parser)
+    add = parser.add_argument
+    add("--steps", type=int, help="reverse steps (default: the config's)")
+    add("--form", default="prefix", help="prefix: the first 50 given; infill: 25 at each end")
+    add("--records", type=Path, help="records of sedd-prepare (default: the run's own)")
+    add("--split", help="of the records (default: the run's heldout_split, test with --records)")
+    add("--references", type=int, default=1000)
+    add("--repeats", type=int, default=5)
+    add("--buckets", type=int, help="clusters of MAUVE (default: a tenth of the texts)")
+    options = parser.parse_args(argv)
+    from sedd_jax import data, generations, report
+    from sedd_jax.train import open_records
+
+    model, scorer = _model_and_scorer(options)
+    own = options.records is None
+    records = (
+        open_records(model.config, options.workdir) if own else data.open_records(options.records)
+    )
+    report.check_records(model, records)
+    result = generations.conditional_mauve(
+        model,
+        scorer,
+        records,
+        options.split or (model.config.data.heldout_split if own else "test"),
+        form=options.form,
+        references=options.references,
+        repeats=options.repeats,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        buckets=options.buckets,
+        steps=options.steps,
+        predictor=options.predictor,
+        draw=options.draw,
+        progress=True,
+    )
+    value = result["mauve"]
+    print(
+        f"MAUVE {value['mean']:.3f} +- {value['standard_deviation']:.3f} (standard deviation of "
+        f"{result['repeats']} repeats of {result['references']} texts), {result['form']}, "
+        f"{result['nfe']} network calls, {result['predictor']}, draw {result['draw']}, seed "
+        f"{result['seed']}; features of {result['scorer']} in {result['scorer_dtype']}"
+    )
+    _write_json(options.json, result)
+
+
+def _pareto(name: str, argv: list[str]) -> None:
+    parser = _run_parser(name, "Generative perplexity against network calls: table and picture.")
+    _add_sampling(parser)
+    add = parser.add_argument
+    add("--steps", default="32,64,128,256,512,1024,2048", help="numbers of steps, commas between")
+    add("--num_samples", type=int, default=256)
+    add("--length", type=int, help="tokens of a sample (default: the model's)")
+    add("--picture", type=Path, help="also draw the curve to this PNG file")
+    options = parser.parse_args(argv)
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.steps):
+        raise ValueError(f"--steps {options.steps!r} is not like 32,64,128")
+    from sedd_jax import generations
+
+    results = generations.pareto(
+        *_model_and_scorer(options),
+        [int(count) for count in options.steps.split(",")],
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        length=options.length,
+        predictor=options.predictor,
+        draw=options.draw,
+        progress=True,
+    )
+    print(generations.table(results))
+    _write_json(options.json, results)
+    if options.picture:
+        generations.pareto_picture(options.picture, results)
 
 
 def _sample(name: str, argv: list[str]) -> None:
-    parser = _parser(name, "Text from a trained model.")
+    parser = _run_parser(name, "Text from a trained model.")
     parser.add_argument("--template", help='text with free places, "Hi, my name is [MASK:20]."')
     parser.add_argument("--prefix", default="", help="text that every sample begins with")
     parser.add_argument("--suffix", default="", help="text that every sample ends with")
@@ -229,7 +464,7 @@ def _show(texts: list[str]) -> None:
 
 
 def _report(name: str, argv: list[str]) -> None:
-    parser = _parser(name, "A run's table, samples, picture.png and summary.json.")
+    parser = _run_parser(name, "A run's table, samples, picture.png and summary.json.")
     parser.add_argument("--template", help='text to infill, "The [MASK:24] statement."')
     parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sedd_jax.data import CORPORA, TOKENIZERS
+from sedd_jax.data import CORPORA, FORMS, TOKENIZERS, WINDOWS
 from sedd_jax.diffusion.graphs import GRAPHS, Graph
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.samplers import DRAWS, PREDICTORS
@@ -66,6 +66,10 @@ RULES: dict[str, Rule] = {
     "data.tokenizer": _one_of(TOKENIZERS),
     "data.tokenizer_path": _ANY_TEXT,
     "data.length": _whole(1),
+    "data.form": _one_of(FORMS),
+    "data.windows": _one_of(WINDOWS),
+    "data.train_split": _ANY_TEXT,
+    "data.heldout_split": _ANY_TEXT,
     "data.heldout_fraction": _INSIDE,
     "data.records": _ANY_TEXT,
     "graph.name": _one_of(GRAPHS),
@@ -253,14 +257,22 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def make_loss_fn(
     config: ConfigDict, model: Transformer, graph: Graph, schedule: Schedule
 ) -> LossFn:
-    """(params, key, x0) -> nats per sequence, [B]; dropout acts."""
+    """(params, key, Blocks) -> nats per sequence, [B]; dropout acts."""
     objective, times = OBJECTIVES[config.objective.name], TIMES[config.objective.times]
 
-    def loss_fn(params, key, x0):
+    def loss_fn(params, key, blocks):
+        x0, is_token = blocks
         key_noise, key_dropout = jax.random.split(key)
-        score_fn = make_score_fn(model, params, graph, dropout_key=key_dropout)
+        score_fn = make_score_fn(model, params, graph, dropout_key=key_dropout, is_token=is_token)
         return objective(
-            key_noise, x0, score_fn, graph, schedule, t_min=config.objective.t_min, times=times
+            key_noise,
+            x0,
+            score_fn,
+            graph,
+            schedule,
+            t_min=config.objective.t_min,
+            times=times,
+            is_token=is_token,
         )
 
     return loss_fn

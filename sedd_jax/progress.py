@@ -60,9 +60,9 @@ class Signals:
 class Report:
     """Progress bar, metrics.jsonl and TensorBoard events; reads the device only when logging."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, step: int):
+    def __init__(self, config: ConfigDict, workdir: Path, step: int, tokens_per_block: float):
         self.config = config
-        self.tokens = config.train.batch_size * config.data.length  # a step
+        self.tokens_per_block = tokens_per_block
         self.pending: list[dict[str, jax.Array]] = []
         self.began = self.since = time.perf_counter()
         self.writes = jax.process_index() == 0
@@ -96,11 +96,12 @@ class Report:
         """Log the mean over the steps since the last call; steps that were skipped do not count."""
         window = jax.device_get(self.pending)
         now = time.perf_counter()
+        tokens = self.config.train.batch_size * self.tokens_per_block  # a step
         finite = [m for m in window if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])]
         values = {
-            "nats_per_token": _mean(m["loss"] for m in finite) / self.config.data.length,
+            "nats_per_token": _mean(m["loss"] for m in finite) / self.tokens_per_block,
             "grad_norm": _mean(m["grad_norm"] for m in finite),
-            "tokens_per_second": len(window) * self.tokens / (now - self.since),
+            "tokens_per_second": len(window) * tokens / (now - self.since),
             "skipped": int(window[-1]["skipped"]),
         }
         self.pending, self.since = [], now

@@ -10,68 +10,186 @@ import numpy as np
 
 from sedd_jax import data, evaluate
 from sedd_jax.api import SEDD
+from sedd_jax.evaluate.scorer import Scorer
 from sedd_jax.train import open_records
 
 ROWS = (
     ("bound", "SEDD, bound"),
     ("normalised", "SEDD, normalised bound"),
     ("paper_protocol", "SEDD, the paper's protocol (no boundary terms)"),
+    ("gpt2", "GPT-2"),
     ("bigram", "interpolated bigram, same text"),
     ("unigram", "unigram, same text"),
 )
 
 
-def evaluate_heldout(
+def evaluate_split(
     model: SEDD,
-    workdir: Path,
+    records: data.Records,
+    split: str,
     *,
     blocks: int | None = None,
     passes: int = 16,
     batch_size: int = 32,
     seed: int = 0,
-    baselines: bool = False,
+    target_standard_error: float | None = None,
+    max_passes: int = 1024,
+    train: tuple[data.Records, str] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """The bound on the run's held-out blocks in every unit; baselines adds the n-gram models."""
-    records = open_records(model.config, workdir)
-    heldout = data.heldout_blocks(records, limit=blocks)
-    total = model.bound(heldout, passes=passes, batch_size=batch_size, seed=seed, progress=progress)
-    characters = records.tokenizer.count_characters(heldout.reshape(-1))
-    values = evaluate.in_units(total, heldout.size, characters)
-    if baselines:
-        source = records.source("train")
-        bigram = evaluate.Bigram(
-            (records.parse(source[i]) for i in range(len(source))), records.tokenizer.vocab_size
-        )
-        for name, nats in (
-            ("unigram", bigram.unigram_nats(heldout)),
-            ("bigram", bigram.bigram_nats(heldout)),
-        ):
-            for unit, value in evaluate.one_in_units(nats, heldout.size, characters).items():
+    """The bound on a split's blocks (the first `blocks`, or all) in every unit.
+
+    train, records and split, adds n-gram models fitted on that. ValueError if the records are not
+    the model's kind.
+    """
+    check_records(model, records)
+    heldout = data.read_blocks(records, split, blocks)
+    total = model.bound(
+        heldout,
+        passes=passes,
+        batch_size=batch_size,
+        seed=seed,
+        target_standard_error=target_standard_error,
+        max_passes=max_passes,
+        progress=progress,
+    )
+    sizes = sizes_of(records, split, heldout)
+    values = evaluate.in_units(total, **sizes)
+    if train is not None:
+        for name, nats in _ngrams(*train, heldout).items():
+            for unit, value in evaluate.one_in_units(nats, **sizes).items():
                 values[unit][name] = value
     return {
         "step": model.step,
-        "blocks": len(heldout),
-        "tokens": int(heldout.size),
-        "characters": characters,
-        "passes": passes,
+        "split": split,
+        "blocks": len(heldout.tokens),
+        **sizes,
+        "passes": total.passes,
         "seed": seed,
-        "tokenizer": records.fingerprint["tokenizer"]["name"],
-        "heldout_sha256": records.fingerprint["splits"]["heldout"]["sha256"],
+        "data": data_of(records, split),
         **values,
+    }
+
+
+def evaluate_heldout(
+    model: SEDD, workdir: Path, *, baselines: bool = False, **options: Any
+) -> dict[str, Any]:
+    """evaluate_split on the run's own held-out text; baselines adds the n-gram models."""
+    records = open_records(model.config, workdir)
+    train = (records, model.config.data.train_split) if baselines else None
+    return evaluate_split(model, records, model.config.data.heldout_split, train=train, **options)
+
+
+def evaluate_gpt2(
+    scorer: Scorer,
+    records: data.Records,
+    split: str,
+    *,
+    blocks: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """-log p of a split under GPT-2, in the units of evaluate_split: Table 1's baseline rows.
+
+    Each block by itself, no sliding window; its first token is given and not scored.
+    """
+    tokenizer = records.tokenizer
+    if tokenizer.name != "gpt2" or (
+        scorer.tokenizer is not None and scorer.tokenizer.fingerprint() != tokenizer.fingerprint()
+    ):
+        raise ValueError(
+            f"the records in {str(records.folder)!r} were made with tokenizer {tokenizer.name!r} "
+            f"({tokenizer.fingerprint()[:12]}), not with that of {scorer.name!r}; prepare them "
+            "with --tokenizer=gpt2"
+        )
+    scored = data.read_blocks(records, split, blocks)
+    nats = scorer.nats(scored.tokens, batch_size=batch_size, progress=progress)
+    is_scored = np.ones(nats.shape, bool) if scored.is_token is None else scored.is_token[:, 1:]
+    share = int(is_scored.sum()) / scored.count
+    sizes = sizes_of(records, split, scored)
+    sizes = {name: round(size * share) for name, size in sizes.items()}
+    units = evaluate.one_in_units(float(nats[is_scored].sum(dtype=np.float64)), **sizes)
+    return {
+        "scorer": scorer.name,
+        "dtype": scorer.network.dtype.__name__,
+        "split": split,
+        "blocks": len(scored.tokens),
+        **sizes,
+        "data": data_of(records, split),
+        **{unit: {"gpt2": value} for unit, value in units.items()},
+    }
+
+
+def check_records(model: SEDD, records: data.Records) -> None:
+    """ValueError unless the model can score these records."""
+    ours, theirs = model.tokenizer, records.tokenizer
+    if ours.fingerprint() != theirs.fingerprint():
+        raise ValueError(
+            f"the records in {str(records.folder)!r} were made with tokenizer {theirs.name!r} "
+            f"({theirs.vocab_size} tokens, {theirs.fingerprint()[:12]}), the model was trained "
+            f"with {ours.name!r} ({ours.vocab_size} tokens, {ours.fingerprint()[:12]}); prepare "
+            "the corpus with the model's tokenizer"
+        )
+    if records.length > model.length:
+        raise ValueError(
+            f"the records in {str(records.folder)!r} have blocks of {records.length} tokens, more "
+            f"than the model's {model.length}; prepare them with --length={model.length}"
+        )
+
+
+def sizes_of(records: data.Records, split: str, blocks: data.Blocks) -> dict[str, Any]:
+    """{"tokens", "characters", "words"} of the blocks.
+
+    Words are those of the published text, white space between them, and one for the end of each
+    document, as word-level tables count; of the blocks, the share that their tokens are.
+    """
+    counts = records.counts(split)
+    words = counts["words"] + counts["documents"]
+    real = blocks.tokens[... if blocks.is_token is None else blocks.is_token]
+    return {
+        "tokens": blocks.count,
+        "characters": records.tokenizer.count_characters(real.reshape(-1)),
+        "words": blocks.count * words / counts["tokens"],
+    }
+
+
+def data_of(records: data.Records, split: str) -> dict[str, Any]:
+    """What was scored, for whoever compares two numbers."""
+    fingerprint = records.fingerprint
+    return {
+        "source": fingerprint["source"],
+        "tokenizer": fingerprint["tokenizer"],
+        "length": fingerprint["length"],
+        "form": fingerprint["form"],
+        "sha256": records.counts(split)["sha256"],
+    }
+
+
+def _ngrams(records: data.Records, split: str, heldout: data.Blocks) -> dict[str, float]:
+    """-log p of the held-out blocks under n-gram models of the split, nats."""
+    source = records.source(split)
+    if heldout.is_token is not None:
+        raise ValueError("n-gram models need packed records; leave --baselines out")
+    parsed = (records.parse(source[i]) for i in range(len(source)))
+    bigram = evaluate.Bigram(parsed, records.tokenizer.vocab_size)
+    return {
+        "unigram": bigram.unigram_nats(heldout.tokens),
+        "bigram": bigram.bigram_nats(heldout.tokens),
     }
 
 
 def table(result: dict[str, Any]) -> str:
     """The held-out numbers as aligned text; a bound carries its standard error."""
     bits, nats = result["bits_per_character"], result["nats_per_token"]
-    perplexity = result["perplexity_per_token"]
+    perplexity, per_word = result["perplexity_per_token"], result["perplexity_per_word"]
+    source = result["data"]["source"]["corpus"]
+    noise = f"; {result['passes']} noise levels a block" if "passes" in result else ""
     lines = [
         (
-            f"held out: {result['blocks']} blocks, {result['tokens']:,} tokens, "
-            f"{result['characters']:,} characters; {result['passes']} noise levels a block"
+            f"{source} {result['split']}: {result['blocks']} blocks, {result['tokens']:,} tokens, "
+            f"{result['characters']:,} characters, {result['words']:,.0f} words{noise}"
         ),
-        f"{'':48}{'bits/character':>18}{'nats/token':>18}{'perplexity':>12}",
+        f"{'':48}{'bits/character':>18}{'nats/token':>18}{'PPL/token':>12}{'PPL/word':>12}",
     ]
     for key, name in ROWS:
         if bits.get(key) is None:
@@ -80,7 +198,10 @@ def table(result: dict[str, Any]) -> str:
         for unit in (bits, nats):
             error = unit.get(f"{key}_standard_error")
             cells.append(f"{unit[key]:.3f}" + ("" if error is None else f" +- {error:.3f}"))
-        lines.append(f"{name:48}{cells[0]:>18}{cells[1]:>18}{perplexity[key]:>12.2f}")
+        exponentials = f"{perplexity[key]:>12.2f}{per_word[key]:>12.4g}"
+        lines.append(f"{name:48}{cells[0]:>18}{cells[1]:>18}{exponentials}")
+    if "diffusion" not in bits:
+        return "\n".join(lines)
     parts = ", ".join(f"{part} {bits[part]:.4f}" for part in ("diffusion", "tail", "prior"))
     lines.append(f"the bound's parts, bits/character: {parts}")
     return "\n".join(lines)
@@ -95,13 +216,15 @@ def word_rate(texts: list[str], vocabulary: set[str]) -> float:
     return sum(word in vocabulary for word in found) / max(len(found), 1)
 
 
-def training_words(records: data.Records) -> set[str]:
-    """The words of three letters or more in the training text."""
-    source = records.source("train")
+def words_of(records: data.Records, split: str) -> set[str]:
+    """The words of three letters or more in the text of a split."""
+    source = records.source(split)
     words: set[str] = set()
     for start in range(0, len(source), 1024):  # blocks at a time, not the corpus
-        part = [records.parse(source[i]) for i in range(start, min(start + 1024, len(source)))]
-        words.update(_words(records.tokenizer.decode(np.concatenate(part)))[1:-1])
+        rows = [records.parse(source[i]) for i in range(start, min(start + 1024, len(source)))]
+        blocks = records.blocks(np.stack(rows))
+        kept = blocks.tokens[... if blocks.is_token is None else blocks.is_token]
+        words.update(_words(records.tokenizer.decode(kept.reshape(-1)))[1:-1])
     return words
 
 
@@ -169,6 +292,8 @@ def report(
         json.loads(line)
         for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
+    records = open_records(model.config, workdir)
+    vocabulary = words_of(records, model.config.data.train_split)
     frames = [*model.decode(drawn.frames[:, 0]), samples[0]]
     picture(workdir / "picture.png", metrics, result, frames)
     summary = {
@@ -187,7 +312,7 @@ def report(
         "seconds": None if began is None else round(time.time() - began, 1),
         "samples": samples,
         "infill": infill,
-        "word_rate": word_rate(samples, training_words(open_records(model.config, workdir))),
+        "word_rate": word_rate(samples, vocabulary),
         "heldout": result,
     }
     (workdir / "summary.json").write_text(

@@ -8,9 +8,9 @@ follow the same rule.
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -92,6 +92,7 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def put_batch(batch: np.ndarray, mesh: Mesh) -> jax.Array:
-    """This process's rows of the global batch, as one array over the mesh."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), batch)
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """This process's rows of the global batch, a tree of numpy arrays, as arrays over the mesh."""
+    rows = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(rows, a), batch)

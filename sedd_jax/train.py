@@ -5,7 +5,6 @@ data.records names another place), checkpoints/, metrics.jsonl and tensorboard/.
 """
 
 import contextlib
-import functools
 import json
 import logging
 import re
@@ -61,19 +60,20 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         mesh,
     )
     bound_fn = evaluate.make_bound_fn(
-        lambda params: make_score_fn(model, params, graph),
+        lambda params, is_token: make_score_fn(model, params, graph, is_token=is_token),
         graph,
         schedule,
         t_min=config.objective.t_min,
     )
-    heldout = data.heldout_blocks(records, limit=config.evaluate.blocks)
+    heldout = data.read_blocks(records, config.data.heldout_split, config.evaluate.blocks)
 
     def heldout_bound(ema, should_stop) -> evaluate.CorpusBound | None:
         return evaluate.corpus_bound(
-            functools.partial(bound_fn, passes=config.evaluate.passes),
+            bound_fn,
             ema,
             key_eval,
             heldout,
+            passes=config.evaluate.passes,
             batch_size=config.evaluate.batch_size,
             t_min=config.objective.t_min,
             mesh=mesh,
@@ -94,7 +94,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         log.info(
             "%s parameters, %s blocks of %d tokens, mesh %s; %s",
             f"{parameters:,}",
-            f"{records.fingerprint['splits']['train']['blocks']:,}",
+            f"{records.counts(config.data.train_split)['blocks']:,}",
             records.length,
             dict(mesh.shape),
             f"resuming at step {step}" if step else "starting; compiling the first step",
@@ -106,9 +106,12 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             start_step=step,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            split=config.data.train_split,
+            windows=config.data.windows,
         )
         stack.callback(batches.close)
-        report = stack.enter_context(Report(config, workdir, step))
+        tokens = records.tokens_per_block(config.data.train_split)
+        report = stack.enter_context(Report(config, workdir, step, tokens))
 
         while step < config.train.steps and not stop.asked:
             batch = sharding.put_batch(next(batches), mesh)
@@ -123,7 +126,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                 with report.pause():
                     total = heldout_bound(train_state.ema, lambda: stop.asked)
                 if total is not None:
-                    report.heldout(step, evaluate.CorpusBound(**total.per(heldout.size)))
+                    report.heldout(step, total.per(heldout.count))
         checkpoints.save(step, train_state)
         checkpoints.wait()
     if step < config.train.steps:
@@ -143,7 +146,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             )
     elif workdir.exists():
         # A start that was interrupted leaves these, and nothing else.
-        ours = re.compile(r"records|\.records\.tmp-\w+|(config|tokenizer|data)\.json(\.part)?")
+        ours = re.compile(r"records|\.records\.\w+|(config|tokenizer|data)\.json(\.part)?")
         if not workdir.is_dir() or not all(ours.fullmatch(p.name) for p in workdir.iterdir()):
             raise ValueError(
                 f"workdir {str(workdir)!r} is not empty and holds no run; choose a new folder"
@@ -174,32 +177,48 @@ def records_folder(config: ConfigDict, workdir: Path) -> Path:
 
 def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
     """The packed corpus, made on first use; ValueError if it does not fit the config and the run."""
-    folder = records_folder(config, workdir)
-    source = {
-        "corpus": config.data.corpus,
-        "path": config.data.path,
-        "heldout_fraction": config.data.heldout_fraction,
-    }
+    folder, wanted = records_folder(config, workdir), config.data
     if not (folder / "fingerprint.json").exists():
-        corpus = data.make_corpus(
-            config.data.corpus, config.data.path, config.data.heldout_fraction
+        log.info("preparing corpus %s in blocks of %d tokens", wanted.corpus, wanted.length)
+        data.make_records(
+            wanted.corpus,
+            folder,
+            path=wanted.path,
+            heldout_fraction=wanted.heldout_fraction,
+            tokenizer=wanted.tokenizer,
+            tokenizer_path=wanted.tokenizer_path,
+            length=wanted.length,
+            form=wanted.form,
+            progress=wanted.corpus != "pydoc",
         )
-        tokenizer = data.make_tokenizer(config.data.tokenizer, config.data.tokenizer_path, corpus)
-        log.info(
-            "packing corpus %s into blocks of %d tokens", config.data.corpus, config.data.length
-        )
-        data.prepare(corpus, tokenizer, config.data.length, folder, source=source)
     records = open_records(config, workdir)
-    for field, found, wanted in (
-        ("source", records.fingerprint["source"], source),
-        ("length", records.length, config.data.length),
-        ("tokenizer", records.tokenizer.name, config.data.tokenizer),
+    source = records.fingerprint["source"]
+    for field, found, asked in (
+        ("corpus", source.get("corpus"), wanted.corpus),
+        # A corpus with splits of its own has no such fraction.
+        (
+            "heldout_fraction",
+            source.get("heldout_fraction", wanted.heldout_fraction),
+            wanted.heldout_fraction,
+        ),
+        ("tokenizer", records.tokenizer.name, wanted.tokenizer),
+        ("length", records.length, wanted.length),
+        ("form", records.fingerprint["form"], wanted.form),
     ):
-        if found != wanted:
+        if found != asked:
             raise ValueError(
-                f"the records in {str(folder)!r} have {field} {found!r}, the config wants "
-                f"{wanted!r}; name another folder in data.records or change the config's data"
+                f"the records in {str(folder)!r} have {field} {found!r}, config.data.{field} is "
+                f"{asked!r}; name another folder in config.data.records or change the config"
             )
+    if wanted.corpus == "text" and wanted.path and Path(wanted.path).exists():
+        now = data.text_source(wanted.path, wanted.heldout_fraction)
+        if source["files"] != now["files"]:
+            raise ValueError(
+                f"the records in {str(folder)!r} are not of the text that is at {wanted.path!r} "
+                "now; name another folder in config.data.records, or put the old text back"
+            )
+    for split in (wanted.train_split, wanted.heldout_split):
+        records.counts(split)
     return records
 
 

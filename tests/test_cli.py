@@ -58,10 +58,19 @@ def test_an_unreadable_or_too_small_corpus_is_one_line(capsys, tmp_path):
     assert "no .txt or .jsonl" in fails(capsys, train_command, "--config=quickstart", *where, path)
 
 
-@pytest.mark.parametrize("command", [eval_command, sample_command, report_command])
-def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command):
+@pytest.mark.parametrize(
+    "command, arguments",
+    [
+        (eval_command, ["likelihood"]),
+        (eval_command, ["pareto"]),
+        (sample_command, []),
+        (report_command, []),
+    ],
+)
+def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, arguments):
     for folder in (tmp_path / "nowhere", tmp_path):
-        assert "holds no training run" in fails(capsys, command, f"--workdir={folder}")
+        line = fails(capsys, command, *arguments, f"--workdir={folder}")
+        assert "holds no training run" in line
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -88,10 +97,14 @@ def test_a_mistake_in_the_arguments_of_sampling_is_one_line(capsys, tiny_run, ar
 
 
 def test_odd_passes_and_no_blocks_are_one_line(capsys, tiny_run):
-    assert "passes 3" in fails(capsys, eval_command, f"--workdir={tiny_run}", "--passes=3")
-    assert "limit 0" in fails(capsys, eval_command, f"--workdir={tiny_run}", "--blocks=0")
-    line = fails(capsys, eval_command, f"--workdir={tiny_run}", "--batch_size=0")
-    assert "batch_size 0 is below 1" in line
+    run = ("likelihood", f"--workdir={tiny_run}")
+    assert "passes 3" in fails(capsys, eval_command, *run, "--passes=3")
+    assert "limit 0" in fails(capsys, eval_command, *run, "--blocks=0")
+    assert "batch_size 0 is below 1" in fails(capsys, eval_command, *run, "--batch_size=0")
+    line = fails(capsys, eval_command, *run, "--target_standard_error=0")
+    assert "target_standard_error 0.0 is not above 0" in line
+    line = fails(capsys, eval_command, "perplexity", f"--workdir={tiny_run}")
+    assert "unknown evaluation 'perplexity'; known: likelihood, generative_perplexity" in line
 
 
 def test_a_foreign_config_is_one_line(capsys, tmp_path):
@@ -108,7 +121,7 @@ def test_every_command_explains_itself(capsys, command):
         assert command(["--help"]) == 0
     except SystemExit as done:  # argparse's way
         assert done.code == 0
-    assert "--workdir" in capsys.readouterr().out
+    assert "usage: " in capsys.readouterr().out
 
 
 def sampled(capsys, tiny_run, *arguments):
@@ -139,7 +152,7 @@ def test_every_predictor_samples_clean_text(capsys, tiny_run, predictor):
 
 def test_evaluation_prints_and_writes_the_same_numbers(capsys, tiny_run, tmp_path):
     file = tmp_path / "result.json"
-    arguments = [f"--workdir={tiny_run}", "--blocks=8", "--passes=2", "--baselines"]
+    arguments = ["likelihood", f"--workdir={tiny_run}", "--blocks=8", "--passes=2", "--baselines"]
     assert eval_command([*arguments, f"--json={file}"]) == 0
     out, result = capsys.readouterr().out, json.loads(file.read_text())
     bits = result["bits_per_character"]
@@ -189,7 +202,7 @@ def test_the_commands_are_there_as_processes(tiny_run):
     process = start("sing")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert errors == "sedd_jax: unknown command 'sing'; known: train, eval, sample, report\n"
+    assert errors == f"sedd_jax: unknown command 'sing'; known: {', '.join(cli.COMMANDS)}\n"
 
 
 def test_a_config_is_found_by_path_and_by_name():

@@ -70,7 +70,11 @@ def test_every_key_is_read_somewhere():
         section, _, name = key.rpartition(".")
         if any(name in cls.__dataclass_fields__ for cls in built.get(section, ())):
             continue
-        reads = rf"\.{section}\.{name}\b|\b(o|ours)\.{name}\b" if section else rf"config\.{name}\b"
+        reads = (
+            rf"\.{section}\.{name}\b|\b(o|ours|wanted)\.{name}\b"
+            if section
+            else rf"config\.{name}\b"
+        )
         if section == "mesh":
             reads = r"make_mesh\(config\.mesh\)"
         elif key in ("graph.name", "schedule.name"):

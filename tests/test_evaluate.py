@@ -1,6 +1,5 @@
 """The corpus bound and the models it is held against, by hand and by brute force."""
 
-import functools
 import math
 
 import jax
@@ -9,18 +8,31 @@ import numpy as np
 import pytest
 
 from sedd_jax import evaluate, sharding
+from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.report import word_rate
 
 
+def test_rounds_go_on_until_the_error_is_small_enough():
+    def one_round(r):
+        return evaluate.CorpusBound(100.0 + r, 6.0, 90.0, 4.0, 6.0, 80.0, 3.0, 91.0, passes=8)
+
+    total = evaluate.bound_until(one_round, target=3.1, most=100)
+    assert (total.passes, total.bound, total.normalised) == (4 * 8, 101.5, 80.0)
+    assert total.bound_standard_error == pytest.approx(3.0)
+    assert total.normalised_standard_error == pytest.approx(1.5)
+    assert evaluate.bound_until(one_round, target=0.1, most=3).passes == 3 * 8
+    assert evaluate.bound_until(one_round, target=9.0, most=3).passes == 8
+
+
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
     graph, schedule = GRAPHS[name](5), LogLinear()
-    blocks = np.asarray(jax.random.randint(jax.random.key(0), (11, 6), 0, 5))
+    blocks = Blocks(np.asarray(jax.random.randint(jax.random.key(0), (11, 6), 0, 5)))
 
-    def make_score_fn(bias):
+    def make_score_fn(bias, is_token):
         def score_fn(xt, sigma):
             table = bias + jnp.zeros((*xt.shape, graph.dim)) - graph.log_scale(sigma)[..., None]
             return DenseScores(table, xt, 5)
@@ -28,12 +40,10 @@ def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
         return score_fn
 
     bias = jnp.linspace(-0.5, 0.5, graph.dim)
-    bound_fn = functools.partial(
-        evaluate.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3), passes=4
-    )
+    bound_fn = evaluate.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3)
     totals = [
         evaluate.corpus_bound(
-            bound_fn, bias, jax.random.key(1), blocks, batch_size=size, t_min=1e-3
+            bound_fn, bias, jax.random.key(1), blocks, passes=4, batch_size=size, t_min=1e-3
         )
         for size in (1, 4, 11, 32)
     ]
@@ -52,18 +62,16 @@ def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
 
 def test_the_corpus_bound_over_a_mesh_is_that_of_one_device():
     graph, schedule = GRAPHS["absorbing"](5), LogLinear()
-    blocks = np.asarray(jax.random.randint(jax.random.key(0), (11, 6), 0, 5))
+    blocks = Blocks(np.asarray(jax.random.randint(jax.random.key(0), (11, 6), 0, 5)))
 
-    def make_score_fn(bias):
+    def make_score_fn(bias, is_token):
         return lambda xt, sigma: DenseScores(bias + jnp.zeros((*xt.shape, graph.dim)), xt, 5)
 
-    bound_fn = functools.partial(
-        evaluate.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3), passes=2
-    )
+    bound_fn = evaluate.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3)
     mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
     one, many = (
         evaluate.corpus_bound(
-            bound_fn, 0.5, jax.random.key(1), blocks, batch_size=3, t_min=1e-3, mesh=mesh
+            bound_fn, 0.5, jax.random.key(1), blocks, passes=2, batch_size=3, t_min=1e-3, mesh=mesh
         )
         for mesh in (None, mesh)
     )
@@ -81,7 +89,8 @@ def test_the_corpus_bound_stops_when_asked():
         bound_fn,
         None,
         None,
-        np.zeros((4, 4), int),
+        Blocks(np.zeros((4, 4), int)),
+        passes=2,
         batch_size=2,
         t_min=0.1,
         should_stop=lambda: True,
@@ -99,17 +108,19 @@ def test_the_bigram_of_a_long_corpus_is_that_of_its_parts(monkeypatch):
 
 
 def test_units_are_converted_by_their_definitions():
-    total = evaluate.CorpusBound(100.0, 1.0, 90.0, 4.0, 6.0, None, None, 91.0)
-    units = evaluate.in_units(total, tokens=50, characters=200)
+    total = evaluate.CorpusBound(100.0, 1.0, 90.0, 4.0, 6.0, None, None, 91.0, passes=8)
+    sizes = {"tokens": 50, "characters": 200, "words": 40}
+    units = evaluate.in_units(total, **sizes)
     assert units["nats_per_token"]["bound"] == 2.0
     assert units["bits_per_character"]["bound"] == pytest.approx(0.5 / math.log(2.0))
     assert units["bits_per_character"]["bound_standard_error"] == pytest.approx(
         1 / 200 / math.log(2.0)
     )
     assert units["perplexity_per_token"]["bound"] == pytest.approx(math.exp(2.0))
+    assert units["perplexity_per_word"]["bound"] == pytest.approx(math.exp(2.5))
     assert units["nats_per_token"]["normalised"] is None
     assert set(units["perplexity_per_token"]) == {"bound", "normalised", "paper_protocol"}
-    assert evaluate.one_in_units(100.0, 50, 200) == pytest.approx(
+    assert evaluate.one_in_units(100.0, **sizes) == pytest.approx(
         {unit: values["bound"] for unit, values in units.items()}
     )
 

@@ -15,7 +15,7 @@ FLOORS = {
     2: ("models", "state"),
     3: ("config", "checkpoint"),
     4: ("convert", "evaluate"),
-    5: ("train", "progress", "api", "cli", "report", "__init__", "__main__"),
+    5: ("train", "progress", "api", "cli", "report", "generations", "__init__", "__main__"),
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms}
 

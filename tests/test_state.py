@@ -8,12 +8,13 @@ import pytest
 
 from sedd_jax import config as configuration
 from sedd_jax import sharding, state
+from sedd_jax.data import Blocks
 
 BIG = {"model.hidden_size": 32, "model.heads": 4, "train.batch_size": 16}
 
 
 def parts(config, *, devices=None, mesh=None, loss_fn=None):
-    """(train step on the mesh, fresh state, x0) for the tiny config at 27 characters."""
+    """(train step on the mesh, fresh state, blocks) for the tiny config at 27 characters."""
     for key, value in BIG.items():
         section, name = key.split(".")
         config[section][name] = value
@@ -39,7 +40,7 @@ def parts(config, *, devices=None, mesh=None, loss_fn=None):
     shape = jax.eval_shape(fresh)
     begun = jax.jit(fresh, out_shardings=sharding.tree_shardings(shape, mesh))()
     x0 = np.asarray(jax.random.randint(jax.random.key(1), (16, 32), 0, 27))
-    return state.on_mesh(step, shape, mesh), begun, sharding.put_batch(x0, mesh), mesh
+    return state.on_mesh(step, shape, mesh), begun, sharding.put_batch(Blocks(x0), mesh), mesh
 
 
 def losses(config, steps=5, **kwargs):

@@ -1,8 +1,10 @@
 """Data: corpora, tokenizers, packed records, batches, templates. Floor 1: no jax, no other room."""
 
-from sedd_jax.data.corpora import CORPORA, Corpus, make_corpus
-from sedd_jax.data.pipeline import heldout_blocks, train_batches
-from sedd_jax.data.records import Records, open_records, prepare
+from sedd_jax.data.catalogue import CORPORA, make_corpus, make_records, text_source
+from sedd_jax.data.corpora import Corpus
+from sedd_jax.data.pipeline import WINDOWS, read_blocks, train_batches
+from sedd_jax.data.prepare import FORMS, prepare
+from sedd_jax.data.records import Blocks, Records, describe, open_records
 from sedd_jax.data.templates import parse_template, prefix_suffix
 from sedd_jax.data.tokenizers import (
     TOKENIZERS,
@@ -13,17 +15,23 @@ from sedd_jax.data.tokenizers import (
 
 __all__ = [
     "CORPORA",
+    "FORMS",
     "TOKENIZERS",
+    "WINDOWS",
+    "Blocks",
     "Corpus",
     "Records",
     "Tokenizer",
-    "heldout_blocks",
+    "describe",
     "make_corpus",
+    "make_records",
     "make_tokenizer",
     "open_records",
     "parse_template",
     "prefix_suffix",
     "prepare",
+    "read_blocks",
+    "text_source",
     "tokenizer_from_dict",
     "train_batches",
 ]

@@ -1,49 +1,51 @@
-"""Corpora: named sources of documents, split into train and heldout. Floor 1: imports the standard library only.
-
-A new corpus is a function (path, heldout_fraction) -> Corpus and a row in CORPORA.
-"""
+"""Corpora: documents by split, and the two that need no archive. Floor 1: standard library only."""
 
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
-SPLITS = ("train", "heldout")
+from sedd_jax.data.detokenizers import DETOKENIZERS
+
+SPLITS = ("train", "validation")
 WINDOW = 50  # characters; text shared over this many or more counts as a leak between splits
 SHORT = 40  # characters; paragraphs below this (headings, "See also") may repeat inside a split
 FEW = 20  # documents; below this a split by document is too coarse, so the text is cut instead
 
 
+Streams = Mapping[str, Callable[[], Iterable[str]]]
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of two splits: `streams[split]()` starts a fresh pass over that split."""
+    """Documents by split: `streams[split]()` starts a fresh pass over that split."""
 
-    streams: Mapping[str, Callable[[], Iterable[str]]]
+    streams: Streams
+    source: Mapping[str, Any] = field(default_factory=dict)  # what it is, JSON-able, without paths
+    detokenizer: str = ""  # row of DETOKENIZERS that makes the published text plain, if one does
+    sizes: Mapping[str, int] | None = None  # documents of each split, where that is known
 
     def documents(self, split: str) -> Iterator[str]:
-        """Returns a lazy pass over the documents of "train" or "heldout", in a fixed order."""
+        """Returns a lazy pass over the published documents of a split, in a fixed order."""
         if split not in self.streams:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(self.streams)}")
         return iter(self.streams[split]())
 
-
-def make_corpus(name: str, path: str, heldout_fraction: float) -> Corpus:
-    """Returns the corpus called `name`; ValueError if the name, path or fraction is unusable."""
-    if name not in CORPORA:
-        raise ValueError(f"unknown corpus {name!r}; known: {', '.join(sorted(CORPORA))}")
-    if not 0.0 < heldout_fraction < 1.0:
-        raise ValueError(f"heldout_fraction {heldout_fraction} is not between 0 and 1; try 0.1")
-    return CORPORA[name](path, heldout_fraction)
+    def plain(self, split: str) -> Iterator[str]:
+        """Returns the same, detokenized: what tokenizers see."""
+        detokenize = DETOKENIZERS[self.detokenizer] if self.detokenizer else str
+        return map(detokenize, self.documents(split))
 
 
-def pydoc(path: str, heldout_fraction: float) -> Corpus:
-    """The language reference that ships inside CPython (`path` is unused): no download needed.
+def pydoc(heldout_fraction: float) -> Streams:
+    """The language reference that ships inside CPython: no download needed.
 
     Topics are held out by the hash of their name. The topics quote each other at length, so a
-    paragraph of train that shares WINDOW whitespace-normalised characters with heldout, or that
+    paragraph of train that shares WINDOW whitespace-normalised characters with validation, or that
     repeats an earlier paragraph of its own split, is dropped. The text differs between versions
     of Python; the fingerprint of the records says which text a model saw.
     """
@@ -52,10 +54,10 @@ def pydoc(path: str, heldout_fraction: float) -> Corpus:
     parts: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for name in sorted(topics):
         paragraphs = [p for p in re.split(r"\n(?:[ \t]*\n)+", topics[name]) if p.strip()]
-        parts[_split_of(name, heldout_fraction)].append(paragraphs)
+        parts[split_of(name, heldout_fraction)].append(paragraphs)
     forbidden: set[str] = set()
     kept: dict[str, tuple[str, ...]] = {}
-    for split in ("heldout", "train"):
+    for split in ("validation", "train"):
         kept[split] = tuple(_without_repeats(parts[split], forbidden))
         if not kept[split]:
             raise ValueError(
@@ -64,17 +66,17 @@ def pydoc(path: str, heldout_fraction: float) -> Corpus:
         for document in kept[split]:
             plain = _normalise(document)
             forbidden.update(plain[i : i + WINDOW] for i in range(len(plain) - WINDOW + 1))
-    return Corpus({split: kept[split].__iter__ for split in SPLITS})
+    return {split: kept[split].__iter__ for split in SPLITS}
 
 
-def text(path: str, heldout_fraction: float) -> Corpus:
+def text(path: str, heldout_fraction: float) -> Streams:
     """A user's folder (recursive) or file: a document per .txt file and per line of a .jsonl file.
 
     Files come in the order of their relative POSIX paths; the lines of a .jsonl file are objects
     whose key "text" is the document; blank documents are skipped. The splits are the subfolders
-    `train` and `heldout` where both exist (files beside them are not read). Else a document goes
-    by the hash of its relative path and line number; with fewer than FEW documents, heldout is
-    the last `heldout_fraction` of all characters, cut after a line break where one is near.
+    `train` and `validation` where both exist (files beside them are not read). Else a document goes
+    by the hash of its relative path and line number; with fewer than FEW documents, validation
+    is the last `heldout_fraction` of all characters, cut after a line break where one is near.
     Documents are streamed: memory holds one at a time. A fault in a file raises ValueError when
     its line is read, which for a large corpus is during the pass and not here.
     """
@@ -92,19 +94,13 @@ def text(path: str, heldout_fraction: float) -> Corpus:
             raise ValueError(
                 f"split {split!r} of {path!r} is empty; give more text or another heldout_fraction"
             )
-    return Corpus(streams)
+    return streams
 
 
-CORPORA: dict[str, Callable[[str, float], Corpus]] = {
-    "pydoc": pydoc,
-    "text": text,
-}
-
-
-def _split_of(identity: str, heldout_fraction: float) -> str:
+def split_of(identity: str, heldout_fraction: float) -> str:
     digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()
     draw = int.from_bytes(digest, "big") / 2**256  # uniform in [0, 1], the same on every machine
-    return "heldout" if draw < heldout_fraction else "train"
+    return "validation" if draw < heldout_fraction else "train"
 
 
 def _normalise(document: str) -> str:
@@ -129,6 +125,18 @@ def _without_repeats(documents: list[list[str]], forbidden: set[str]) -> Iterato
             before = joined[-(WINDOW - 1) :]
         if kept:
             yield "\n\n".join(kept) + "\n"
+
+
+def files_of(path: str) -> list[tuple[str, Path]]:
+    """The files that `text` reads at `path`, in order, each with its relative name."""
+    root = Path(path)
+    folders = [root / split for split in SPLITS]
+    found = [_Documents(f) for f in (folders if all(f.is_dir() for f in folders) else [root])]
+    return [
+        (file.name if file == root else file.relative_to(root).as_posix(), file)
+        for documents in found
+        for file in documents.files
+    ]
 
 
 class _Documents:
@@ -211,13 +219,13 @@ def _split(documents: _Documents, heldout_fraction: float) -> dict[str, Callable
             return lambda: (
                 document
                 for identity, document in documents.pairs()
-                if _split_of(identity, heldout_fraction) == wanted
+                if split_of(identity, heldout_fraction) == wanted
             )
 
         return {split: by_hash(split) for split in SPLITS}
 
     cut = round(sum(lengths) * (1.0 - heldout_fraction))
-    near = round(sum(lengths) * heldout_fraction / 2)  # heldout grows by half at most
+    near = round(sum(lengths) * heldout_fraction / 2)  # validation grows by half at most
     index = 0  # the document that holds the cut
     while index < len(lengths) - 1 and cut >= lengths[index]:
         cut -= lengths[index]
@@ -234,5 +242,5 @@ def _split(documents: _Documents, heldout_fraction: float) -> dict[str, Callable
 
     return {
         "train": lambda: pieces(slice(0, cut), (0, index)),
-        "heldout": lambda: pieces(slice(cut, None), (index + 1, None)),
+        "validation": lambda: pieces(slice(cut, None), (index + 1, None)),
     }

@@ -1,22 +1,25 @@
-"""Tokenizers: text <-> int32 ids. Floor 1: numpy; the `tokenizers` library where a row needs it.
+"""Tokenizers: text <-> int32 ids. Floor 1: numpy; `tokenizers`, `sentencepiece` where a row needs it.
 
 The diffusion's mask id is `vocab_size` and belongs to no tokenizer; `decode` shows it as "░".
 A new tokenizer is a subclass of Tokenizer and a row in TOKENIZERS.
 """
 
+import base64
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from sedd_jax.data.corpora import SPLITS, Corpus
+from sedd_jax.data import subwords
+from sedd_jax.data.corpora import Corpus
 
-PIECE = 1 << 20  # characters given to the `tokenizers` library at once, to bound its memory
+PIECE = 1 << 10  # characters given to a library at once: memory, speed (x1.7) and exactness, below
+BLANK = "\u2581"  # how SentencePiece writes a space
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,10 @@ class Tokenizer:
         """Returns the sha256, in hex, of everything that determines the ids."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles the fields alone: the libraries' objects are built anew where they are needed."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
 
 @dataclass(frozen=True)
 class Characters(Tokenizer):
@@ -96,10 +103,10 @@ class Characters(Tokenizer):
 
     @classmethod
     def make(cls, path: str, corpus: Corpus) -> "Characters":
-        """Fits the alphabet on both splits of `corpus`, so that heldout text can be encoded."""
+        """Fits the alphabet on every split of `corpus`, so that heldout text can be encoded."""
         characters = {"\n"}
-        for split in SPLITS:
-            for document in corpus.documents(split):
+        for split in corpus.streams:
+            for document in corpus.plain(split):
                 characters.update(document)
         return cls("".join(sorted(characters)))
 
@@ -167,6 +174,7 @@ class Subwords(Tokenizer):
 
     vocab: tuple[str, ...]  # token i at place i
     last: ClassVar[str]  # the token that ends a document
+    source: ClassVar[subwords.Source]
 
     @property
     def vocab_size(self) -> int:
@@ -185,7 +193,21 @@ class Subwords(Tokenizer):
         raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
-        return _encode_pieces(self._library, text)
+        rows = [
+            np.asarray(self._library.encode(piece, add_special_tokens=False).ids, np.int32)
+            for piece in _pieces(text)
+        ]
+        return np.concatenate([np.zeros(0, np.int32), *rows])
+
+    def _as_published(self, path: str) -> Self:
+        """Returns itself; ValueError if `path` meant the published files and these are others."""
+        if path in ("", self.source.published) and self.fingerprint() != self.source.fingerprint:
+            raise ValueError(
+                f"what was downloaded as {self.source.published!r} has fingerprint "
+                f"{self.fingerprint()}, not {self.source.fingerprint}; delete it from the cache of "
+                "huggingface_hub, or set data.tokenizer_path to a folder"
+            )
+        return self
 
 
 @dataclass(frozen=True)
@@ -195,32 +217,30 @@ class GPT2(Subwords):
     merges: tuple[str, ...]  # "left right", in order of rank
     name: ClassVar[str] = "gpt2"
     last: ClassVar[str] = "<|endoftext|>"
+    source: ClassVar[subwords.Source] = subwords.GPT2
 
     @classmethod
     def make(cls, path: str, corpus: Corpus) -> "GPT2":
-        """Reads encoder.json (or vocab.json) and vocab.bpe (or merges.txt) in folder `path`."""
-        vocab_file = _find(path, "encoder.json", "vocab.json")
-        merges_file = _find(path, "vocab.bpe", "merges.txt")
-        try:
-            ids = json.loads(vocab_file.read_text(encoding="utf-8"))
-            vocab = tuple(sorted(ids, key=ids.__getitem__))
-            if [ids[token] for token in vocab] != list(range(len(vocab))):
-                raise ValueError("its ids are not 0 .. n - 1")
-            if cls.last not in ids:
-                raise ValueError(f"it lacks {cls.last}")
-        except (ValueError, TypeError, AttributeError, OSError) as error:
-            raise ValueError(
-                f"cannot read {str(vocab_file)!r} as a vocabulary: {error}; download it again"
-            ) from error
-        lines = merges_file.read_text(encoding="utf-8").split("\n")
-        merges = tuple(line for line in lines if line and not line.startswith("#version"))
-        tokenizer = cls(vocab, merges)
+        """Reads encoder.json or vocab.json and vocab.bpe or merges.txt, or tokenizer.json.
+
+        `path` is their folder, the tokenizer.json itself, a hub id "owner/name@commit", or "" for
+        the files that OpenAI published.
+        """
+        tokenizer = cls(*subwords.read_gpt2(path))._as_published(path)
         try:
             tokenizer.encode("a")  # builds the library's object, so that faults show now
         except Exception as error:  # the Rust library raises plain Exception
             raise ValueError(
-                f"{str(merges_file)!r} does not fit the vocabulary: {error}; download both again"
+                f"the merges at {path!r} do not fit the vocabulary: {error}; download both again"
             ) from error
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        missing = set(ByteLevel.alphabet()) - set(tokenizer.vocab)
+        if missing:  # the library would drop them without a word
+            raise ValueError(
+                f"the vocabulary at {path!r} lacks {len(missing)} of the 256 bytes, "
+                f"{min(missing)!r} first; give a byte-level vocabulary"
+            )
         return tokenizer
 
     @cached_property
@@ -241,17 +261,16 @@ class Bert(Subwords):
 
     name: ClassVar[str] = "bert"
     last: ClassVar[str] = "[SEP]"
+    source: ClassVar[subwords.Source] = subwords.BERT
 
     @classmethod
     def make(cls, path: str, corpus: Corpus) -> "Bert":
-        """Reads vocab.txt in folder `path`, a token a line."""
-        file = _find(path, "vocab.txt")
-        vocab = tuple(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
-        missing = {"[UNK]", "[SEP]"} - set(vocab)
-        if missing or len(set(vocab)) != len(vocab):
-            fault = f"no {min(missing)}" if missing else "a token twice"
-            raise ValueError(f"{str(file)!r} holds {fault}; give BERT's uncased vocab.txt")
-        return cls(vocab)
+        """Reads vocab.txt, a token a line, or tokenizer.json.
+
+        `path` is its folder, the file itself, a hub id "owner/name@commit", or "" for the
+        vocabulary of bert-base-uncased.
+        """
+        return cls(subwords.read_bert(path))._as_published(path)
 
     @cached_property
     def _library(self) -> Any:
@@ -266,17 +285,127 @@ class Bert(Subwords):
         return self._library._tokenizer.decoder.decode(words)
 
 
+@dataclass(frozen=True)
+class SentencePiece(Tokenizer):
+    """A SentencePiece model (Kudo and Richardson 2018); documents end in its </s>.
+
+    Pieces are decoded here rather than by the library, which drops a space at the start of each
+    run of some models. Models trained here give back every text; others do as they were made to.
+    """
+
+    model: str  # base64 of the model's file
+    name: ClassVar[str] = "sentencepiece"
+
+    @classmethod
+    def make(cls, path: str, corpus: Corpus) -> "SentencePiece":
+        """Reads the .model file at `path` or, for "train:N", trains N pieces on split "train"."""
+        documents = corpus.plain("train") if path.startswith("train:") else ()
+        model = subwords.sentencepiece_model(path, documents)
+        tokenizer = cls(base64.b64encode(model).decode("ascii"))
+        try:
+            tokenizer.encode("a")  # builds the library's object, so that faults show now
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
+        return tokenizer
+
+    @cached_property
+    def _library(self) -> Any:
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            proto = base64.b64decode(self.model, validate=True)
+            library = SentencePieceProcessor(model_proto=proto)
+            size = library.get_piece_size()
+        except (RuntimeError, ValueError) as error:
+            raise ValueError("this is no SentencePiece model; copy it again") from error
+        if size == 0:  # what an empty file gives
+            raise ValueError("this SentencePiece model is empty; copy it again")
+        if library.eos_id() < 0:
+            raise ValueError("this SentencePiece model has no </s>; train it with eos_id >= 0")
+        return library
+
+    @property
+    def vocab_size(self) -> int:
+        return self._library.get_piece_size()
+
+    @cached_property
+    def separator(self) -> tuple[int, ...]:
+        return (self._library.eos_id(),)
+
+    @cached_property
+    def special(self) -> tuple[int, ...]:
+        return tuple(i for i in range(self.vocab_size) if self._library.is_control(i))
+
+    @cached_property
+    def _surfaces(self) -> list[bytes]:
+        """The UTF-8 of each piece: one byte of a byte piece, U+FFFD of the unknown piece."""
+        library, surfaces = self._library, []
+        for i in range(self.vocab_size):
+            piece = library.id_to_piece(i)
+            if library.is_byte(i):
+                surfaces.append(bytes([int(piece[1:-1], 16)]))  # <0x0A>
+            elif library.is_unknown(i):
+                surfaces.append("\ufffd".encode())
+            else:
+                surfaces.append(piece.replace(BLANK, " ").encode())
+        return surfaces
+
+    @cached_property
+    def _adds_space(self) -> bool:
+        return self._decode_run(self._library.encode("a")) == " a"
+
+    @cached_property
+    def _splits_at_spaces(self) -> bool:
+        """Whether text cut before a space has the ids of the whole.
+
+        True if the model leaves spaces as they are and no piece reaches across one.
+        """
+        text = " a  b "
+        return self._decode_run(self._library.encode(text)) == text and not any(
+            re.search(rb"[^ ] ", surface) for surface in self._surfaces
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids, int32 [n].
+
+        The library adds up scores of the whole text in float32, so that the cut of a long text
+        into pieces would suffer from rounding; it gets PIECE characters at a time.
+        """
+        if not self._splits_at_spaces:
+            _utf8(text)
+            return np.asarray(self._library.encode(text), np.int32)
+        ids: list[int] = []
+        for piece in _pieces(text):
+            for i, part in enumerate(piece.split(BLANK)):  # to the library BLANK is a space
+                ids += self._blank if i else []
+                ids += self._library.encode(part)
+        return np.asarray(ids, np.int32)
+
+    @cached_property
+    def _blank(self) -> list[int]:
+        """The ids of BLANK as a character: its bytes, or the unknown piece where there are none."""
+        return [self._library.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
+
+    def decode(self, ids: np.ndarray, mask: str = "░") -> str:
+        text = super().decode(ids, mask)
+        return text.removeprefix(" ") if self._adds_space else text
+
+    def _decode_run(self, ids: np.ndarray) -> str:
+        return b"".join([self._surfaces[i] for i in ids]).decode("utf-8", errors="replace")
+
+
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "bert": Bert,
     "bytes": Bytes,
     "characters": Characters,
     "gpt2": GPT2,
+    "sentencepiece": SentencePiece,
     "text8": Text8,
 }
 
 
 def make_tokenizer(name: str, path: str, corpus: Corpus) -> Tokenizer:
-    """Returns tokenizer `name`: from the files at `path` (gpt2, bert) or fitted on `corpus`."""
+    """Returns tokenizer `name`: from the files at `path`, or fitted on `corpus`; see its `make`."""
     return _lookup(name).make(path, corpus)
 
 
@@ -297,15 +426,6 @@ def _lookup(name: str) -> type[Tokenizer]:
     if name not in TOKENIZERS:
         raise ValueError(f"unknown tokenizer {name!r}; known: {', '.join(sorted(TOKENIZERS))}")
     return TOKENIZERS[name]
-
-
-def _find(path: str, *names: str) -> Path:
-    for name in names:
-        if (Path(path) / name).is_file():
-            return Path(path) / name
-    raise ValueError(
-        f"no {' or '.join(names)} in {str(path)!r}; set data.tokenizer_path to its folder"
-    )
 
 
 def _check_ids(ids: Any) -> np.ndarray:
@@ -330,22 +450,20 @@ def _utf8(text: str) -> bytes:
         ) from error
 
 
-def _encode_pieces(library: Any, text: str) -> np.ndarray:
-    """Encodes piece by piece: the library takes hundreds of bytes for each character it holds.
+def _pieces(text: str) -> Iterator[str]:
+    """Yields `text` in pieces of about PIECE characters.
 
-    A piece ends after a newline that stands alone between printed characters, where both GPT-2's
-    and BERT's pre-tokenizers end a word anyway, so the ids are those of the whole text.
+    A piece ends between a printed character and a space or newline. There both GPT-2's and BERT's
+    pre-tokenizers end a word anyway, so the ids are those of the whole text.
     """
     _utf8(text)
-    rows, start = [np.zeros(0, np.int32)], 0
-    lone_newline = re.compile(r"(?<=\S)\n(?=\S)")
+    boundary = re.compile(r"(?<=\S)(?=[ \n])")
+    start = 0
     while start < len(text):
-        found = lone_newline.search(text, start + PIECE)
-        stop = found.end() if found else len(text)
-        encoded = library.encode(text[start:stop], add_special_tokens=False)
-        rows.append(np.asarray(encoded.ids, np.int32))
+        found = boundary.search(text, start + PIECE)
+        stop = found.start() if found else len(text)
+        yield text[start:stop]
         start = stop
-    return np.concatenate(rows)
 
 
 def _shorten(text: str, most: int = 60) -> str:

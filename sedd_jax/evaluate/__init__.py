@@ -3,6 +3,7 @@
 from sedd_jax.evaluate.bounds import (
     BoundFn,
     CorpusBound,
+    bound_until,
     corpus_bound,
     in_units,
     make_bound_fn,
@@ -14,6 +15,7 @@ __all__ = [
     "Bigram",
     "BoundFn",
     "CorpusBound",
+    "bound_until",
     "corpus_bound",
     "in_units",
     "make_bound_fn",

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from sedd_jax import sharding
+from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
 from sedd_jax.diffusion.schedules import Schedule
@@ -29,21 +30,36 @@ class CorpusBound(NamedTuple):
     normalised: float | None
     normalised_standard_error: float | None
     paper_protocol: float  # mean over t ~ U[t_min, 1], nothing added: what published tables hold
+    passes: int  # noise levels a block that it was estimated from
 
-    def per(self, count: float) -> dict[str, float | None]:
-        """Each divided by count."""
-        return {k: None if v is None else v / count for k, v in self._asdict().items()}
+    def per(self, count: float) -> Self:
+        """Each but passes divided by count."""
+        values = self._asdict().items()
+        return CorpusBound(**{k: v if v is None or k == "passes" else v / count for k, v in values})
 
 
 def make_bound_fn(
     make_score_fn: Callable, graph: Graph, schedule: Schedule, *, t_min: float
 ) -> BoundFn:
-    """Jitted (params, key, x0, index, *, passes) -> Bound; make_score_fn takes the parameters."""
+    """Jitted (params, key, Blocks, index, *, passes) -> Bound.
+
+    make_score_fn(params, is_token) gives the score function for rows with that padding.
+    """
 
     @functools.partial(jax.jit, static_argnames="passes")
-    def bound_fn(params, key, x0, index, *, passes):
-        score_fn = make_score_fn(params)
-        return bound(key, x0, index, score_fn, graph, schedule, passes=passes, t_min=t_min)
+    def bound_fn(params, key, blocks, index, *, passes):
+        x0, is_token = blocks
+        return bound(
+            key,
+            x0,
+            index,
+            make_score_fn(params, is_token),
+            graph,
+            schedule,
+            passes=passes,
+            t_min=t_min,
+            is_token=is_token,
+        )
 
     return bound_fn
 
@@ -52,15 +68,16 @@ def corpus_bound(
     bound_fn: BoundFn,
     params: Any,
     key: jax.Array,
-    blocks: np.ndarray,
+    blocks: Blocks,
     *,
+    passes: int,
     batch_size: int,
     t_min: float,
     mesh: Mesh | None = None,
     progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> CorpusBound | None:
-    """Bound the blocks int32 [N, L] together; bound_fn(params, key, x0, index) -> Bound.
+    """Bound the blocks together; bound_fn(params, key, Blocks, index, passes=...) -> Bound.
 
     A call takes batch_size blocks, rounded up to the devices of the mesh that share a batch. None
     if should_stop() turned true before the end.
@@ -70,19 +87,22 @@ def corpus_bound(
     parts = 1 if mesh is None else sharding.batch_parts(mesh)
     batch_size = -(-batch_size // parts) * parts
     results = []
-    starts = range(0, len(blocks), batch_size)
-    for start in tqdm(starts, desc="bound", unit="batch", disable=not progress):
+    count = len(blocks.tokens)
+    for start in tqdm(
+        range(0, count, batch_size), desc="bound", unit="batch", disable=not progress
+    ):
         if should_stop():
             return None
         index = np.arange(start, start + batch_size, dtype=np.int32)
         # The last batch is filled up with blocks that are dropped again: one shape compiles once.
-        batch = (blocks[np.minimum(index, len(blocks) - 1)], index)
+        rows = np.minimum(index, count - 1)
+        batch = (jax.tree.map(lambda a, rows=rows: a[rows], blocks), index)
         if mesh is not None:
-            batch = tuple(sharding.put_batch(part, mesh) for part in batch)
-        results.append(jax.device_get(bound_fn(params, key, *batch)))
+            batch = sharding.put_batch(batch, mesh)
+        results.append(jax.device_get(bound_fn(params, key, *batch, passes=passes)))
 
     def add_up(*values):
-        return float(np.concatenate(values)[: len(blocks)].sum(dtype=np.float64))
+        return float(np.concatenate(values)[:count].sum(dtype=np.float64))
 
     total = jax.tree.map(add_up, *results)
     ends = total.tail + total.prior
@@ -98,28 +118,63 @@ def corpus_bound(
             None if normalised is None else math.sqrt(total.normalised_variance)
         ),
         paper_protocol=total.diffusion / (1.0 - t_min),
+        passes=passes,
     )
 
 
-def one_in_units(nats: float, tokens: int, characters: int) -> dict[str, float]:
+def bound_until(one_round: Callable[[int], CorpusBound], target: float, most: int) -> CorpusBound:
+    """The mean of independent rounds, as many as bring its standard error to target, nats.
+
+    one_round(r) is round r, r = 0, 1, ...; at most `most` are made.
+    """
+    rounds: list[CorpusBound] = []
+    while True:
+        rounds.append(one_round(len(rounds)))
+        total = _mean(rounds)
+        if total.bound_standard_error <= target or len(rounds) >= most:
+            return total
+
+
+def _mean(rounds: list[CorpusBound]) -> CorpusBound:
+    values = {}
+    for name in CorpusBound._fields:
+        each = [getattr(total, name) for total in rounds]
+        if name == "passes":
+            values[name] = sum(each)
+        elif each[0] is None:
+            values[name] = None
+        elif name.endswith("standard_error"):
+            values[name] = math.sqrt(sum(error**2 for error in each)) / len(each)
+        else:
+            values[name] = sum(each) / len(each)
+    return CorpusBound(**values)
+
+
+UNITS = ("nats_per_token", "bits_per_character", "perplexity_per_token", "perplexity_per_word")
+
+
+def one_in_units(nats: float, tokens: int, characters: int, words: float) -> dict[str, float]:
     """Total nats over a text, in every unit."""
-    return {
-        "nats_per_token": nats / tokens,
-        "bits_per_character": bits_per_character(nats, characters),
-        "perplexity_per_token": perplexity(nats / tokens),
-    }
+    values = (
+        nats / tokens,
+        bits_per_character(nats, characters),
+        perplexity(nats / tokens),
+        perplexity(nats / words),
+    )
+    return dict(zip(UNITS, values, strict=True))
 
 
 def in_units(
-    total: CorpusBound, tokens: int, characters: int
+    total: CorpusBound, tokens: int, characters: int, words: float
 ) -> dict[str, dict[str, float | None]]:
     """{unit: {field of total: value}}; the perplexity of a part or of an error means nothing."""
-    nats = total.per(tokens)
     wholes = ("bound", "normalised", "paper_protocol")
-    return {
-        "nats_per_token": nats,
-        "bits_per_character": total.per(characters * math.log(2.0)),
-        "perplexity_per_token": {
-            name: None if nats[name] is None else perplexity(nats[name]) for name in wholes
-        },
-    }
+    values: dict[str, dict[str, float | None]] = {unit: {} for unit in UNITS}
+    for name, nats in total._asdict().items():
+        if name == "passes":
+            continue
+        for unit in UNITS:
+            if name in wholes or not unit.startswith("perplexity"):
+                one = None if nats is None else one_in_units(nats, tokens, characters, words)[unit]
+                values[unit][name] = one
+    return values

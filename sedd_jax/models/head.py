@@ -44,13 +44,23 @@ class HeadScores:
 
 
 def make_score_fn(
-    model: nn.Module, params, graph: Graph, *, dropout_key: jax.Array | None = None
+    model: nn.Module,
+    params,
+    graph: Graph,
+    *,
+    dropout_key: jax.Array | None = None,
+    is_token: jax.Array | None = None,
 ) -> ScoreFn:
-    """The network with these parameters as a score function; dropout acts if it gets a key."""
+    """The network with these parameters as a score function; dropout acts if it gets a key.
+
+    is_token, bool [B, L], marks what is no padding in the rows that it will be called with.
+    """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
 
     def score_fn(xt, sigma):
-        output = model.apply({"params": params}, xt, sigma, deterministic=not rngs, rngs=rngs)
+        output = model.apply(
+            {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
+        )
         return HeadScores(output, xt, graph.log_scale(sigma), graph.vocab_size)
 
     return score_fn

@@ -87,7 +87,7 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x, conditioning):
+    def __call__(self, x, conditioning, lengths):
         size = x.shape[-1]
         linear = {
             "dtype": self.dtype,
@@ -113,7 +113,7 @@ class Block(nn.Module):
             (3, self.heads, size // self.heads), use_bias=False, name="qkv", **linear
         )(h)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, L, H, K]
-        h = attention(rotate(q), rotate(k), v)
+        h = attention(rotate(q), rotate(k), v, lengths=lengths)
         h = nn.DenseGeneral(size, axis=(-2, -1), use_bias=False, name="out", **linear)(h)
         x = x + drop(h, gate_1)
 
@@ -125,7 +125,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """(tokens [B, L], sigma [B, 1]) -> Output for `dim` states."""
+    """(tokens [B, L], sigma [B, 1]) -> Output for `dim` states.
+
+    is_token, bool [B, L], is False at the padding, which is at the end of a row: no position
+    attends to it. None: no padding.
+    """
 
     dim: int
     hidden_size: int
@@ -137,7 +141,14 @@ class Transformer(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, sigma: jax.Array, *, deterministic: bool) -> Output:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        sigma: jax.Array,
+        *,
+        deterministic: bool,
+        is_token: jax.Array | None = None,
+    ) -> Output:
         rows = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=1, out_axis=0)
         zeros = nn.initializers.zeros_init()
         table = (self.dim, self.hidden_size)
@@ -167,8 +178,9 @@ class Transformer(nn.Module):
             in_axes=nn.broadcast,
             length=self.blocks,
         )
+        lengths = None if is_token is None else is_token.sum(axis=-1, dtype=jnp.int32)
         x, _ = scanned(self.heads, self.dropout, self.dtype, deterministic, name="blocks")(
-            x, conditioning
+            x, conditioning, lengths
         )
 
         norm = nn.LayerNorm(

@@ -1,0 +1,490 @@
+"""Tokenizers: published ids, real text there and back, and every place a vocabulary comes from."""
+
+import base64
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sedd_jax.data import TOKENIZERS, Corpus, make_tokenizer, tokenizer_from_dict
+from sedd_jax.data import subwords as subwords_module
+from sedd_jax.data import tokenizers as tokenizers_module
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEST_DATA = Path(os.environ.get("SEDD_TEST_DATA", REPOSITORY / "../shared/data"))
+PATHS = {"gpt2": "gpt2_bpe", "bert": "bert_vocab"}  # folders of TEST_DATA
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+ODD = "\n\n  two  blanks \t tab\r\n naïve 東京 🙂👩‍💻 \0 ▁ ▁▁x ▅ <s></s> <unk> <0x41> \u2028\ufeff e\u0301  "
+
+
+def real(name: str) -> Path:
+    path = TEST_DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent; set SEDD_TEST_DATA to a folder that holds {name}")
+    return path
+
+
+def says(*parts: str):
+    """A ValueError of one line that holds `parts` in order."""
+    return pytest.raises(ValueError, match=r"\A(?=[^\n]*\Z).*" + ".*".join(map(re.escape, parts)))
+
+
+def corpus_of(train: list[str], heldout: list[str]) -> Corpus:
+    return Corpus({"train": lambda: iter(train), "validation": lambda: iter(heldout)})
+
+
+@cache
+def reference() -> Corpus:
+    """The language reference that ships inside CPython, every tenth topic held out."""
+    from pydoc_data.topics import topics
+
+    texts = [topics[name] for name in sorted(topics)]
+    heldout = texts[::10]
+    return corpus_of([t for t in texts if t not in heldout], heldout)
+
+
+def published(name: str):
+    return make_tokenizer(name, str(real(PATHS[name])), reference())
+
+
+@cache
+def some_tokenizer(name: str):
+    if name in PATHS:
+        return published(name)
+    return make_tokenizer(name, "train:1000" if name == "sentencepiece" else "", reference())
+
+
+# --- every tokenizer
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_real_text_survives_the_round_trip(name):
+    text = "".join(reference().documents("validation"))
+    if name == "text8":
+        text = " ".join(re.sub("[^a-z]+", " ", text.lower()).split())
+    elif name != "characters":
+        text += " naïve 東京 🙂\r\n\n  end "
+    tokenizer = some_tokenizer(name)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32 and ids.min() >= 0 and ids.max() < tokenizer.vocab_size
+    decoded = tokenizer.decode(ids)
+    if name == "bert":  # lower case, spacing lost, emoji unknown: the letters are what survives
+        text, decoded = (re.sub("[^a-z]", "", t.lower()) for t in (text, decoded))
+        text, decoded = text.replace("nave", "naive"), decoded.replace("unk", "")
+    assert decoded == text
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "sentencepiece"])
+def test_every_text_survives_the_round_trip(name):
+    tokenizer = some_tokenizer(name)
+    lines = real("openwebtext_1k/openwebtext-1000.jsonl").read_text(encoding="utf-8").splitlines()
+    wikitext = real("wikitext2/wiki.test.raw").read_text(encoding="utf-8")
+    texts = [wikitext, *(json.loads(line)["text"] for line in lines[:200])]
+    for text in [*texts, ODD, ODD[::-1], " ", "   ", "\n", "\t", "▁", ""]:
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int32 and tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_a_tokenizer_rebuilt_from_json_gives_the_same_ids_and_fingerprint(name):
+    tokenizer = some_tokenizer(name)
+    rebuilt = tokenizer_from_dict(json.loads(json.dumps(tokenizer.to_dict())))
+    assert rebuilt == tokenizer and hash(rebuilt) == hash(tokenizer)
+    assert rebuilt.fingerprint() == tokenizer.fingerprint()
+    assert (rebuilt.vocab_size, rebuilt.separator) == (tokenizer.vocab_size, tokenizer.separator)
+    assert rebuilt.encode("some words").tolist() == tokenizer.encode("some words").tolist()
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_a_pickled_tokenizer_carries_its_fields_alone(name):
+    tokenizer = some_tokenizer(name)
+    ids = tokenizer.encode("some words").tolist()  # its library's object is built by now
+    pickled = pickle.dumps(tokenizer)
+    again = pickle.loads(pickled)
+    assert again == tokenizer and set(vars(again)) == set(tokenizer.to_dict()) - {"name"}
+    assert again.encode("some words").tolist() == ids and again.decode(ids) == "some words"
+    assert len(pickled) <= 1.3 * len(json.dumps(tokenizer.to_dict(), ensure_ascii=False)) + 200
+
+
+def test_fingerprints_tell_tokenizers_apart():
+    other = make_tokenizer("characters", "", corpus_of(["ab"], ["c"]))
+    assert other.alphabet == "\nabc" and other.separator == (0,)
+    tokenizers = [some_tokenizer(n) for n in ("characters", "text8", "bytes", "sentencepiece")]
+    assert len({t.fingerprint() for t in [other, *tokenizers]}) == 5
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_masks_are_shown_where_they_stand(name):
+    tokenizer = some_tokenizer(name)
+    mask = tokenizer.vocab_size
+    ids = [*tokenizer.encode("some"), mask, mask, *tokenizer.encode("more")]
+    gap = " " if name == "bert" else ""
+    assert tokenizer.decode(np.array(ids)) == gap.join(["some", "░", "░", "more"])
+    assert tokenizer.decode(np.array([mask + 7]), mask="_") == "_"
+    assert tokenizer.decode([]) == ""
+    with says("ids must be one row of integers >= 0, not array([-1])"):
+        tokenizer.decode(np.array([-1]))
+
+
+def test_a_mask_inside_a_character_leaves_the_rest_readable():
+    for name in ("bytes", "sentencepiece"):
+        tokenizer = some_tokenizer(name)
+        first, second = tokenizer.encode("▅")[:2]  # of three bytes
+        (a,), (b,), mask = tokenizer.encode("a"), tokenizer.encode("b"), tokenizer.vocab_size
+        assert tokenizer.decode([a, first, mask, second, b]) == "a\ufffd░\ufffdb"
+        assert tokenizer.decode([first]) == "\ufffd"
+
+
+def test_separators_that_are_no_text_count_no_characters():
+    tokenizer = tokenizers_module.GPT2(("a", "b", "<|endoftext|>"), ())
+    assert tokenizer.count_characters(np.array([0, 2, 1, 2])) == 2
+    characters = tokenizers_module.Characters("\nab")
+    assert characters.count_characters(np.array([1, 0, 2, 0])) == 4
+    trained = some_tokenizer("sentencepiece")
+    ids = [*trained.encode("a b\n"), *trained.separator, *trained.encode("c")]
+    assert trained.count_characters(np.array(ids)) == 5
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "sentencepiece"])
+def test_ids_do_not_depend_on_the_pieces_given_to_the_library(name, monkeypatch):
+    tokenizer = some_tokenizer(name)
+    text = real("wikitext2/wiki.test.raw").read_text(encoding="utf-8")[:200_000] + ODD
+    monkeypatch.setattr(tokenizers_module, "PIECE", 50)
+    in_pieces = tokenizer.encode(text)
+    # SentencePiece adds up float32 scores: its ids of a long text are another matter (rounding)
+    monkeypatch.setattr(tokenizers_module, "PIECE", 5000 if name == "sentencepiece" else 1 << 30)
+    np.testing.assert_array_equal(in_pieces, tokenizer.encode(text))
+
+
+def test_every_fault_of_a_tokenizer_is_named():
+    with says("unknown tokenizer 'x'; known: bert, bytes, characters, gpt2, sentencepiece, text8"):
+        make_tokenizer("x", "", reference())
+    with says("character 'É' (U+00C9) at position 3 of 'cafÉ'", "tokenizer 'text8'", "'bytes'"):
+        some_tokenizer("text8").encode("cafÉ")
+    with says("character '\U0001f642' (U+1F642) at position 0"):
+        some_tokenizer("characters").encode("\U0001f642")
+    with says("names no tokenizer"):
+        tokenizer_from_dict({"alphabet": "a"})
+    with says("keys ['letters'] do not fit tokenizer 'characters'"):
+        tokenizer_from_dict({"name": "characters", "letters": "a"})
+
+
+@pytest.mark.parametrize("name", ["bert", "bytes", "gpt2", "sentencepiece"])
+def test_half_a_surrogate_pair_is_refused(name):
+    with says("half a surrogate pair at position 1"):
+        some_tokenizer(name).encode("a\ud800")
+
+
+# --- GPT-2 and BERT
+
+
+def test_published_ids_are_reproduced():
+    gpt2, bert = published("gpt2"), published("bert")
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    assert (gpt2.vocab_size, gpt2.separator) == (50257, (50256,))
+    assert bert.encode("Hello, world").tolist() == [7592, 1010, 2088]
+    assert bert.encode("Élan 🙂").tolist() == [3449, 2319, 100]  # el ##an [UNK]
+    assert bert.decode([101, 7592, 100, 102, 103, 0]) == "[CLS] hello [UNK] [SEP] [MASK] [PAD]"
+    assert (bert.vocab_size, bert.separator) == (30522, (102,))
+    assert some_tokenizer("text8").encode("az b").tolist() == [1, 26, 0, 2]
+
+
+def test_wikitext2_has_its_published_number_of_gpt2_tokens():
+    text = real("wikitext2/wiki.test.raw").read_text(encoding="utf-8")
+    assert len(published("gpt2").encode(text)) == 286221
+
+
+def write_json(file: Path, name: str, **sections) -> dict:
+    """The published vocabulary as a tokenizer.json, written by the `tokenizers` library."""
+    import tokenizers
+
+    folder = real(PATHS[name])
+    if name == "gpt2":
+        library = tokenizers.ByteLevelBPETokenizer(
+            str(folder / "encoder.json"), str(folder / "vocab.bpe")
+        )
+        library.add_special_tokens(["<|endoftext|>"])
+    else:
+        library = tokenizers.BertWordPieceTokenizer(str(folder / "vocab.txt"))
+    document = json.loads(library.to_str())
+    for section, content in sections.items():
+        document[section] = content(document[section])
+    file.write_text(json.dumps(document), encoding="utf-8")
+    return document
+
+
+def cached(cache: Path, name: str, commit: str, **contents: bytes) -> None:
+    """The cache of huggingface_hub as a download leaves it: file vocab_json is vocab.json."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text(commit)
+    for file, content in contents.items():
+        (folder / "snapshots" / commit / file.replace("_", ".")).write_bytes(content)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> Path:
+    """An empty cache of huggingface_hub, and no network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def hub_files(name: str) -> dict[str, bytes]:
+    folder = real(PATHS[name])
+    if name == "bert":
+        return {"vocab_txt": (folder / "vocab.txt").read_bytes()}
+    merges = (folder / "vocab.bpe").read_bytes().removesuffix(b"\n")
+    return {"vocab_json": (folder / "encoder.json").read_bytes(), "merges_txt": merges}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_every_way_to_a_vocabulary_gives_the_same_tokenizer(name, tmp_path, offline):
+    expected = published(name).fingerprint()
+    assert expected == TOKENIZERS[name].source.fingerprint
+    write_json(tmp_path / "tokenizer.json", name)
+    new = tmp_path / "new.json"
+    write_json(new, name)
+    old = tmp_path / "old.json"  # as first published: no model.type, merges as strings
+    write_json(
+        old,
+        name,
+        model=lambda model: {
+            key: [" ".join(pair) for pair in value] if key == "merges" else value
+            for key, value in model.items()
+            if key != "type"
+        },
+    )
+    merges = {"gpt2": [list, str], "bert": [type(None)] * 2}[name]
+    for file, kind in zip((new, old), merges):
+        pairs = json.loads(file.read_text(encoding="utf-8"))["model"].get("merges", [None])
+        assert isinstance(pairs[0], kind)
+    owner, commit = TOKENIZERS[name].source.published.split("@")
+    cached(offline, owner, commit, **hub_files(name))
+    cached(offline, "some/one", COMMIT, **hub_files(name))
+    for path in (str(tmp_path), str(new), str(old), f"some/one@{COMMIT}", f"{owner}@{commit}", ""):
+        assert make_tokenizer(name, path, reference()).fingerprint() == expected, path
+
+
+def test_a_folder_that_is_there_wins_over_a_hub_id(tmp_path, monkeypatch, offline):
+    (tmp_path / "some").mkdir()
+    (tmp_path / f"some/one@{COMMIT}").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with says(f"no vocab.txt in 'some/one@{COMMIT}', and no tokenizer.json"):
+        make_tokenizer("bert", f"some/one@{COMMIT}", reference())
+
+
+def test_every_fault_of_a_hub_id_is_named(offline):
+    for path in ("some/one", "some/one@main", "some/one@" + COMMIT[:12]):
+        with says(f"{path!r} is no folder or file here", "write some/one@ and the commit's 40 hex"):
+            make_tokenizer("gpt2", path, reference())
+    for path in ("/no/such/folder", "nowhere", f"gpt2@{COMMIT}"):
+        with says(f"no folder or file at {path!r}; set data.tokenizer_path to one"):
+            make_tokenizer("bert", path, reference())
+    with says(f"cannot get vocab.json of 'some/one@{COMMIT}': ", "; download it elsewhere and set"):
+        make_tokenizer("gpt2", f"some/one@{COMMIT}", reference())
+    with says("cannot get vocab.txt of 'google-bert/bert-base-uncased@86b5e0934494"):
+        make_tokenizer("bert", "", reference())
+
+
+def test_a_download_that_is_not_what_was_published_is_refused(offline):
+    owner, commit = TOKENIZERS["bert"].source.published.split("@")
+    cached(offline, owner, commit, vocab_txt=b"[UNK]\n[SEP]\na\n")
+    for path in ("", f"{owner}@{commit}"):
+        with says(f"downloaded as '{owner}@{commit}' has fingerprint", "not 383dfd", "delete it"):
+            make_tokenizer("bert", path, reference())
+
+
+def test_a_process_that_cannot_reach_the_hub_says_so_in_one_line(tmp_path):
+    program = "from sedd_jax.data import make_tokenizer as make; make('gpt2', '', None)"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, check=False, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(
+        "ValueError: cannot get vocab.json of 'openai-community/gpt2@607a30d783dfa663caf39e06633721"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sections", "fault"),
+    [
+        ("gpt2", {"model": lambda m: m | {"type": "Unigram"}}, "model.type is 'Unigram', not"),
+        ("bert", {"model": lambda m: m | {"type": "BPE"}}, "model.type is 'BPE', not 'WordPiece'"),
+        ("gpt2", {"normalizer": lambda _: {"type": "NFC"}}, "normalizer.type is 'NFC', not None"),
+        ("gpt2", {"pre_tokenizer": lambda _: None}, "pre_tokenizer.type is None, not 'ByteLevel'"),
+        ("gpt2", {"pre_tokenizer": lambda p: p | {"add_prefix_space": True}}, "prefix_space is"),
+        ("gpt2", {"model": lambda m: m | {"ignore_merges": True}}, "ignore_merges is True"),
+        ("bert", {"normalizer": lambda n: n | {"lowercase": False}}, "lowercase is False, not"),
+        ("bert", {"normalizer": lambda n: n | {"strip_accents": False}}, "strip_accents is False"),
+        ("bert", {"normalizer": lambda _: None}, "normalizer.type is None, not 'BertNormalizer'"),
+        ("bert", {"model": lambda m: {"type": "WordPiece"}}, "it has no 'vocab'"),
+        (
+            "bert",
+            {"added_tokens": lambda t: [{"id": 7, "content": "x", "special": False}]},
+            "it matches 'x' ahead of the vocabulary",
+        ),
+        (
+            "bert",
+            {"added_tokens": lambda t: [{"id": 7, "content": "[SEP]", "special": True}]},
+            "it gives '[SEP]' two ids",
+        ),
+    ],
+)
+def test_a_tokenizer_json_with_other_ids_is_refused(name, sections, fault, tmp_path):
+    write_json(tmp_path / "tokenizer.json", name, **sections)
+    with says("tokenizer.json' as a vocabulary: ", fault):
+        make_tokenizer(name, str(tmp_path), reference())
+
+
+def test_every_fault_of_vocabulary_files_is_named(tmp_path):
+    def make(name: str, **files: str):
+        for file, content in files.items():
+            (tmp_path / file.replace("_", ".")).write_text(content, encoding="utf-8")
+        return make_tokenizer(name, str(tmp_path), reference())
+
+    with says("no encoder.json or vocab.json in", "no tokenizer.json; set data.tokenizer_path"):
+        make("gpt2")
+    with says("vocab.json' as a vocabulary: its ids are not 0 .. n - 1"):
+        make("gpt2", vocab_json='{"a": 0, "b": 2}', merges_txt="#version: 0.2\n")
+    with says("it lacks <|endoftext|>"):
+        make("gpt2", vocab_json='{"a": 0}')
+    with says("' do not fit the vocabulary:", "download both again"):
+        make("gpt2", vocab_json='{"a": 0, "<|endoftext|>": 1}', merges_txt="q z\n")
+    with says("lacks 255 of the 256 bytes, '!' first"):
+        make("gpt2", merges_txt="")
+    with says("no vocab.txt in"):
+        make("bert")
+    with says("it lacks [SEP]"):
+        make("bert", vocab_txt="[UNK]\na\n")
+    with says("it holds a token twice"):
+        make("bert", vocab_txt="[UNK]\n[SEP]\na\na\n")
+    with says("tokenizer.json' as a vocabulary: Expecting value"):
+        make_tokenizer("bert", str(tmp_path / "tokenizer.json"), make("text8", tokenizer_json=""))
+
+
+# --- SentencePiece
+
+
+def trained_elsewhere(**options) -> bytes:
+    """A model with the library's own defaults: it adds a space in front and squeezes blanks."""
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=(
+            line for text in reference().documents("train") for line in text.split("\n")
+        ),
+        model_writer=model,
+        minloglevel=3,
+        **{"vocab_size": 500, "num_threads": 1} | options,
+    )
+    return model.getvalue()
+
+
+def test_training_twice_gives_the_same_model_and_says_nothing(capfd):
+    twice = [make_tokenizer("sentencepiece", "train:400", reference()) for _ in range(2)]
+    assert twice[0].fingerprint() == twice[1].fingerprint()
+    assert twice[0].vocab_size == 400 and twice[0].special == twice[0].separator == (1,)
+    assert capfd.readouterr() == ("", "")
+    other = make_tokenizer("sentencepiece", "train:401", reference())
+    assert other.fingerprint() != twice[0].fingerprint()
+
+
+def test_a_document_of_one_long_line_is_cut_and_not_dropped():
+    words = " ".join(" ".join(reference().documents("train")).split())
+    assert len(words) > 300_000
+    for text in (words, "word\0" + words.replace(" ", "\t"), "字" * 5000 + words):
+        trained = make_tokenizer("sentencepiece", "train:600", corpus_of([text], []))
+        assert len(trained.encode("expression statement")) < 10  # it learned of words
+
+
+def test_a_sentence_is_cut_before_a_space_and_keeps_every_character():
+    documents = ["one\ntwo\tthree", "word " * 700, "x" * 2500, "字" * 1500 + " end"]
+    sentences = list(subwords_module._sentences(documents))
+    assert sentences[:3] == ["one", "two", "three"]
+    assert "".join(sentences[3:]) == "".join(documents[1:])
+    assert max(map(len, sentences)) == 1000 and sentences[4].startswith(" word")
+
+
+def test_a_large_corpus_is_drawn_from_evenly_and_the_same_each_time():
+    drawn = subwords_module._draw(map(str, range(10_000)), 1000)
+    assert drawn == subwords_module._draw(map(str, range(10_000)), 1000)
+    numbers = [int(line) for line in drawn]
+    assert len(set(numbers)) == 1000 and 4700 < np.mean(numbers) < 5300
+    assert subwords_module._draw("abc", 5) == ["a", "b", "c"]
+
+
+def test_a_model_file_gives_the_trained_tokenizer(tmp_path):
+    trained = some_tokenizer("sentencepiece")
+    (tmp_path / "a.model").write_bytes(base64.b64decode(trained.model))
+    for path in (tmp_path, tmp_path / "a.model"):
+        again = make_tokenizer("sentencepiece", str(path), None)  # no corpus is needed
+        assert again.fingerprint() == trained.fingerprint()
+
+
+@pytest.mark.parametrize("byte_fallback", [False, True])
+def test_a_model_trained_elsewhere_gives_the_ids_and_text_of_the_library(tmp_path, byte_fallback):
+    from sentencepiece import SentencePieceProcessor
+
+    model = trained_elsewhere(byte_fallback=byte_fallback)
+    (tmp_path / "a.model").write_bytes(model)
+    tokenizer = make_tokenizer("sentencepiece", str(tmp_path), None)
+    library = SentencePieceProcessor(model_proto=model)
+    text = "  Some  words\nof the expression 東京 " * 200
+    ids = tokenizer.encode(text)
+    assert ids.tolist() == library.encode(text)
+    assert tokenizer.decode(ids) == library.decode(ids.tolist()).replace(" ⁇ ", "\ufffd")
+    assert tokenizer.special == (1, 2) and tokenizer.separator == (2,)
+    shown = tokenizer.decode([*tokenizer.encode("a word"), 2, tokenizer.vocab_size, 0])
+    assert shown == "a word</s>░\ufffd"
+    assert tokenizer.count_characters(np.array([1, *tokenizer.encode("a word"), 2])) == 6
+
+
+def test_every_fault_of_a_sentencepiece_model_is_named(tmp_path):
+    def make(path: object, corpus: Corpus | None = None):
+        return make_tokenizer("sentencepiece", str(path), corpus or reference())
+
+    with says("vocabulary of 100000 is too large for this corpus, which gives ", " at most;"):
+        make("train:100000")
+    with says("vocabulary of 100 is too small for this corpus, whose characters take ", "; change"):
+        make("train:100")
+    with says("cannot be trained on a corpus without text"):
+        make("train:300", corpus_of([], []))
+    for path in ("train:", "train:0", "train:-1", "train:8k"):
+        with says(f"{path!r} names no vocabulary size; write train:8000"):
+            make(path)
+    with says("data.tokenizer_path is empty; set it to a .model file or to train:8000"):
+        make("")
+    with says("cannot read '/no/such.model': No such file or directory; set data.tokenizer_path"):
+        make("/no/such.model")
+    with says("0 .model files in"):
+        make(tmp_path)
+    file = tmp_path / "a.model"
+    model = base64.b64decode(some_tokenizer("sentencepiece").model)
+    for content in (b"no model", model[: len(model) // 2]):
+        file.write_bytes(content)
+        with says("a.model': this is no SentencePiece model; copy it again"):
+            make(file)
+    file.write_bytes(b"")
+    with says("a.model': this SentencePiece model is empty; copy it again"):
+        make(file)
+    file.write_bytes(trained_elsewhere(eos_id=-1))
+    with says("a.model': this SentencePiece model has no </s>; train it with eos_id >= 0"):
+        make(file)
+    (tmp_path / "b.model").write_bytes(model)
+    with says("2 .model files in"):
+        make(tmp_path)
+    with says("this is no SentencePiece model"):
+        tokenizer_from_dict({"name": "sentencepiece", "model": "?"}).encode("a")
