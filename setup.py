@@ -8,7 +8,15 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_jax/__init__.py").read_text())[1]
 
-TEST = ["pytest", "pytest-xdist", "scipy", "ruff==0.17.6", "matplotlib"]
+TEST = [
+    "matplotlib",
+    "mauve-text",
+    "pytest",
+    "pytest-xdist",
+    "ruff==0.17.6",
+    "scipy",
+    "transformers",
+]
 COMMANDS = ("prepare", "train", "eval", "sample", "report")
 
 setup(
