@@ -8,7 +8,7 @@ import numpy as np
 
 
 def generative_perplexity(nats: np.ndarray) -> dict[str, float]:
-    """Perplexity of texts under another model, from its nats [N, L - 1] (Scorer.nats).
+    """Perplexity of texts under another model, from its nats [N, L - 1], NaN beyond a text's end.
 
     mean_of_exp, the original's protocol, is the mean over texts of exp(mean nats of the text);
     token_mean, that of others, is exp(mean nats over all tokens) and never larger.
@@ -17,8 +17,8 @@ def generative_perplexity(nats: np.ndarray) -> dict[str, float]:
     if nats.ndim != 2 or not nats.size:
         raise ValueError(f"nats must be [N, L - 1] and not empty, not {list(nats.shape)}")
     return {
-        "mean_of_exp": float(np.exp(nats.mean(axis=1)).mean()),
-        "token_mean": float(np.exp(nats.mean())),
+        "mean_of_exp": float(np.exp(np.nanmean(nats, axis=1)).mean()),
+        "token_mean": float(np.exp(np.nanmean(nats))),
     }
 
 

@@ -1,0 +1,158 @@
+"""What a model writes, measured through the commands: a tiny run and a tiny random GPT-2."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import command_line
+from safetensors.numpy import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+
+from sedd_jax import generations
+from sedd_jax.api import load
+from sedd_jax.cli import eval_command, prepare_command, train_command
+from sedd_jax.evaluate.scorer import load_scorer
+
+
+@pytest.fixture(scope="session")
+def scorer_folder(tmp_path_factory):
+    """A GPT-2 of random weights, one block, 32 channels, byte tokens, 160 positions."""
+    folder = tmp_path_factory.mktemp("scorer")
+    vocab = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    c, v, rng = 32, len(vocab), np.random.default_rng(0)
+    config = {"model_type": "gpt2", "vocab_size": v, "n_positions": 160, "n_embd": c}
+    config |= {"n_layer": 1, "n_head": 2, "activation_function": "gelu_new"}
+    shapes = {"wte.weight": (v, c), "wpe.weight": (160, c), "ln_f.weight": (c,), "ln_f.bias": (c,)}
+    block = {"ln_1.weight": (c,), "ln_1.bias": (c,), "ln_2.weight": (c,), "ln_2.bias": (c,)}
+    for name, ins, outs in (
+        ("attn.c_attn", c, 3 * c),
+        ("attn.c_proj", c, c),
+        ("mlp.c_fc", c, 4 * c),
+        ("mlp.c_proj", 4 * c, c),
+    ):
+        block |= {f"{name}.weight": (ins, outs), f"{name}.bias": (outs,)}
+    shapes |= {f"h.0.{name}": shape for name, shape in block.items()}
+    tensors = {n: rng.normal(size=s).astype(np.float32) * 0.3 for n, s in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def long_run(tmp_path_factory):
+    """A tiny run of rows of 128 characters, long enough for MAUVE's texts."""
+    workdir = tmp_path_factory.mktemp("runs") / "long"
+    assert train_command(command_line(workdir, data__length=128, train__steps=2)) == 0
+    return workdir
+
+
+def evaluate(kind, *arguments):
+    return eval_command([kind, *(f"--{argument}" for argument in arguments)])
+
+
+def test_generative_perplexity_says_what_it_was_made_with(
+    capsys, tiny_run, scorer_folder, tmp_path
+):
+    file = tmp_path / "result.json"
+    arguments = [f"workdir={tiny_run}", f"scorer={scorer_folder}", "steps=4", "num_samples=5"]
+    more = ["batch_size=4", "length=20", "seed=3", f"json={file}"]
+    assert evaluate("generative_perplexity", *arguments, *more) == 0
+    result = json.loads(file.read_text())
+    assert result["nfe"] == 5 and result["draw"] == "exact" and result["seed"] == 3
+    assert result["dtype"] == result["scorer_dtype"] == "float32"
+    assert result["scorer"] == str(scorer_folder)
+    assert f"{result['generative_perplexity']['mean_of_exp']:.2f}" in capsys.readouterr().out
+    # By hand: the same tokens, decoded, encoded in the scorer's tokens and scored one by one.
+    model, scorer = load(tiny_run), load_scorer(str(scorer_folder))
+    free = (np.zeros(20, np.int32), np.zeros(20, bool))
+    sampling = generations.with_defaults(model, {"steps": 4})
+    tokens = generations.draw(model, free, 5, batch_size=4, seed=3, **sampling)
+    assert len(np.unique(tokens, axis=0)) == 5
+    nats = [scorer.nats(scorer.tokenizer.encode(t)[None])[0] for t in model.decode(tokens)]
+    means = [row.mean(dtype=np.float64) for row in nats]
+    found = result["generative_perplexity"]
+    assert found["mean_of_exp"] == pytest.approx(np.exp(means).mean(), rel=1e-4)
+    assert found["token_mean"] == pytest.approx(np.exp(np.concatenate(nats).mean()), rel=1e-4)
+
+
+def test_pareto_has_a_line_a_number_of_steps_and_a_picture(
+    capsys, tiny_run, scorer_folder, tmp_path
+):
+    pytest.importorskip("matplotlib", reason="the picture needs the [plot] extra")
+    file, picture = tmp_path / "pareto.json", tmp_path / "pareto.png"
+    arguments = [f"workdir={tiny_run}", f"scorer={scorer_folder}", "steps=2,4,8", "num_samples=4"]
+    assert evaluate("pareto", *arguments, f"json={file}", f"picture={picture}") == 0
+    assert [row["nfe"] for row in json.loads(file.read_text())] == [3, 5, 9]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 3
+
+
+@pytest.mark.parametrize("form", ["prefix", "infill"])
+def test_mauve_completes_references_that_it_was_given_half_of(
+    capsys, long_run, scorer_folder, tmp_path, form
+):
+    pytest.importorskip("mauve", reason="MAUVE needs the [eval] extra")
+    file = tmp_path / "mauve.json"
+    arguments = [f"workdir={long_run}", f"scorer={scorer_folder}", "steps=2", "references=12"]
+    more = ["repeats=2", "buckets=3", f"form={form}", f"json={file}"]
+    assert evaluate("mauve", *arguments, *more) == 0
+    result = json.loads(file.read_text())
+    assert 0 < result["mauve"]["mean"] <= 1 and len(result["mauve"]["values"]) == 2
+    assert result["nfe"] == 3 and result["form"] == form
+    assert "MAUVE 0." in capsys.readouterr().out
+
+
+def test_completions_keep_what_was_given(long_run):
+    model = load(long_run)
+    reference = np.arange(200).reshape(2, 100) % model.tokenizer.vocab_size
+    pairs = [generations.mauve.known_tokens(row, "infill") for row in reference]
+    known = tuple(np.stack(part) for part in zip(*pairs, strict=True))
+    tokens = generations.draw(model, known, 2, batch_size=2, seed=0, steps=2)
+    np.testing.assert_array_equal(tokens[known[1]], reference[known[1]])
+    assert known[1].sum() == 100
+
+
+def test_gpt2_is_scored_on_records_of_its_own_tokenizer(capsys, scorer_folder, tiny_run, tmp_path):
+    flags = ["--dataset=pydoc", "--heldout_fraction=0.1", "--length=32"]
+    own = [*flags, "--tokenizer=gpt2", f"--tokenizer_path={scorer_folder}"]
+    assert prepare_command([*own, f"--out={tmp_path / 'gpt2'}"]) == 0
+    assert prepare_command([*flags, "--tokenizer=bytes", f"--out={tmp_path / 'bytes'}"]) == 0
+    file = tmp_path / "result.json"
+    scorer = [f"gpt2={scorer_folder}", "split=validation", "blocks=6", f"json={file}"]
+    assert evaluate("likelihood", *scorer, f"records={tmp_path / 'gpt2'}") == 0
+    result = json.loads(file.read_text())
+    assert result["tokens"] == 6 * 31  # the first of a block is given
+    nats = result["nats_per_token"]["gpt2"]
+    assert result["perplexity_per_token"]["gpt2"] == pytest.approx(np.exp(nats))
+    assert "GPT-2" in capsys.readouterr().out
+    assert evaluate("likelihood", *scorer, f"records={tmp_path / 'bytes'}") == 2
+    assert "prepare them with --tokenizer=gpt2" in capsys.readouterr().err
+    # Nor does a model take records of another tokenizer.
+    run = [f"workdir={tiny_run}", f"records={tmp_path / 'bytes'}", "split=validation"]
+    assert evaluate("likelihood", *run) == 2
+    assert "were made with tokenizer 'bytes'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("likelihood", [], "give --workdir, or --gpt2 with --records"),
+        ("likelihood", ["gpt2=gpt2"], "--gpt2 needs --records"),
+        ("pareto", ["workdir={run}", "steps=2,x"], "--steps '2,x' is not like 32,64,128"),
+        ("generative_perplexity", ["workdir={run}", "scorer=gpt3"], "no scorer 'gpt3'"),
+        ("mauve", ["workdir={run}", "scorer={scorer}"], "MAUVE's texts have 100"),
+        (
+            "generative_perplexity",
+            ["workdir={run}", "scorer={scorer}", "length=33", "steps=2"],
+            "33 positions are more than the model's length 32",
+        ),
+    ],
+)
+def test_mistakes_of_an_evaluation_are_one_line(
+    capsys, tiny_run, scorer_folder, kind, arguments, message
+):
+    places = {"run": tiny_run, "scorer": scorer_folder}
+    assert evaluate(kind, *(argument.format(**places) for argument in arguments)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
