@@ -70,8 +70,8 @@ class SEDD:
         """Samples int32 [num_samples, L], L the model's length or that of known.
 
         known is (tokens int32, is_known bool), tokens to keep: [L] for all, or [num_samples, L].
-        steps network calls and one
-        for the denoiser; another number of steps or another seed does not recompile.
+        steps network calls and one for the denoiser; another number of steps or another seed does
+        not recompile.
         """
         _check("num_samples", num_samples, 1, 2**31 - 1)
         _check("steps", steps, 1, 10**6)

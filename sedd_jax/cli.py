@@ -81,13 +81,25 @@ def _say(name: str, error: Exception, status: int) -> int:
     return status
 
 
+class _ToStandardError(logging.StreamHandler):
+    """Writes to what sys.stderr is when the message comes: a notebook or a test may replace it."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _):
+        pass
+
+
 def _log_plainly() -> None:
     """The package's own messages as plain lines on standard error."""
     logger = logging.getLogger("sedd_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _ToStandardError()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
 
@@ -236,13 +248,29 @@ def _write_json(path: Path | None, result: Any) -> None:
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
+def _add_records(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--records", type=Path, help="records of sedd-prepare (default: the run's own)")
+    add("--split", help="of the records (default: the run's heldout_split, test with --records)")
+
+
+def _records(options: argparse.Namespace, model) -> tuple:
+    """(records, split) that --records and --split name for a run's model."""
+    from sedd_jax import data
+    from sedd_jax.train import open_records
+
+    if options.records is not None:
+        return data.open_records(options.records), options.split or "test"
+    own = open_records(model.config, options.workdir)
+    return own, options.split or model.config.data.heldout_split
+
+
 def _likelihood(name: str, argv: list[str]) -> None:
     parser = _parser(name, "An upper bound on -log p of a split, in every unit.")
     add = parser.add_argument
     add("--workdir", type=Path, help="the run's folder")
     add("--gpt2", help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id")
-    add("--records", type=Path, help="records of sedd-prepare (default: the run's own)")
-    add("--split", help="of the records (default: the run's heldout_split, test with --records)")
+    _add_records(parser)
     add("--blocks", type=int, help="score this many blocks (default: all)")
     add("--passes", type=int, default=16, help="noise levels a block, even")
     add(
@@ -277,19 +305,17 @@ def _likelihood(name: str, argv: list[str]) -> None:
         )
     else:
         model = load(options.workdir)
-        own = options.records is None
-        records = (
-            open_records(model.config, options.workdir)
-            if own
-            else data.open_records(options.records)
-        )
+        records, split = _records(options, model)
         train = None
         if options.baselines:
-            train = (open_records(model.config, options.workdir), model.config.data.train_split)
+            own = (
+                records if options.records is None else open_records(model.config, options.workdir)
+            )
+            train = (own, model.config.data.train_split)
         result = report.evaluate_split(
             model,
             records,
-            options.split or (model.config.data.heldout_split if own else "test"),
+            split,
             blocks=options.blocks,
             passes=options.passes,
             batch_size=options.batch_size,
@@ -314,6 +340,17 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, help="also write the numbers to this file")
 
 
+def _add_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_samples", type=int, default=256)
+    parser.add_argument("--length", type=int, help="tokens of a sample (default: the model's)")
+
+
+def _chosen(options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """The options that every evaluation of samples takes, and those named besides."""
+    names = ("batch_size", "seed", "predictor", "draw", *more)
+    return {"progress": True, **{name: getattr(options, name) for name in names}}
+
+
 def _model_and_scorer(options: argparse.Namespace):
     from sedd_jax.api import load
     from sedd_jax.evaluate.scorer import load_scorer
@@ -325,22 +362,13 @@ def _model_and_scorer(options: argparse.Namespace):
 def _generative_perplexity(name: str, argv: list[str]) -> None:
     parser = _run_parser(name, "Perplexity of the model's samples under GPT-2, with their entropy.")
     _add_sampling(parser)
+    _add_samples(parser)
     parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
-    parser.add_argument("--num_samples", type=int, default=256)
-    parser.add_argument("--length", type=int, help="tokens of a sample (default: the model's)")
     options = parser.parse_args(argv)
     from sedd_jax import generations
 
     result = generations.generative_perplexity(
-        *_model_and_scorer(options),
-        num_samples=options.num_samples,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        length=options.length,
-        steps=options.steps,
-        predictor=options.predictor,
-        draw=options.draw,
-        progress=True,
+        *_model_and_scorer(options), **_chosen(options, "num_samples", "length", "steps")
     )
     print(generations.table([result]))
     _write_json(options.json, result)
@@ -352,36 +380,22 @@ def _mauve(name: str, argv: list[str]) -> None:
     add = parser.add_argument
     add("--steps", type=int, help="reverse steps (default: the config's)")
     add("--form", default="prefix", help="prefix: the first 50 given; infill: 25 at each end")
-    add("--records", type=Path, help="records of sedd-prepare (default: the run's own)")
-    add("--split", help="of the records (default: the run's heldout_split, test with --records)")
+    _add_records(parser)
     add("--references", type=int, default=1000)
     add("--repeats", type=int, default=5)
     add("--buckets", type=int, help="clusters of MAUVE (default: a tenth of the texts)")
     options = parser.parse_args(argv)
-    from sedd_jax import data, generations, report
-    from sedd_jax.train import open_records
+    from sedd_jax import generations, report
 
     model, scorer = _model_and_scorer(options)
-    own = options.records is None
-    records = (
-        open_records(model.config, options.workdir) if own else data.open_records(options.records)
-    )
+    records, split = _records(options, model)
     report.check_records(model, records)
     result = generations.conditional_mauve(
         model,
         scorer,
         records,
-        options.split or (model.config.data.heldout_split if own else "test"),
-        form=options.form,
-        references=options.references,
-        repeats=options.repeats,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        buckets=options.buckets,
-        steps=options.steps,
-        predictor=options.predictor,
-        draw=options.draw,
-        progress=True,
+        split,
+        **_chosen(options, "form", "references", "repeats", "buckets", "steps"),
     )
     value = result["mauve"]
     print(
@@ -398,8 +412,7 @@ def _pareto(name: str, argv: list[str]) -> None:
     _add_sampling(parser)
     add = parser.add_argument
     add("--steps", default="32,64,128,256,512,1024,2048", help="numbers of steps, commas between")
-    add("--num_samples", type=int, default=256)
-    add("--length", type=int, help="tokens of a sample (default: the model's)")
+    _add_samples(parser)
     add("--picture", type=Path, help="also draw the curve to this PNG file")
     options = parser.parse_args(argv)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.steps):
@@ -409,13 +422,7 @@ def _pareto(name: str, argv: list[str]) -> None:
     results = generations.pareto(
         *_model_and_scorer(options),
         [int(count) for count in options.steps.split(",")],
-        num_samples=options.num_samples,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        length=options.length,
-        predictor=options.predictor,
-        draw=options.draw,
-        progress=True,
+        **_chosen(options, "num_samples", "length"),
     )
     print(generations.table(results))
     _write_json(options.json, results)

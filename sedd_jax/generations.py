@@ -101,7 +101,7 @@ def conditional_mauve(
             known,
             references,
             batch_size=batch_size,
-            seed=int(np.random.SeedSequence([seed, repeat]).generate_state(1)[0]),
+            seed=_child(seed, repeat),
             progress=progress,
             **sampling,
         )
@@ -174,13 +174,15 @@ def draw(
     for batch, start in enumerate(tqdm(starts, desc="sample", unit="batch", disable=not progress)):
         # The last batch is filled up with rows that are dropped again: one shape compiles once.
         rows = np.minimum(np.arange(start, start + batch_size), num_samples - 1)
-        # Seeds of another seed's batches are others: seed + batch would give some of them twice.
-        state = np.random.SeedSequence([seed, batch]).generate_state(1)[0]
-        drawn = model.sample_tokens(
-            batch_size, known=(tokens[rows], is_known[rows]), seed=int(state), **sampling
-        )
+        part = (tokens[rows], is_known[rows])
+        drawn = model.sample_tokens(batch_size, known=part, seed=_child(seed, batch), **sampling)
         found.append(np.asarray(drawn.tokens))
     return np.concatenate(found)[:num_samples]
+
+
+def _child(seed: int, index: int) -> int:
+    """A seed for part `index`; seed + index would give parts of another seed twice."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
 def scorer_rows(model: SEDD, scorer: Scorer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -44,6 +44,7 @@ def evaluate_split(
     """
     check_records(model, records)
     heldout = data.read_blocks(records, split, blocks)
+    ngrams = {} if train is None else _ngrams(*train, heldout)  # refuses what it cannot do at once
     total = model.bound(
         heldout,
         passes=passes,
@@ -55,10 +56,9 @@ def evaluate_split(
     )
     sizes = sizes_of(records, split, heldout)
     values = evaluate.in_units(total, **sizes)
-    if train is not None:
-        for name, nats in _ngrams(*train, heldout).items():
-            for unit, value in evaluate.one_in_units(nats, **sizes).items():
-                values[unit][name] = value
+    for name, nats in ngrams.items():
+        for unit, value in evaluate.one_in_units(nats, **sizes).items():
+            values[unit][name] = value
     return {
         "step": model.step,
         "split": split,

@@ -178,7 +178,8 @@ def records_folder(config: ConfigDict, workdir: Path) -> Path:
 def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
     """The packed corpus, made on first use; ValueError if it does not fit the config and the run."""
     folder, wanted = records_folder(config, workdir), config.data
-    if not (folder / "fingerprint.json").exists():
+    were_there = (folder / "fingerprint.json").exists()
+    if not were_there:
         log.info("preparing corpus %s in blocks of %d tokens", wanted.corpus, wanted.length)
         data.make_records(
             wanted.corpus,
@@ -210,7 +211,7 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
                 f"the records in {str(folder)!r} have {field} {found!r}, config.data.{field} is "
                 f"{asked!r}; name another folder in config.data.records or change the config"
             )
-    if wanted.corpus == "text" and wanted.path and Path(wanted.path).exists():
+    if were_there and wanted.corpus == "text" and wanted.path and Path(wanted.path).exists():
         now = data.text_source(wanted.path, wanted.heldout_fraction)
         if source["files"] != now["files"]:
             raise ValueError(

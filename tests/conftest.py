@@ -1,8 +1,10 @@
 """Eight CPU devices for the mesh tests, and a run small enough to be trained in a test."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,30 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEST_DATA = Path(os.environ.get("SEDD_TEST_DATA", REPOSITORY / "../shared/data"))
+
+
+def real(name: str) -> Path:
+    """A file or folder of the real test data; skips where it is absent."""
+    path = TEST_DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent; set SEDD_TEST_DATA to a folder that holds {name}")
+    return path
+
+
+def says(*parts: str):
+    """A ValueError of one line that holds `parts` in order."""
+    return pytest.raises(ValueError, match=r"\A(?=[^\n]*\Z).*" + ".*".join(map(re.escape, parts)))
+
+
+def corpus_of(train: list[str], validation: list[str], **source):
+    """A corpus of these documents."""
+    from sedd_jax.data import Corpus
+
+    return Corpus({"train": lambda: iter(train), "validation": lambda: iter(validation)}, source)
+
 
 # A model and a corpus for seconds, as differences from configs/quickstart.py.
 TINY = {

@@ -1,12 +1,12 @@
 """Corpora of one's own, and templates."""
 
 import json
-import re
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import says
 
 from sedd_jax.data import (
     Corpus,
@@ -18,11 +18,6 @@ from sedd_jax.data import (
 )
 
 NOWHERE = Corpus({"train": list, "validation": list})
-
-
-def says(*parts: str):
-    """A ValueError of one line that holds `parts` in order."""
-    return pytest.raises(ValueError, match=r"\A(?=[^\n]*\Z).*" + ".*".join(map(re.escape, parts)))
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import REPOSITORY, real, says
 
 from sedd_jax.data import published
 from sedd_jax.data.corpora import split_of
@@ -28,22 +29,8 @@ from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.documents import READERS, SPLITS
 from sedd_jax.data.published import PUBLISHED, open_published
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-TEST_DATA = Path(os.environ.get("SEDD_TEST_DATA", REPOSITORY / "../shared/data"))
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LM1B = "1-billion-word-language-modeling-benchmark-r13output"
-
-
-def real(name: str) -> Path:
-    path = TEST_DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent; set SEDD_TEST_DATA to a folder that holds {name}")
-    return path
-
-
-def says(*parts: str):
-    """A ValueError of one line that holds `parts` in order."""
-    return pytest.raises(ValueError, match=r"\A(?=[^\n]*\Z).*" + ".*".join(map(re.escape, parts)))
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import corpus_of, real, says
 
 from sedd_jax.cli import prepare_command
 from sedd_jax.data import (
@@ -30,29 +30,11 @@ from sedd_jax.data import prepare as prepare_function
 from sedd_jax.data.tokenizers import tokenizer_from_dict
 
 prepare_module = sys.modules["sedd_jax.data.prepare"]  # the package exports its function
-REPOSITORY = Path(__file__).resolve().parents[1]
-TEST_DATA = Path(os.environ.get("SEDD_TEST_DATA", REPOSITORY / "../shared/data"))
-
-
-def real(name: str) -> Path:
-    path = TEST_DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent; set SEDD_TEST_DATA to a folder that holds {name}")
-    return path
-
-
-def corpus_of(train: list[str], validation: list[str], **source) -> Corpus:
-    return Corpus({"train": lambda: iter(train), "validation": lambda: iter(validation)}, source)
 
 
 def make(corpus, tokenizer, length, folder, **options):
     prepare_function(corpus, tokenizer, length, folder, **options)
     return open_records(folder)
-
-
-def says(*parts: str):
-    """A ValueError of one line that holds `parts` in order."""
-    return pytest.raises(ValueError, match=r"\A(?=[^\n]*\Z).*" + ".*".join(map(re.escape, parts)))
 
 
 @pytest.fixture(scope="module")

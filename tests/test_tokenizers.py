@@ -13,32 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import corpus_of, real, says
 
 from sedd_jax.data import TOKENIZERS, Corpus, make_tokenizer, tokenizer_from_dict
 from sedd_jax.data import subwords as subwords_module
 from sedd_jax.data import tokenizers as tokenizers_module
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-TEST_DATA = Path(os.environ.get("SEDD_TEST_DATA", REPOSITORY / "../shared/data"))
 PATHS = {"gpt2": "gpt2_bpe", "bert": "bert_vocab"}  # folders of TEST_DATA
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ODD = "\n\n  two  blanks \t tab\r\n naïve 東京 🙂👩‍💻 \0 ▁ ▁▁x ▅ <s></s> <unk> <0x41> \u2028\ufeff e\u0301  "
-
-
-def real(name: str) -> Path:
-    path = TEST_DATA / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent; set SEDD_TEST_DATA to a folder that holds {name}")
-    return path
-
-
-def says(*parts: str):
-    """A ValueError of one line that holds `parts` in order."""
-    return pytest.raises(ValueError, match=r"\A(?=[^\n]*\Z).*" + ".*".join(map(re.escape, parts)))
-
-
-def corpus_of(train: list[str], heldout: list[str]) -> Corpus:
-    return Corpus({"train": lambda: iter(train), "validation": lambda: iter(heldout)})
 
 
 @cache

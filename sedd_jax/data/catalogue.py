@@ -5,7 +5,6 @@ A published corpus is a row of PUBLISHED; one's own text and the text inside CPy
 
 import hashlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from sedd_jax.data.corpora import Corpus, files_of, pydoc, text
 from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.documents import Documents, prepare_documents
 from sedd_jax.data.prepare import prepare
-from sedd_jax.data.published import PUBLISHED, open_published
+from sedd_jax.data.published import PUBLISHED, file_sha256, open_published
 from sedd_jax.data.records import Records, open_records
 from sedd_jax.data.tokenizers import make_tokenizer
 
@@ -120,9 +119,7 @@ def text_source(path: str, heldout_fraction: float) -> dict[str, Any]:
     """What one's own text at `path` is: it changes with any byte of any file."""
     listing = hashlib.sha256()
     for label, file in files_of(path):
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
-        listing.update(f"{digest}  {label}\n".encode())
+        listing.update(f"{file_sha256(file)}  {label}\n".encode())
     return {
         "corpus": "text",
         "version": "1.0.0",
@@ -146,13 +143,12 @@ def open_text(
         "citation": "",
         "license": "",
     }
-    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:12]
 
     def examples() -> Iterator[tuple[str, str]]:
         return ((split, document) for split in streams for document in streams[split]())
 
     return prepare_documents(
-        "text", about, source, Path(data_dir).absolute(), key, examples, progress=progress
+        "text", about, source, Path(data_dir).absolute(), "", examples, progress=progress
     )
 
 

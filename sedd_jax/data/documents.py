@@ -6,6 +6,7 @@ TensorFlow is never needed.
 
 import functools
 import gzip
+import hashlib
 import json
 import lzma
 import os
@@ -95,16 +96,19 @@ def prepare_documents(
     about: Mapping[str, str],
     source: dict[str, Any],
     data_dir: Path,
-    config: str,
+    prefix: str,
     examples: Callable[[], Iterator[tuple[str, str]]],
     *,
     progress: bool,
 ) -> Documents:
-    """Has TFDS write (split, document) pairs to data_dir/name/config/version, unless it is there.
+    """Has TFDS write (split, document) pairs to data_dir/name/CONFIG/version, unless it is there.
 
-    `about` are TFDS's fields version, description, citation and license. `examples` is called
+    CONFIG is prefix and a hash of source, so that documents of another source are never taken for
+    these. `about` are TFDS's fields version, description, citation and license. `examples` is called
     only if something is to be written. TFDS writes beside the folder and renames when whole.
     """
+    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:12]
+    config = f"{prefix}{key}"
     builder = _make_builder(name, about, source, data_dir, config, examples, progress)
     folder = Path(builder.data_dir)
     if not folder.exists():

@@ -5,7 +5,6 @@ A new corpus is a row in PUBLISHED, and a reader in documents.READERS if its fil
 
 import functools
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -259,7 +258,6 @@ def open_published(
     source = {"corpus": name, "version": row.version, "documents": documents, "files": files}
     if heldout_fraction is not None:
         source["heldout_fraction"] = heldout_fraction
-    key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:12]
     about = {
         "version": row.version,
         "description": f"{name} as published, cut into {documents}",
@@ -279,7 +277,7 @@ def open_published(
         return read_parts(found, row.reader, choices, row.splits)
 
     return prepare_documents(
-        name, about, source, data_dir, f"{documents}-{key}", examples, progress=progress
+        name, about, source, data_dir, f"{documents}-", examples, progress=progress
     )
 
 
@@ -292,7 +290,7 @@ def _given(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[st
     for archive in row.archives:
         path = folder / archive.name
         if path.is_file():
-            files[archive.name] = _sha256(path)
+            files[archive.name] = file_sha256(path)
             if files[archive.name] != archive.sha256:
                 raise ValueError(
                     f"{path}: its sha256 {files[archive.name]} is not the published "
@@ -307,7 +305,7 @@ def _given(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[st
         top = PurePosixPath(pattern).parent
         labels = {path: (top / path.name).as_posix() for path in found}
         parts += [Part(path, {label: split}) for path, label in labels.items()]
-        hashes = {label: _sha256(path) for path, label in labels.items()}
+        hashes = {label: file_sha256(path) for path, label in labels.items()}
         if "*" in pattern and hashes:  # thousands of files; what sha256sum prints of them
             listing = "".join(f"{hashes[label]}  {label}\n" for label in sorted(hashes))
             hashes = {pattern: hashlib.sha256(listing.encode()).hexdigest()}
@@ -333,7 +331,8 @@ def _find(folder: Path, pattern: str) -> list[Path]:
     return []
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file, in hex, in one pass."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -345,7 +344,7 @@ def _download(archive: Archive, folder: Path, progress: bool) -> Path:
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
     path = folder / archive.name
-    if path.is_file() and _sha256(path) == archive.sha256:
+    if path.is_file() and file_sha256(path) == archive.sha256:
         return path
     sweep(folder, ".*.tmp-*")
     faults = []
@@ -359,7 +358,7 @@ def _download(archive: Archive, folder: Path, progress: bool) -> Path:
             with _one_bar(archive, temporary, progress):
                 manager = tfds.download.DownloadManager(download_dir=temporary)
                 found = Path(manager.download(url))
-            sha256 = _sha256(found)
+            sha256 = file_sha256(found)
             if sha256 == archive.sha256:
                 os.replace(found, path)
                 return path

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from sedd_jax.config import DTYPES
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
@@ -30,7 +31,6 @@ SCORERS = {
     "gpt2-large": "openai-community/gpt2-large@32b71b12589c2f8d625668d2335a01cac3249519",
     "gpt2-xl": "openai-community/gpt2-xl@15ea56dee5df4983c59b2538573817e1667135e2",
 }
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
