@@ -1,5 +1,6 @@
 """Records and batches: real text, real ArrayRecord files, real grain iterators and processes."""
 
+import contextlib
 import json
 import os
 import resource
@@ -275,6 +276,52 @@ def test_a_preparation_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, p
         process.wait()
     assert prepare_command(arguments) == 0
     assert whole_files(tmp_path / "r") == whole_files(expected)
+
+
+def encoding_processes(parent: int) -> list[int]:
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+def test_the_death_of_one_process_ends_all_in_one_line_and_what_is_finished_is_kept(
+    tmp_path, monkeypatch
+):
+    part = 1 << 15  # about 70 parts
+    monkeypatch.setattr(prepare_module, "PART", part)
+    program = f"import sedd_jax.data, sys\nsys.modules['sedd_jax.data.prepare'].PART = {part}"
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(50):
+        (text / f"{i:02d}.txt").write_text(f"line {i} of many words\n" * 2000)
+    # The alphabet, which each process is sent, is more than a pipe holds unread.
+    (text / "50.txt").write_text("".join(map(chr, range(0x4E00, 0xD7A0))), encoding="utf-8")
+    flags = {"tokenizer": "characters", "workers": 2}
+    assert prepare_command(command(tmp_path / "expected", text, **flags)) == 0
+    arguments = command(tmp_path / "r", text, **flags)
+    parts = tmp_path / ".r.parts"
+    for is_time in (lambda: True, lambda: any(parts.glob("*.npz"))):  # at its start; at work
+        process = subprocess.Popen(
+            [sys.executable, "-c", program + PREPARE, *arguments],
+            start_new_session=True,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            while not (children := encoding_processes(process.pid)) or not is_time():
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.005)
+            os.kill(children[0], signal.SIGKILL)
+            _, errors = process.communicate(timeout=20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        last = errors.splitlines()[-1]
+        assert process.returncode == 2, last
+        assert "Traceback" not in errors
+        assert last.startswith("sedd-prepare: error: a process that encoded into"), last
+        assert "ended with exit code -9" in last and "what is finished is kept" in last
+    assert prepare_command(arguments) == 0
+    assert whole_files(tmp_path / "r") == whole_files(tmp_path / "expected")
 
 
 def test_two_processes_that_prepare_one_folder_both_end_with_it(tmp_path, prose):

@@ -14,13 +14,13 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections import deque
+import signal
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from itertools import pairwise
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -58,7 +58,8 @@ def prepare(
 
     `folder` is there in full or not at all. A complete folder of the same source, tokenizer,
     length and form is reused without reading the corpus; any other raises ValueError, as does
-    what cannot be encoded. OSError where the parts cannot be written; what is finished is kept.
+    what cannot be encoded. OSError where the parts cannot be written or a process that encodes is
+    killed; what is finished is kept.
     """
     if length < 1:
         raise ValueError(f"data.length {length} is less than 1; give the tokens in a block")
@@ -91,11 +92,6 @@ def prepare(
             os.rename(parts / "records", folder)
             _fsync(folder.parent)
             shutil.rmtree(parts, ignore_errors=True)
-        except BrokenProcessPool as error:
-            raise OSError(
-                f"a process that encoded for {str(folder)!r} was killed, perhaps for its memory; "
-                "run again with fewer workers: what is finished is kept"
-            ) from error
         finally:
             if parts.is_dir() and not any(parts.glob("*.npz")):
                 shutil.rmtree(parts, ignore_errors=True)
@@ -175,16 +171,99 @@ class _Encoder:
             unfinished.replace(file)
 
 
-_encoder: _Encoder | None = None  # of a worker process
+class _Pool:
+    """Processes that encode one part at a time, each at the far end of a pipe of its own.
+
+    They share nothing, so that one that is killed, at any moment, is an end of file here. (In
+    concurrent.futures it may leave a lock taken that the others need, or a pipe half read whose
+    only reader left is the process that writes to it: both wait forever.)
+    """
+
+    def __init__(self, encoder: _Encoder, workers: int, finished: Callable[[int], Any]):
+        self.encoder, self.workers, self.finished = encoder, workers, finished
+        # Not forked: this process may have threads (jax, grain), and a fork keeps their locks.
+        self.context = multiprocessing.get_context("spawn")
+        self.processes: dict[Connection, Any] = {}
+        self.first: dict[Connection, tuple[str, list[str]]] = {}  # parts of those that start
+        self.busy: dict[Connection, int] = {}  # documents in the part that each has or waits for
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes.values():
+            process.kill()
+        for connection, process in self.processes.items():
+            process.join()
+            connection.close()
+
+    def encode(self, name: str, documents: list[str]) -> None:
+        """Give the part to a new process, or wait for one that is free."""
+        if len(self.processes) < self.workers:
+            connection, theirs = self.context.Pipe()
+            process = self.context.Process(target=_work, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes[connection] = process
+            self.first[connection] = name, documents
+        else:
+            connection = self._free()
+            self._send(connection, (name, documents))
+        self.busy[connection] = len(documents)
+
+    def finish(self) -> None:
+        """Wait for all parts."""
+        while self.busy:
+            self._free()
+
+    def _free(self) -> Connection:
+        """A process that has ended its part; raises what went wrong there."""
+        while True:
+            connection = wait(list(self.busy))[0]
+            try:
+                error = connection.recv()
+            except (EOFError, OSError) as end:
+                raise self._ended(connection) from end
+            if error is not None:
+                raise error
+            if connection not in self.first:
+                self.finished(self.busy.pop(connection))
+                return connection
+            # It has started, and reads: so much would not fit into a pipe that nobody reads.
+            self._send(connection, self.encoder)
+            self._send(connection, self.first.pop(connection))
+
+    def _send(self, connection: Connection, message: Any) -> None:
+        try:
+            connection.send(message)
+        except OSError as end:
+            raise self._ended(connection) from end
+
+    def _ended(self, connection: Connection) -> OSError:
+        process = self.processes[connection]
+        process.join(5)
+        return ChildProcessError(
+            f"a process that encoded into {str(self.encoder.parts)!r} ended with exit code "
+            f"{process.exitcode}, perhaps killed for its memory; run again with fewer workers: "
+            "what is finished is kept"
+        )
 
 
-def _start_worker(encoder: _Encoder) -> None:
-    global _encoder
-    _encoder = encoder
-
-
-def _encode_in_worker(name: str, documents: list[str]) -> None:
-    _encoder(name, documents)
+def _work(connection: Connection) -> None:
+    """Encode what comes, until the pipe ends; answers None, or what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end hears it too, and ends this one
+    with contextlib.suppress(EOFError, ConnectionError):
+        connection.send(None)
+        encoder = connection.recv()
+        while True:
+            name, documents = connection.recv()
+            try:
+                encoder(name, documents)
+            except Exception as error:  # noqa: BLE001 (raised at the other end)
+                error.add_note(traceback.format_exc())
+                connection.send(error)
+            else:
+                connection.send(None)
 
 
 def _encode_all(
@@ -194,53 +273,31 @@ def _encode_all(
     from tqdm.auto import tqdm
 
     parts.mkdir(exist_ok=True)
+    for file in parts.glob("*.tmp-*"):  # of processes that were killed
+        file.unlink()
     # A part is known by its text; ids depend on these besides.
     identity = f"{tokenizer.fingerprint()[:16]}-{corpus.detokenizer or 'none'}"
     # Parts keep ids of any block length: the dtype is the tokenizer's alone.
     dtype = "<u2" if tokenizer.vocab_size <= 65535 else "<u4"
     encoder = _Encoder(tokenizer, corpus.detokenizer, parts, dtype)
-    pending: deque[tuple[Future, int]] = deque()
     names: dict[str, list[str]] = {split: [] for split in corpus.streams}
     total = sum(corpus.sizes.values()) if corpus.sizes else None
     kept = 0
     bar = tqdm(desc="encode", unit=" documents", total=total, disable=not progress)
-
-    def finish(most: int) -> None:
-        while len(pending) > most:
-            future, count = pending.popleft()
-            future.result()
-            bar.update(count)
-
-    pool = contextlib.nullcontext(None)
-    if workers > 1:
-        # Not forked: this process may have threads (jax, grain), and a fork keeps their locks.
-        pool = ProcessPoolExecutor(
-            workers,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_start_worker,
-            initargs=(encoder,),
-        )
-    with bar, pool as executor:
-        try:
-            for split in corpus.streams:
-                for number, documents in enumerate(_cut(corpus.documents(split))):
-                    name = f"{split}-{number:06d}-{identity}-{_digest(documents)}"
-                    names[split].append(name)
-                    if (parts / f"{name}.npz").exists():
-                        kept += 1
-                        bar.update(len(documents))
-                    elif executor is None:
-                        encoder(name, documents)
-                        bar.update(len(documents))
-                    else:
-                        future = executor.submit(_encode_in_worker, name, documents)
-                        pending.append((future, len(documents)))
-                        finish(2 * workers)
-            finish(0)
-        except BaseException:
-            if executor is not None:
-                executor.shutdown(wait=True, cancel_futures=True)
-            raise
+    with bar, _Pool(encoder, workers, bar.update) as pool:
+        for split in corpus.streams:
+            for number, documents in enumerate(_cut(corpus.documents(split))):
+                name = f"{split}-{number:06d}-{identity}-{_digest(documents)}"
+                names[split].append(name)
+                if (parts / f"{name}.npz").exists():
+                    kept += 1
+                    bar.update(len(documents))
+                elif workers == 1:
+                    encoder(name, documents)
+                    bar.update(len(documents))
+                else:
+                    pool.encode(name, documents)
+        pool.finish()
     if kept:
         log.info("went on from %d finished parts of an earlier run", kept)
     return names

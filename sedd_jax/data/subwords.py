@@ -1,7 +1,6 @@
 """Vocabularies of the subword tokenizers: read, downloaded or trained. Floor 1: standard library.
 
-huggingface_hub and sentencepiece are imported by the calls that need them. `path` is
-data.tokenizer_path everywhere.
+sentencepiece is imported by the call that needs it. `path` is data.tokenizer_path everywhere.
 """
 
 import io
@@ -12,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from sedd_jax.data import hub
 
 LINE = 1000  # characters of a training sentence at most
 SENTENCES = 500_000  # drawn from a larger corpus, to bound the trainer's memory and time
@@ -54,7 +55,7 @@ BERT = Source(
     published="google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594",
     fingerprint="383dfd746f1a4f5bcca4903226d5fc11a219e93b152f3052da1b329040a75f91",
     files=(("vocab.txt",),),
-    needed=("[UNK]", "[SEP]"),
+    needed=("[UNK]", "[SEP]", "[CLS]"),
     sections={
         "normalizer": {
             "type": ("BertNormalizer",),
@@ -143,31 +144,24 @@ def _locate(path: str, source: Source) -> list[Path]:
 
 def _download(name: str, source: Source) -> list[Path]:
     """Returns the files of hub id `name`, from the hub or the cache it keeps."""
-    from huggingface_hub import hf_hub_download
-
-    match = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@(.*))?", name)
-    if not match:
+    found = hub.parse(name)
+    if found is None:
         raise ValueError(
             f"no folder or file at {name!r}; set data.tokenizer_path to one, or to a hub id "
             "owner/name@commit"
         )
-    repository, revision = match.groups()
-    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+    repository, revision = found
+    if revision is None or not hub.COMMIT.fullmatch(revision):
         raise ValueError(
             f"{name!r} is no folder or file here, and as a hub id it pins no commit; write "
             f"{repository}@ and the commit's 40 hex digits"
         )
-    files = []
-    for *_, file in source.files:
-        try:
-            files.append(Path(hf_hub_download(repository, file, revision=revision)))
-        except (OSError, ValueError) as error:  # the hub's errors and those of the network
-            reason = str(error).strip().split("\n")[0].rstrip(".")
-            raise ValueError(
-                f"cannot get {file} of {name!r}: {type(error).__name__}, {reason}; download it "
-                "elsewhere and set data.tokenizer_path to its folder"
-            ) from error
-    return files
+    files = [names[-1] for names in source.files]
+    try:
+        folder = hub.download(repository, revision, files)
+    except ValueError as error:
+        raise ValueError(f"data.tokenizer_path: {error}") from error
+    return [folder / file for file in files]
 
 
 def _read_json(file: Path, source: Source) -> tuple[dict[str, Any], dict[str, int]]:

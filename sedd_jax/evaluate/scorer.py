@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from sedd_jax.config import DTYPES
+from sedd_jax.data import hub
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
@@ -34,7 +35,7 @@ SCORERS = {
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 VOCAB, MERGES = "vocab.json", "merges.txt"
-FILES = (CONFIG, WEIGHTS, INDEX, "model-*.safetensors", VOCAB, MERGES)
+FILES = (WEIGHTS, INDEX, "model-*.safetensors", VOCAB, MERGES)  # and CONFIG
 
 # (field of the network, key of config.json)
 _SIZES = (
@@ -80,7 +81,6 @@ _BLOCK = (
 _BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, and what it hides with
 _HEAD = "lm_head.weight"
 _STORED = ("F32", "F16", "BF16")  # float32 holds each of them exactly
-_HUB_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # eq=False: the object is its own jit cache key
@@ -198,26 +198,17 @@ def load_scorer(name: str, *, dtype: str = "float32") -> Scorer:
 
 def _find(name: str) -> tuple[str, Path]:
     """The full name of a scorer, and the folder that holds its files."""
-    hub_id = _HUB_ID.fullmatch(SCORERS.get(name, name))
+    found = hub.parse(SCORERS.get(name, name))
     if name not in SCORERS and Path(name).is_dir():
         return name, Path(name)
-    if hub_id is None:
+    if found is None or found[1] is None:
         raise ValueError(
             f"no scorer {name!r}: neither a folder, nor owner/name@revision on the hub, nor one of "
             f"{', '.join(SCORERS)}"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(
-            snapshot_download(hub_id["id"], revision=hub_id["revision"], allow_patterns=list(FILES))
-        )
-    except Exception as error:  # the hub's own errors, its HTTP library's and the system's
-        raise ValueError(
-            f"cannot get {hub_id[0]!r} from the hub: {_one_line(error)}; download config.json, "
-            "model.safetensors, vocab.json and merges.txt elsewhere and give their folder"
-        ) from error
-    return f"{hub_id['id']}@{folder.name}", folder  # a snapshot's folder is called by its commit
+    repository, revision = found
+    folder = hub.download(repository, revision, [CONFIG], optional=FILES)
+    return f"{repository}@{folder.name}", folder  # a snapshot's folder is called by its commit
 
 
 def _one_line(error: Exception, most: int = 200) -> str:
