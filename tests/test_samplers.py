@@ -36,7 +36,7 @@ def one_step(step, graph, law, schedule, t, s, key=None, draws=1):
     if key is None:
         return np.asarray(reverse.probabilities()[:, 0]).T
     draw = jax.jit(jax.vmap(lambda k: draw_exact(k, reverse)[:, 0]))
-    return np.asarray(draw(jax.random.split(key, draws)))
+    return np.asarray(draw(jax.random.split(key, (draws, graph.dim))))
 
 
 def bayes(graph, law, schedule, t, s):
@@ -104,7 +104,8 @@ def test_denoising_one_token_with_the_exact_score_is_its_posterior(name, t):
     for token in range(4):
         log_p = last.log_probability(jnp.full((graph.dim, 1), token))[:, 0]
         np.testing.assert_allclose(np.exp(log_p), posterior[token], rtol=1e-3, atol=1e-9)
-    drawn = jax.vmap(lambda k: last.draw(k)[:, 0])(jax.random.split(jax.random.key(0), 50_000))
+    keys = jax.random.split(jax.random.key(0), (50_000, graph.dim))
+    drawn = jax.vmap(lambda k: last.draw(k)[:, 0])(keys)
     assert drawn.max() < 4
     for x in range(graph.dim):
         counts = np.bincount(drawn[:, x], minlength=4)
@@ -205,7 +206,7 @@ def sampler(name, predictor):
     @jax.jit
     def run(steps):
         shape, key = (DRAWN, 2), jax.random.key(0)
-        return sample(key, score_fn, graph, LogLinear(), shape, steps=steps, predictor=step).tokens
+        return sample(key, score_fn, graph, LogLinear(), shape, steps=steps, predictor=step)
 
     return run
 
@@ -237,17 +238,17 @@ def test_without_a_predictor_only_the_denoiser_moves(name):
 
     @jax.jit
     def run(key):
-        options = {"steps": 8, "predictor": None, "t_min": 0.25, "frames": 3}
+        options = {"steps": 8, "predictor": None, "t_min": 0.25}
         return sample(key, score_fn, graph, schedule, (64, 2), **options)
 
     key = jax.random.key(3)
     drawn = run(key)
     assert len(calls) == 1
-    key_limit, _, key_last = jax.random.split(key, 3)
-    start = graph.limit(key_limit, (64, 2))
-    np.testing.assert_array_equal(drawn.frames, jnp.stack([start] * 3))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(64))
+    key_limit, _, key_last = jax.vmap(jax.random.split, (0, None), 1)(keys, 3)
+    start = jnp.stack([graph.limit(k, (2,)) for k in key_limit])
     last = denoise(start, jnp.full((64, 1), 0.25), exact, graph, schedule)
-    np.testing.assert_array_equal(drawn.tokens, last.draw(key_last))
+    np.testing.assert_array_equal(drawn, last.draw(key_last))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,39 +257,50 @@ class Next:
 
     x: jax.Array
 
-    def draw(self, key):
+    def draw(self, keys):
         return self.x + 1
 
 
-def count_up(xt, t, s, score_fn, graph, schedule):
-    return Next(xt)
+@graphs
+@pytest.mark.parametrize("predictor", samplers.PREDICTORS)
+def test_a_loop_cut_in_parts_gives_what_the_whole_gives(name, predictor):
+    graph = GRAPHS[name](3)
+    score_fn = dense.exact_score_fn(graph, LAW, one_sigma=True)
+    traces = []
+
+    @jax.jit
+    def run(x, begin, end):
+        traces.append(x.shape)
+        step = samplers.PREDICTORS[predictor]
+        options = {"steps": 8, "predictor": step, "begin": begin, "end": end, "x": x}
+        return sample(jax.random.key(1), score_fn, graph, LogLinear(), (256, 2), **options)
+
+    unused = jnp.full((256, 2), 99, jnp.int32)
+    start = run(unused, 0, 0)
+    whole = run(unused, 0, 8)
+    middle = run(run(start, 0, 3), 3, 7)
+    assert (np.asarray(start) == graph.mask).all() if name == "absorbing" else start.max() == 2
+    np.testing.assert_array_equal(run(middle, 7, 8), whole)
+    assert len(traces) == 1
+    assert predictor == "none" or not np.array_equal(middle, whole)
+    plain = {"steps": 8, "predictor": samplers.PREDICTORS[predictor]}
+    uncut = sample(jax.random.key(1), score_fn, graph, LogLinear(), (256, 2), **plain)
+    np.testing.assert_array_equal(uncut, whole)
 
 
-@pytest.mark.parametrize("steps, frames", [(8, 8), (7, 3), (3, 7)])
-def test_frame_j_is_the_state_at_step_j_times_steps_over_frames(steps, frames):
-    graph = Absorbing(3)
-    score_fn = dense.exact_score_fn(graph, LAW)
-    film = sample(
-        jax.random.key(0),
-        score_fn,
-        graph,
-        LogLinear(),
-        (2, 2),
-        steps=steps,
-        predictor=count_up,
-        frames=frames,
-    ).frames
-    assert film.shape == (frames, 2, 2)
-    expected = graph.mask + np.arange(frames) * steps // frames
-    np.testing.assert_array_equal(film, np.broadcast_to(expected[:, None, None], film.shape))
+@graphs
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_sample_depends_on_its_own_number_and_not_on_the_batch(name, draw):
+    graph = GRAPHS[name](3)
+    score_fn = dense.exact_score_fn(graph, LAW, one_sigma=True)
 
+    def run(index):
+        options = {"steps": 4, "draw": DRAWS[draw], "index": index}
+        return sample(jax.random.key(1), score_fn, graph, LogLinear(), (len(index), 2), **options)
 
-def test_no_frames_are_kept_unless_asked():
-    graph = Absorbing(3)
-    drawn = sample(
-        jax.random.key(0), dense.exact_score_fn(graph, LAW), graph, LogLinear(), (2, 2), steps=4
-    )
-    assert drawn.frames.shape == (0, 2, 2)
+    together = run(jnp.arange(64))
+    np.testing.assert_array_equal(run(jnp.array([40, 7])), together[jnp.array([40, 7])])
+    assert len(np.unique(together, axis=0)) > 4
 
 
 def test_times_of_the_steps_run_from_one_to_t_min():
@@ -322,7 +334,7 @@ def test_a_traced_number_of_steps_compiles_once_and_changes_nothing(name):
         return exact(xt, sigma)
 
     def run(key, steps):
-        return sample(key, score_fn, graph, LogLinear(), (16, 2), steps=steps, frames=4)
+        return sample(key, score_fn, graph, LogLinear(), (16, 2), steps=steps)
 
     key = jax.random.key(0)
     jitted = jax.jit(run)
@@ -331,13 +343,12 @@ def test_a_traced_number_of_steps_compiles_once_and_changes_nothing(name):
     drawn = [jitted(key, steps) for steps in (3, 64, 17)][-1]
     assert len(traces) == compiled
     static = jax.jit(run, static_argnums=1)(key, 17)
-    np.testing.assert_array_equal(drawn.tokens, static.tokens)
-    np.testing.assert_array_equal(drawn.frames, static.frames)
+    np.testing.assert_array_equal(drawn, static)
 
 
 @graphs
 @pytest.mark.parametrize("predictor", samplers.PREDICTORS)
-def test_known_tokens_are_kept_in_every_frame_and_at_the_end(name, predictor):
+def test_known_tokens_are_kept_at_every_step_and_at_the_end(name, predictor):
     graph = GRAPHS[name](3)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 3, (256, 2)).astype(np.int32)
@@ -346,15 +357,15 @@ def test_known_tokens_are_kept_in_every_frame_and_at_the_end(name, predictor):
     step = samplers.PREDICTORS[predictor]
 
     @jax.jit
-    def run(key):
+    def run(key, end):
         known = Known(jnp.asarray(tokens), jnp.asarray(is_known))
-        options = {"steps": 8, "predictor": step, "known": known, "frames": 8}
+        options = {"steps": 8, "predictor": step, "known": known, "end": end}
         return sample(key, score_fn, graph, LogLinear(), (256, 2), **options)
 
-    drawn = run(jax.random.key(0))
-    for state in (*drawn.frames, drawn.tokens):
-        np.testing.assert_array_equal(np.asarray(state)[is_known], tokens[is_known])
-    free = np.asarray(drawn.tokens)[~is_known]
+    for end in range(9):
+        drawn = np.asarray(run(jax.random.key(0), end))
+        np.testing.assert_array_equal(drawn[is_known], tokens[is_known])
+    free = drawn[~is_known]
     assert (free < 3).all() and len(np.unique(free)) == 3
 
 
@@ -368,7 +379,7 @@ def test_free_tokens_follow_their_conditional_law_under_absorbing():
     @jax.jit
     def run(key):
         shape = known.tokens.shape
-        return sample(key, score_fn, graph, LogLinear(), shape, steps=64, known=known).tokens
+        return sample(key, score_fn, graph, LogLinear(), shape, steps=64, known=known)
 
     tokens = np.asarray(run(jax.random.key(0))).reshape(3, each, 3)
     everything = dense.sequences(3, 3)
@@ -396,8 +407,10 @@ class EvenScores:
         table = jnp.full((*self.xt.shape, self.dim), self.log_each)
         return jnp.where(jnp.arange(self.dim) == self.xt[..., None], 0.0, table)
 
-    def total_and_draw(self, key):
-        token = jax.random.randint(key, self.xt.shape, 0, self.vocab_size, jnp.int32)
+    def total_and_draw(self, keys):
+        shape = self.xt.shape[1:]
+        draw = jax.vmap(lambda key: jax.random.randint(key, shape, 0, self.vocab_size, jnp.int32))
+        token = draw(keys)
         return jnp.full(self.xt.shape, self.log_each + jnp.log(self.vocab_size)), token
 
 
@@ -420,7 +433,8 @@ def rare_draws(name, draw):
     @jax.jit
     def run(key):
         def one(i):
-            return (draw(jax.random.fold_in(key, i), law) != xt).sum()
+            keys = jax.random.split(jax.random.fold_in(key, i), rows)
+            return (draw(keys, law) != xt).sum()
 
         return jax.lax.map(one, jnp.arange(rounds)).sum()
 
@@ -448,7 +462,7 @@ def test_a_masked_token_is_revealed_at_its_rate_however_rare(probability):
     @jax.jit
     def run(key):
         def one(i):
-            return (law.draw(jax.random.fold_in(key, i)) == 0).sum()
+            return (law.draw(jax.random.fold_in(key, i)[None]) == 0).sum()
 
         return jax.lax.map(one, jnp.arange(rounds)).sum()
 
@@ -465,7 +479,7 @@ def test_a_uniform_token_of_probability_1e_6_is_drawn_at_its_rate():
     @jax.jit
     def run(key):
         def one(i):
-            return law.draw(jax.random.fold_in(key, i)).sum()
+            return law.draw(jax.random.split(jax.random.fold_in(key, i), rows)).sum()
 
         return jax.lax.map(one, jnp.arange(rounds)).sum()
 

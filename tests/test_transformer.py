@@ -213,7 +213,7 @@ def test_head_scores_answer_as_the_scores_of_their_table(name):
         np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-5)
 
     for scores in (head, whole):
-        total, drawn = scores.total_and_draw(jax.random.key(0))
+        total, drawn = scores.total_and_draw(jax.random.split(jax.random.key(0), rows))
         np.testing.assert_allclose(total, whole.total_and_pick(targets)[0], rtol=1e-5, atol=1e-5)
         for place in range(3):
             share = np.exp(table[place, :VOCAB])

@@ -76,7 +76,8 @@ def test_draws_do_not_depend_on_the_block_size(head):
     *params, excluded, _ = head
     draw = jax.jit(total_and_draw, static_argnums=5)
     sizes = (BLOCKS[0], BLOCKS[1], BLOCKS[-1])
-    drawn = [draw(jax.random.key(3), *params, excluded, size) for size in sizes]
+    keys = jax.random.split(jax.random.key(3), BATCH)
+    drawn = [draw(keys, *params, excluded, size) for size in sizes]
     for total, token in drawn:
         assert token.dtype == jnp.int32
         np.testing.assert_array_equal(token, drawn[-1][1])
@@ -93,7 +94,8 @@ def test_tokens_are_drawn_in_proportion_and_never_the_excluded_one(head, block_e
     def draw(key):
         shut = jnp.tile(excluded[:1], (many, 1))
         elements = block_elements * many // BATCH
-        return total_and_draw(key, hidden, *params[1:], shut, elements)[1]
+        keys = jax.random.split(key, many)
+        return total_and_draw(keys, hidden, *params[1:], shut, elements)[1]
 
     drawn = np.concatenate([draw(key) for key in jax.random.split(jax.random.key(0), draws)])
     table = vocab_reduce.logits(*params)[0]
@@ -110,7 +112,8 @@ def test_draws_of_different_places_and_rows_are_independent(head):
     hidden = jnp.zeros((5_000, 2, SIZE))
     excluded = jnp.full((5_000, 2), VOCAB)
     bias = jnp.where(jnp.arange(VOCAB) < 3, 0.0, -jnp.inf)
-    _, token = jax.jit(total_and_draw)(jax.random.key(0), hidden, params[1], bias, excluded)
+    keys = jax.random.split(jax.random.key(0), 5_000)
+    _, token = jax.jit(total_and_draw)(keys, hidden, params[1], bias, excluded)
     for pair in (token, jnp.stack([token[:-1, 0], token[1:, 0]], axis=1)):
         assert dense.p_value(dense.count(pair, 3), np.full(9, 1 / 9)) > dense.P_VALUE
 

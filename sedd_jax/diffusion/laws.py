@@ -11,7 +11,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.scores import Scores, Tokens
+from sedd_jax.diffusion.scores import Scores, Tokens, draw_categorical
 
 
 class Law(Protocol):
@@ -20,8 +20,8 @@ class Law(Protocol):
     def probabilities(self) -> jax.Array:
         """float32 [B, L, D] as the paper writes them: neither clamped nor normalised."""
 
-    def draw(self, key: jax.Array) -> Tokens:
-        """One draw from the clamped and normalised law, int32 [B, L]."""
+    def draw(self, keys: jax.Array) -> Tokens:
+        """One draw from the clamped and normalised law, int32 [B, L]; a key for each row, [B]."""
 
     def log_probability(self, tokens: Tokens) -> jax.Array:
         """Log-probability of tokens under the law that `draw` follows, float32 [B, L]."""
@@ -38,10 +38,8 @@ class Table:
         # so no token is impossible and the bound stays finite.
         return jnp.log(jnp.maximum(self.probabilities(), jnp.finfo(jnp.float32).tiny))
 
-    def draw(self, key: jax.Array) -> Tokens:
-        # mode="high": with 23-bit noise a token of probability 1e-7 beside a dominant "stay"
-        # is drawn at half its rate.
-        return jax.random.categorical(key, self._log_weights(), mode="high").astype(jnp.int32)
+    def draw(self, keys: jax.Array) -> Tokens:
+        return draw_categorical(keys, self._log_weights())
 
     def log_probability(self, tokens: Tokens) -> jax.Array:
         log_probs = jax.nn.log_softmax(self._log_weights(), axis=-1)
@@ -65,11 +63,12 @@ class Reveal:
     def _log_reveal(self, log_total: jax.Array) -> jax.Array:
         return jnp.minimum(self.log_chance + log_total, 0.0)
 
-    def draw(self, key: jax.Array) -> Tokens:
-        key_reveal, key_token = jax.random.split(key)
+    def draw(self, keys: jax.Array) -> Tokens:
+        key_reveal, key_token = jax.vmap(jax.random.split, out_axes=1)(keys)
         log_total, token = self.scores.total_and_draw(key_token)
         reveal = jnp.exp(self._log_reveal(log_total))
-        is_revealed = jax.random.bernoulli(key_reveal, reveal, mode="high")
+        bernoulli = jax.vmap(lambda k, p: jax.random.bernoulli(k, p, mode="high"))
+        is_revealed = bernoulli(key_reveal, reveal)
         return jnp.where((self.xt == self.mask) & is_revealed, token, self.xt)
 
     def log_probability(self, tokens: Tokens) -> jax.Array:

@@ -37,6 +37,16 @@ class Bound(NamedTuple):
     variance: jax.Array  # of diffusion + tail
     normalised_variance: jax.Array | None  # of normalised + tail
 
+    @property
+    def total(self) -> jax.Array:
+        """The bound on -log p(x0)."""
+        return self.diffusion + self.tail + self.prior
+
+    @property
+    def standard_error(self) -> jax.Array:
+        """Of total, from the noise drawn."""
+        return self.variance**0.5
+
 
 def stratified(key: jax.Array, index: jax.Array, passes: int) -> jax.Array:
     """Places in [0, 1) for every pass over the examples with these indices, float32 [passes, B].
@@ -49,6 +59,12 @@ def stratified(key: jax.Array, index: jax.Array, passes: int) -> jax.Array:
     turn = index.astype(jnp.uint32) * jnp.uint32(round(GOLDEN * 2**32))
     u = (offset + turn.astype(jnp.float32) * 2.0**-32) % 1.0
     return (jnp.arange(passes)[:, None] + u) / passes
+
+
+def check_passes(passes: int) -> None:
+    """ValueError unless the passes can be compared in pairs."""
+    if passes < 2 or passes % 2:
+        raise ValueError(f"passes {passes} must be an even number of at least 2")
 
 
 def _pairs_variance(values: jax.Array) -> jax.Array:
@@ -103,9 +119,8 @@ def bound(
     vary little; and a token's cost is compared with what the other passes found it to cost, so
     that it matters less which tokens a pass happens to noise.
     """
-    for name, count in (("passes", passes), ("tail_passes", tail_passes)):
-        if count < 2 or count % 2:
-            raise ValueError(f"{name} {count} must be an even number of at least 2")
+    check_passes(passes)
+    check_passes(tail_passes)
     key_places, key_passes, key_tail = jax.random.split(key, 3)
     counted = jnp.ones(x0.shape, bool) if is_token is None else is_token
 

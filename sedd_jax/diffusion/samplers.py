@@ -26,13 +26,6 @@ class Known(NamedTuple):
         return jnp.where(self.is_known, self.tokens, x)
 
 
-class Samples(NamedTuple):
-    """What `sample` returns."""
-
-    tokens: jax.Array  # int32 [B, L]
-    frames: jax.Array  # int32 [F, B, L]: the state at F evenly spaced moments of the loop
-
-
 def euler(
     xt: Tokens, t: jax.Array, s: jax.Array, score_fn: ScoreFn, graph: Graph, schedule: Schedule
 ) -> Law:
@@ -59,12 +52,12 @@ def denoise(xt: Tokens, t: jax.Array, score_fn: ScoreFn, graph: Graph, schedule:
 PREDICTORS = {"euler": euler, "tweedie": tweedie, "none": None}
 
 
-def draw_exact(key: jax.Array, law: Law) -> Tokens:
-    """A draw in which every token keeps its probability, however rare."""
-    return law.draw(key)
+def draw_exact(keys: jax.Array, law: Law) -> Tokens:
+    """A draw in which every token keeps its probability, however rare; a key for each row, [B]."""
+    return law.draw(keys)
 
 
-def draw_float32_gumbel(key: jax.Array, law: Law) -> Tokens:
+def draw_float32_gumbel(keys: jax.Array, law: Law) -> Tokens:
     """The original's draw, for comparison with published generative perplexities only.
 
     Its noise has 2^23 values, so beside a dominant "stay" a token of probability p is drawn at
@@ -72,7 +65,8 @@ def draw_float32_gumbel(key: jax.Array, law: Law) -> Tokens:
     model's law.
     """
     probabilities = law.probabilities()
-    return gumbel_argmax(jax.random.uniform(key, probabilities.shape), probabilities)
+    u = jax.vmap(lambda key: jax.random.uniform(key, probabilities.shape[1:]))(keys)
+    return gumbel_argmax(u, probabilities)
 
 
 def gumbel_argmax(u: jax.Array, probabilities: jax.Array) -> Tokens:
@@ -95,36 +89,43 @@ def sample(
     known: Known | None = None,
     t_min: float = 1e-5,
     draw: Callable = draw_exact,
-    frames: int = 0,
-) -> Samples:
+    index: jax.Array | None = None,
+    begin: int | jax.Array = 0,
+    end: int | jax.Array | None = None,
+    x: Tokens | None = None,
+) -> Tokens:
     """Draw `shape` = (B, L) sequences by `steps` reverse steps from t = 1 to t_min and a denoising.
 
     One `lax` loop: steps may be traced, so another number of steps does not recompile. Known
     tokens are put back before every step and after the denoiser. A sample costs steps + 1 network
-    calls (none's steps cost nothing). frames > 0 also records that many states of the loop, the
-    first at t = 1; frames = 0 gives an empty array.
+    calls (none's steps cost nothing). index, int32 [B], are the samples' numbers, 0, 1, ... by
+    default: a sample's noise is keyed by its own, not by what else is in the batch.
+
+    The loop may be cut: begin and end take the steps begin <= i < end from the state x at step
+    begin (unused at 0), and the denoiser comes when end == steps. The parts give what the whole
+    gives.
     """
     if isinstance(steps, int) and steps < 1:
         raise ValueError(f"steps {steps} is below 1; give at least 1")
-    key_limit, key_steps, key_last = jax.random.split(key, 3)
+    index = jnp.arange(shape[0]) if index is None else index
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    key_limit, key_steps, key_last = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
     clamp = known.clamp if known is not None else lambda x: x
-    x = clamp(graph.limit(key_limit, shape))
+    start = jax.vmap(lambda k: graph.limit(k, shape[1:]))(key_limit)
+    x = clamp(start if x is None else jnp.where(begin == 0, start, x))
     column = jnp.ones((shape[0], 1), jnp.float32)
     dt = (1.0 - t_min) / steps
 
-    def step(i, carry):
-        x, film = carry
-        # Frame j keeps the state at step j * steps // frames: later steps leave it alone.
-        film = jnp.where(later >= -(-i * frames // steps), x, film)
-        if predictor is not None:
-            # 1 - i dt, with the last s exactly t_min
-            t, s = 1.0 - i * dt, jnp.where(i + 1 == steps, t_min, 1.0 - (i + 1) * dt)
-            law = predictor(x, t * column, s * column, score_fn, graph, schedule)
-            x = clamp(draw(jax.random.fold_in(key_steps, i), law))
-        return x, film
+    def step(i, x):
+        # 1 - i dt, with the last s exactly t_min
+        t, s = 1.0 - i * dt, jnp.where(i + 1 == steps, t_min, 1.0 - (i + 1) * dt)
+        law = predictor(x, t * column, s * column, score_fn, graph, schedule)
+        return clamp(draw(jax.vmap(jax.random.fold_in, (0, None))(key_steps, i), law))
 
-    later = jnp.arange(frames)[:, None, None]
-    film = jnp.zeros((frames, *shape), jnp.int32)
-    x, film = jax.lax.fori_loop(0, steps, step, (x, film))
-    law = denoise(x, t_min * column, score_fn, graph, schedule)
-    return Samples(clamp(draw(key_last, law)), film)
+    def finish(x):
+        law = denoise(x, t_min * column, score_fn, graph, schedule)
+        return clamp(draw(key_last, law))
+
+    if predictor is not None:
+        x = jax.lax.fori_loop(begin, steps if end is None else end, step, x)
+    return finish(x) if end is None else jax.lax.cond(end == steps, finish, lambda x: x, x)

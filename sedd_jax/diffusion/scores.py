@@ -26,11 +26,22 @@ class Scores(Protocol):
     def total_and_pick(self, targets: Tokens) -> tuple[jax.Array, jax.Array]:
         """Log of the sum of scores over clean y != x_l, and log-score at targets; [B, L] each."""
 
-    def total_and_draw(self, key: jax.Array) -> tuple[jax.Array, Tokens]:
-        """Log of the same sum, and a clean token drawn in proportion to its score; [B, L] each."""
+    def total_and_draw(self, keys: jax.Array) -> tuple[jax.Array, Tokens]:
+        """Log of the same sum, and a clean token drawn in proportion to its score; [B, L] each.
+
+        keys has one for each row, [B]: a row's draw does not depend on the rows beside it.
+        """
 
 
 ScoreFn = Callable[[Tokens, Sigma], Scores]
+
+
+def draw_categorical(keys: jax.Array, log_weights: jax.Array) -> Tokens:
+    """A token in proportion to exp(log_weights [B, L, V]), int32 [B, L]; a key for each row, [B]."""
+    # mode="high": with 23-bit noise a token of probability 1e-7 beside a dominant "stay" is drawn
+    # at half its rate.
+    draw = jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))
+    return draw(keys, log_weights).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +70,6 @@ class DenseScores:
         pick = jnp.take_along_axis(self.log_score(), targets[..., None], axis=-1)
         return log_total, pick[..., 0]
 
-    def total_and_draw(self, key: jax.Array) -> tuple[jax.Array, Tokens]:
+    def total_and_draw(self, keys: jax.Array) -> tuple[jax.Array, Tokens]:
         others = self._others()
-        drawn = jax.random.categorical(key, others, mode="high")
-        return jax.nn.logsumexp(others, axis=-1), drawn.astype(jnp.int32)
+        return jax.nn.logsumexp(others, axis=-1), draw_categorical(keys, others)

@@ -66,7 +66,7 @@ def total_and_pick(
 
 
 def total_and_draw(
-    key: jax.Array,
+    keys: jax.Array,
     hidden: jax.Array,
     weight: jax.Array,
     bias: jax.Array,
@@ -75,15 +75,18 @@ def total_and_draw(
 ) -> tuple[jax.Array, jax.Array]:
     """The same log-sum-exp, and a token drawn in proportion to exp(logit); [B, L] each.
 
-    The noise of a position is keyed by its place, so the draw does not depend on the block size.
+    keys has one for each row, [B], and the noise of a position is keyed by its place: the draw
+    depends neither on the block size nor on the other rows.
     """
+
+    def draw(key, position, row):
+        # mode="high": exact for tokens far below 2^-23 of the most likely one.
+        return jax.random.categorical(jax.random.fold_in(key, position), row, mode="high")
 
     def block(hidden, excluded, position):
         others = _exclude(logits(hidden, weight, bias), excluded)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, position[0])
-        # mode="high": exact for tokens far below 2^-23 of the most likely one.
-        draw = jax.vmap(lambda k, row: jax.random.categorical(k, row, mode="high"), (0, 1), 1)
-        return jax.nn.logsumexp(others, axis=-1), draw(keys, others).astype(jnp.int32)
+        token = jax.vmap(jax.vmap(draw, (None, 0, 0)))(keys, position, others)
+        return jax.nn.logsumexp(others, axis=-1), token.astype(jnp.int32)
 
     position = jnp.broadcast_to(jnp.arange(hidden.shape[1]), hidden.shape[:2])
     return _over_blocks(block, block_elements, weight.shape[0], hidden, excluded, position)

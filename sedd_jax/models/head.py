@@ -37,9 +37,9 @@ class HeadScores:
         pick = jnp.where(targets == self.xt, 0.0, pick - self.log_scale)
         return total - self.log_scale, pick
 
-    def total_and_draw(self, key: jax.Array) -> tuple[jax.Array, Tokens]:
+    def total_and_draw(self, keys: jax.Array) -> tuple[jax.Array, Tokens]:
         """Log of the same sum, and a clean token drawn in proportion to its score, [B, L]."""
-        total, token = vocab_reduce.total_and_draw(key, *self._clean_head(), self.xt)
+        total, token = vocab_reduce.total_and_draw(keys, *self._clean_head(), self.xt)
         return total - self.log_scale, token
 
 
