@@ -1,0 +1,225 @@
+"""One call for every direction: what the source is, is seen from its files."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sedd_jax.convert import folder as hub
+from sedd_jax.convert import names, run, workdir
+from sedd_jax.data import Tokenizer, tokenizer_from_dict
+
+FORMS = ("hub", "original", "workdir")
+WEIGHTS = ("ema", "raw")
+_NO_TOKENIZER = "a workdir needs the model's tokenizer; add --tokenizer=gpt2, or its own"
+
+
+class Conversion(NamedTuple):
+    """What was read and written, for a table."""
+
+    read: str
+    wrote: str
+    graph: str
+    parameters: int
+    tensors: int  # of the original's, the buffer included
+    step: int | None
+    notices: tuple[str, ...]
+    next: str  # the command that one would run now
+
+
+class _Model(NamedTuple):
+    """Everything that a hub folder holds."""
+
+    config: Any
+    vocab_size: int
+    params: Any
+    tokenizer: Tokenizer | None
+    step: int | None
+    notices: tuple[str, ...]
+    original: dict | None
+    about: dict
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    form: str = "hub",
+    weights: str = "ema",
+    optimizer: bool = True,
+    tokenizer: Tokenizer | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Conversion:
+    """Convert source, whose kind is seen from its files, to target in the given form.
+
+    source: a hub folder, a run folder of the original or one of its .pth files, or our workdir.
+    form: "hub", the folder that both codes load; "original", a run folder from which the original
+      trains on; "workdir", one from which sedd-train does.
+    weights: "ema" or "raw", which of a run's go into a hub folder.
+    optimizer: whether AdamW's moments go into a workdir.
+    tokenizer: the model's, where the source does not hold it; a workdir needs one.
+    changes: keys of our config to set in a workdir.
+    """
+    source, target = Path(source), Path(target)
+    for name, value, known in (("form", form, FORMS), ("weights", weights, WEIGHTS)):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+    kind = recognise(source)
+    # The original loads a hub folder as it is; the other two are there already.
+    if (kind, form) in (("hub", "original"), ("run", "original"), ("workdir", "workdir")):
+        raise ValueError(
+            f"{str(source)!r} is a {_KINDS[kind]}, which needs no conversion to form {form!r}; "
+            f"choose another --form of {', '.join(FORMS)}"
+        )
+    if changes and form != "workdir":
+        raise ValueError(f"config.{next(iter(changes))} can be set with --form=workdir only")
+    if form == "original":
+        return _export(source, target)
+    if form == "workdir" and kind == "run":
+        return _import(source, target, tokenizer, optimizer, changes)
+    model = _READERS[kind](source, weights)
+    model = model._replace(tokenizer=_fitting(tokenizer or model.tokenizer, model.vocab_size))
+    if form == "workdir":
+        model = _start(model, target, changes or {})
+        next_command = _train(target)
+    else:
+        _share(model, target)
+        next_command = f"python -c \"import sedd_jax; print(sedd_jax.load('{target}').sample(1))\""
+    return _told(
+        kind, form, model.config, model.vocab_size, model.step, model.notices, next_command
+    )
+
+
+_KINDS = {"hub": "hub folder", "run": "run of the original", "workdir": "workdir of sedd-train"}
+_FORM_KIND = {"hub": "hub", "original": "run", "workdir": "workdir"}
+
+
+def recognise(source: Path) -> str:
+    """One of "hub", "run", "workdir"; ValueError, with what was looked for, if it is none."""
+    if source.suffix == ".pth" and source.is_file():
+        return "run"
+    if (source / run.YAML).is_file():
+        return "run"
+    if (source / workdir.CONFIG).is_file():
+        return "workdir" if (source / workdir.CHECKPOINTS).is_dir() else "hub"
+    raise ValueError(
+        f"{str(source)!r} is no .pth file of a run, and no folder with {run.YAML} or "
+        f"{hub.CONFIG}; give a hub folder, a run of the original, or a workdir"
+    )
+
+
+def _from_hub(source: Path, weights: str) -> _Model:
+    found = hub.read_folder(source)
+    tokenizer = None if found.tokenizer is None else tokenizer_from_dict(found.tokenizer)
+    return _Model(
+        found.config,
+        found.vocab_size,
+        found.params,
+        tokenizer,
+        found.step,
+        found.notices,
+        found.original,
+        found.about,
+    )
+
+
+def _from_run(source: Path, weights: str) -> _Model:
+    found = run.open_original_run(source)
+    step, params = run.read_original_weights(found, weights)
+    about = {"weights": weights}
+    return _Model(
+        found.config, found.vocab_size, params, None, step, found.notices, found.theirs, about
+    )
+
+
+def _from_workdir(source: Path, weights: str) -> _Model:
+    ours = workdir.open_workdir(source)
+    if weights == "ema":
+        step, params = workdir.read_average(ours)
+    else:
+        train_state = workdir.read_state(ours)
+        step, params = int(train_state.step), train_state.params
+    about = {"weights": weights}
+    size = ours.tokenizer.vocab_size
+    return _Model(ours.config, size, params, ours.tokenizer, step, (), ours.original, about)
+
+
+_READERS = {"hub": _from_hub, "run": _from_run, "workdir": _from_workdir}
+
+
+def _fitting(tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer | None:
+    if tokenizer is not None and tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model "
+            f"{vocab_size}; give the tokenizer that it was trained with"
+        )
+    return tokenizer
+
+
+def _start(model: _Model, target: Path, changes: Mapping[str, Any]) -> _Model:
+    """A workdir at step 0 whose parameters are the model's: training it further."""
+    if model.tokenizer is None:
+        raise ValueError(_NO_TOKENIZER)
+    config = workdir.with_changes(model.config, {"data.tokenizer": model.tokenizer.name, **changes})
+    params = model.params
+    train_state = workdir.new_state(config, model.vocab_size, params=params, ema=params)
+    workdir.write_workdir(
+        target,
+        config=config,
+        tokenizer=model.tokenizer,
+        train_state=train_state,
+        original=model.original,
+    )
+    notice = "training starts at step 0: a hub folder holds no optimizer"
+    return model._replace(config=config, step=0, notices=(*model.notices, notice))
+
+
+def _share(model: _Model, target: Path) -> None:
+    hub.write_folder(
+        target,
+        config=model.config,
+        vocab_size=model.vocab_size,
+        params=model.params,
+        tokenizer=model.tokenizer,
+        step=model.step,
+        original=model.original,
+        about=model.about,
+    )
+
+
+def _export(source: Path, target: Path) -> Conversion:
+    step = run.export_run(source, target)
+    ours = workdir.open_workdir(source)
+    next_command = f"python train.py +load_dir={target.absolute()}"
+    vocab_size = ours.tokenizer.vocab_size
+    return _told("workdir", "original", ours.config, vocab_size, step, (), next_command)
+
+
+def _import(source, target, tokenizer, optimizer, changes) -> Conversion:
+    if tokenizer is None:
+        raise ValueError(_NO_TOKENIZER)
+    notices = run.import_run(
+        source, target, tokenizer=tokenizer, optimizer=optimizer, changes=changes
+    )
+    ours = workdir.open_workdir(target)
+    vocab_size, step = ours.tokenizer.vocab_size, workdir.newest_step(ours)
+    return _told("run", "workdir", ours.config, vocab_size, step, notices, _train(target))
+
+
+def _train(target: Path) -> str:
+    return f"sedd-train --config={target / workdir.AS_PYTHON} --workdir={target}"
+
+
+def _told(kind, form, config, vocab_size, step, notices, next_command) -> Conversion:
+    expected = names.expected_tensors(names.sizes_of(config, vocab_size))
+    count = sum(math.prod(shape) for shape in expected.values())
+    return Conversion(
+        read=_KINDS[kind],
+        wrote=_KINDS[_FORM_KIND[form]],
+        graph=config.graph.name,
+        parameters=count,
+        tensors=len(expected) + 1,
+        step=step,
+        notices=tuple(notices),
+        next=next_command,
+    )

@@ -1,0 +1,230 @@
+"""The Hugging Face folder: the exchange format of the original code and of this.
+
+config.json and model.safetensors are the original's, so that its from_pretrained reads them.
+sedd_jax.json, which it passes over, holds our config, the tokenizer and the step; README.md is the
+model card.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from sedd_jax import config as configuration
+from sedd_jax.configs import base
+from sedd_jax.convert import names, original, torch_files, weights
+from sedd_jax.convert.card import model_card
+from sedd_jax.convert.placing import appearing
+from sedd_jax.data import Tokenizer
+
+log = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, OURS, CARD = "config.json", "model.safetensors", "sedd_jax.json", "README.md"
+PICKLED = "pytorch_model.bin"
+FORMAT = 1
+MAX_OURS = 1 << 27  # bytes of sedd_jax.json: it holds the tokenizer
+# What fixes the function that the weights stand for, the schedule included.
+_SHAPING = (
+    "graph.",
+    "schedule.",
+    "model.hidden_size",
+    "model.blocks",
+    "model.heads",
+    "model.cond_dim",
+)
+
+
+class Pretrained(NamedTuple):
+    """A model as a folder holds it."""
+
+    config: ConfigDict
+    vocab_size: int  # clean tokens
+    params: dict  # our tree, numpy float32
+    tokenizer: dict | None  # what data.tokenizer_from_dict takes
+    step: int | None
+    notices: tuple[str, ...]  # what the reader had to assume
+    about: dict
+    original: dict  # config.json as it is
+
+
+def read_folder(folder: Path) -> Pretrained:
+    """The model in a folder with config.json and model.safetensors, or pytorch_model.bin.
+
+    The .bin is read by a child process that needs torch. Peak memory is one copy of the weights
+    and their largest tensor. ValueError for whatever is missing, damaged or contradictory.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"no {CONFIG} in {str(folder)!r}; give a folder that the original's save_pretrained or "
+            "sedd-convert has written"
+        )
+    theirs = original.read_config(folder / CONFIG)
+    config, vocab_size, notices = original.from_original_config(theirs, str(folder / CONFIG))
+    tokenizer, step, about = None, None, {}
+    if (folder / OURS).exists():
+        ours = _read_ours(folder / OURS)
+        tokenizer, step, about = ours["tokenizer"], ours["step"], ours["about"]
+        written, told = _config(ours["config"], str(folder / OURS))
+        _check_agreement(folder, (config, vocab_size), (written, ours["vocab_size"]))
+        config, notices = written, told
+    sizes = names.sizes_of(config, vocab_size)
+    params = _read_weights(folder, sizes)
+    return Pretrained(config, vocab_size, params, tokenizer, step, notices, about, theirs)
+
+
+def _read_weights(folder: Path, sizes: names.Sizes) -> dict:
+    expected, optional = names.expected_tensors(sizes), names.buffer_shape(sizes)
+    file = folder / WEIGHTS
+    if file.is_file():
+        return _tree(weights.open_tensors(file, expected, optional=optional), sizes, file)
+    index = folder / f"{WEIGHTS}.index.json"
+    if index.exists():
+        raise ValueError(
+            f"{str(index)!r} cuts the model into several files, which is not read; save it as one "
+            f"{WEIGHTS}"
+        )
+    file = folder / PICKLED
+    if not file.is_file():
+        raise ValueError(
+            f"neither {WEIGHTS} nor {PICKLED} in {str(folder)!r}; give a folder that the "
+            "original's save_pretrained or sedd-convert has written"
+        )
+    with torch_files.read(file, expected, optional=optional) as read:
+        return _tree(read.part("model"), sizes, file)
+
+
+def _tree(tensors: Mapping, sizes: names.Sizes, file: Path) -> dict:
+    names.check_buffer(tensors, sizes, repr(str(file)))
+    return names.from_original(tensors, sizes.heads)
+
+
+def _read_ours(file: Path) -> dict[str, Any]:
+    """sedd_jax.json, its types checked."""
+    if file.stat().st_size > MAX_OURS:
+        raise ValueError(f"{str(file)!r} has over {MAX_OURS} bytes; get it again")
+    ours = weights.load_json(file.read_bytes(), repr(str(file)))
+    if ours.get("format") != FORMAT:
+        raise ValueError(
+            f"{str(file)!r} has format {ours.get('format')!r}, {FORMAT} is known; delete it, or "
+            "update sedd_jax"
+        )
+    kinds = {
+        "config": (dict,),
+        "vocab_size": (int,),
+        "tokenizer": (dict, type(None)),
+        "step": (int, type(None)),
+        "about": (dict, type(None)),
+    }
+    for key, kind in kinds.items():
+        if key not in ours or type(ours[key]) not in kind:
+            raise ValueError(f"{key} of {str(file)!r} is missing or of a wrong type; get it again")
+    return {**ours, "about": ours["about"] or {}}
+
+
+def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[str, ...]]:
+    """(config, notices): ours as it was written, keys that are newer as configs/base.py has them."""
+    config, known = base.get_config(), {}
+    for key, value in configuration.flatten(values):
+        if key not in configuration.RULES:
+            raise ValueError(f"unknown config key {key[:60]!r} in {where}; update sedd_jax")
+        known[key] = value
+        section, dot, name = key.rpartition(".")
+        target = config[section] if dot else config
+        # JSON may hold 20 where base has 20.0; `check` has the last word.
+        with target.ignore_type():
+            target[name] = value
+    configuration.check(config)
+    missing = [key for key in configuration.RULES if key not in known]
+    told = ", ".join(f"{key} {dict(configuration.flatten(config))[key]!r}" for key in missing)
+    return config, ((f"{where} lacks these, taken as {told}",) if missing else ())
+
+
+def _check_agreement(folder: Path, theirs: tuple, ours: tuple) -> None:
+    """ValueError if the two (config, vocab_size) are of two models."""
+
+    def shaping(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
+        values = {k: v for k, v in configuration.flatten(config) if k.startswith(_SHAPING)}
+        # The original has no field for eps, and none of the sigmas where they mean nothing.
+        geometric = config.schedule.name == "geometric"
+        unused = {"schedule.eps"} | (
+            set() if geometric else {"schedule.sigma_min", "schedule.sigma_max"}
+        )
+        return {"vocab_size": vocab_size} | {k: v for k, v in values.items() if k not in unused}
+
+    one, other = shaping(*theirs), shaping(*ours)
+    for key in one:
+        if one[key] != other.get(key):
+            raise ValueError(
+                f"{key} in {str(folder)!r} is {one[key]!r} by {CONFIG} and {other.get(key)!r} by "
+                f"{OURS}; get both again, or delete {OURS}"
+            )
+
+
+def write_folder(
+    folder: Path,
+    *,
+    config: ConfigDict,
+    vocab_size: int,
+    params: Mapping,
+    tokenizer: Tokenizer | None,
+    step: int | None,
+    original: dict | None = None,
+    about: dict | None = None,
+) -> None:
+    """Write the model as a folder that the original's from_pretrained and `read_folder` read.
+
+    params is our tree, float32; original the config.json that the model came with, if it did.
+    about goes into sedd_jax.json and the card: "license", and "numbers", a list of {"name",
+    "value", "how"}. The folder appears whole: written beside and renamed. ValueError if it is
+    there and is no such export.
+    """
+    folder = Path(folder)
+    check_replaceable(folder)
+    sizes = names.sizes_of(config, vocab_size)
+    tensors = names.to_original(params)
+    shapes = {name: array.shape for name, array in tensors.items()}
+    weights.compare(shapes, names.expected_tensors(sizes), {}, "the parameter tree")
+    theirs = _original_config(config, vocab_size, original)
+    ours = {
+        "format": FORMAT,
+        "config": config.to_dict(),
+        "vocab_size": vocab_size,
+        "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
+        "step": step,
+        "about": about or {},
+    }
+    count = sum(array.size for array in tensors.values())
+    with appearing(folder) as part:
+        _write_json(part / CONFIG, theirs, sort_keys=True)
+        _write_json(part / OURS, ours)
+        card = model_card(folder.name, config, vocab_size, tokenizer, step, count, about or {})
+        (part / CARD).write_text(card, encoding="utf-8")
+        weights.write_tensors(part / WEIGHTS, {**tensors, **names.buffer(sizes)})
+
+
+def _original_config(config: ConfigDict, vocab_size: int, theirs: dict | None) -> dict:
+    for fault in original.cannot_say(config):
+        log.warning("config.json cannot say %s", fault)
+    return original.to_original_config(config, vocab_size, theirs)
+
+
+def _write_json(file: Path, value: Any, *, sort_keys: bool = False) -> None:
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, allow_nan=False)
+    file.write_text(text, encoding="utf-8")
+
+
+def check_replaceable(folder: Path) -> None:
+    """ValueError unless the folder is absent, empty, or an export with nothing else in it."""
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if folder.is_dir() and not folder.is_symlink():
+        inside = {path.name for path in folder.iterdir()}
+        if not inside or (OURS in inside and inside <= {CONFIG, WEIGHTS, OURS, CARD}):
+            return
+    raise ValueError(
+        f"{str(folder)!r} is there and is no export of sedd-convert; choose a new folder"
+    )

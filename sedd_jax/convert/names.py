@@ -1,0 +1,163 @@
+"""Parameters to and from the names, shapes and layouts of the original PyTorch code.
+
+The original keeps a linear layer as [out, in] and its blocks one by one; here a layer is
+[in, out], heads are axes of their own and blocks are stacked along axis 0. The values are the same.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import flax.traverse_util
+import numpy as np
+from ml_collections import ConfigDict
+
+from sedd_jax import config as configuration
+from sedd_jax.models.transformer import FREQUENCIES, MLP_RATIO, ROTARY_BASE
+
+BUFFER = "rotary_emb.inv_freq"  # of the original's model; it follows from the sizes
+
+# (original's name, ours, layout, original's shape), in the order of the original's parameters,
+# which is that of its optimizer and of its moving average. "{}" is the block's number.
+# D states, C hidden, E cond_dim, F frequencies, M the MLP's width.
+_FIRST = (
+    ("vocab_embed.embedding", "embedding", "same", "D C"),
+    ("sigma_map.mlp.0.weight", "sigma_1/kernel", "transpose", "E F"),
+    ("sigma_map.mlp.0.bias", "sigma_1/bias", "same", "E"),
+    ("sigma_map.mlp.2.weight", "sigma_2/kernel", "transpose", "E E"),
+    ("sigma_map.mlp.2.bias", "sigma_2/bias", "same", "E"),
+)
+_BLOCK = (
+    ("blocks.{}.norm1.weight", "blocks/norm_1/scale", "same", "C"),
+    ("blocks.{}.attn_qkv.weight", "blocks/qkv/kernel", "qkv", "3C C"),
+    ("blocks.{}.attn_out.weight", "blocks/out/kernel", "out", "C C"),
+    ("blocks.{}.norm2.weight", "blocks/norm_2/scale", "same", "C"),
+    ("blocks.{}.mlp.0.weight", "blocks/up/kernel", "transpose", "M C"),
+    ("blocks.{}.mlp.0.bias", "blocks/up/bias", "same", "M"),
+    ("blocks.{}.mlp.2.weight", "blocks/down/kernel", "transpose", "C M"),
+    ("blocks.{}.mlp.2.bias", "blocks/down/bias", "same", "C"),
+    ("blocks.{}.adaLN_modulation.weight", "blocks/modulation/linear/kernel", "transpose", "6C E"),
+    ("blocks.{}.adaLN_modulation.bias", "blocks/modulation/linear/bias", "same", "6C"),
+)
+_LAST = (
+    ("output_layer.norm_final.weight", "norm/scale", "same", "C"),
+    ("output_layer.linear.weight", "head_weight", "same", "D C"),
+    ("output_layer.linear.bias", "head_bias", "same", "D"),
+    ("output_layer.adaLN_modulation.weight", "modulation/linear/kernel", "transpose", "2C E"),
+    ("output_layer.adaLN_modulation.bias", "modulation/linear/bias", "same", "2C"),
+)
+
+
+class Sizes(NamedTuple):
+    """What fixes every shape of a model."""
+
+    dim: int  # states: the clean tokens, and MASK where the graph has one
+    hidden_size: int
+    blocks: int
+    heads: int
+    cond_dim: int
+
+
+def sizes_of(config: ConfigDict, vocab_size: int) -> Sizes:
+    """The sizes of the config's model over vocab_size clean tokens."""
+    model = config.model
+    dim = configuration.make_graph(config, vocab_size).dim
+    return Sizes(dim, model.hidden_size, model.blocks, model.heads, model.cond_dim)
+
+
+def _rows(blocks: int) -> Iterator[tuple[str, str, str, str, int | None]]:
+    """(original's name, ours, layout, shape, block) of every parameter, in the original's order."""
+    for row in _FIRST:
+        yield *row, None
+    for i in range(blocks):
+        for name, ours, layout, shape in _BLOCK:
+            yield name.format(i), ours, layout, shape, i
+    for row in _LAST:
+        yield *row, None
+
+
+def expected_tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter by the original's name, in the original's order; no buffer."""
+    letters = {
+        "D": sizes.dim,
+        "C": sizes.hidden_size,
+        "E": sizes.cond_dim,
+        "F": FREQUENCIES,
+        "M": MLP_RATIO * sizes.hidden_size,
+    }
+
+    def shape(words: str) -> tuple[int, ...]:
+        return tuple(int(word[:-1] or 1) * letters[word[-1]] for word in words.split())
+
+    return {name: shape(words) for name, _, _, words, _ in _rows(sizes.blocks)}
+
+
+def buffer(sizes: Sizes) -> dict[str, np.ndarray]:
+    """The original's one buffer: the inverse frequencies of the rotary embedding, [K / 2]."""
+    size = sizes.hidden_size // sizes.heads
+    places = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    return {BUFFER: (np.float32(1.0) / np.float32(ROTARY_BASE) ** places).astype(np.float32)}
+
+
+def buffer_shape(sizes: Sizes) -> dict[str, tuple[int, ...]]:
+    """The shape of `buffer`, for files that may hold it."""
+    return {name: array.shape for name, array in buffer(sizes).items()}
+
+
+def check_buffer(tensors: Mapping[str, np.ndarray], sizes: Sizes, where: str) -> None:
+    """ValueError if the file has a rotary embedding other than the one that is computed here."""
+    if BUFFER not in tensors:
+        return
+    if not np.allclose(tensors[BUFFER], buffer(sizes)[BUFFER], rtol=1e-2, atol=0.0):
+        raise ValueError(
+            f"{where} has {BUFFER} of another base than {ROTARY_BASE:.0f}, all that this network "
+            "computes; give a model of the original code"
+        )
+
+
+def from_original(tensors: Mapping[str, np.ndarray], heads: int) -> dict:
+    """Our parameter tree from the original's state dict; the buffer is not needed.
+
+    tensors may read its arrays when asked: each is asked for once, and one is held beside the
+    result. ValueError, before any is asked for, if a name is missing.
+    """
+    count = 0
+    while f"blocks.{count}.norm1.weight" in tensors:
+        count += 1
+    missing = [name for name, *_ in _rows(count) if name not in tensors]
+    if missing or not count:
+        raise ValueError(
+            f"the state lacks {', '.join(missing) or 'blocks.0'}; it must be a SEDD model's, with "
+            "the names of the original code"
+        )
+    layouts: dict[str, Callable] = {
+        "same": lambda a: a,
+        "transpose": lambda a: a.T,
+        "qkv": lambda a: a.T.reshape(a.shape[1], 3, heads, -1),
+        "out": lambda a: a.T.reshape(heads, -1, a.shape[0]),
+    }
+    flat: dict[str, np.ndarray] = {}
+    for name, ours, layout, _, block in _rows(count):
+        array = layouts[layout](np.asarray(tensors[name]))
+        if block is None:
+            flat[ours] = np.ascontiguousarray(array)
+            continue
+        if block == 0:
+            flat[ours] = np.empty((count, *array.shape), array.dtype)
+        flat[ours][block] = array
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def to_original(params: Mapping) -> dict[str, np.ndarray]:
+    """The original's parameters from our tree, in its order, without the buffer; views of ours."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = {ours: np.asarray(array) for ours, array in flat.items()}
+    layouts: dict[str, Callable] = {
+        "same": lambda a: a,
+        "transpose": lambda a: a.T,
+        "qkv": lambda a: a.reshape(a.shape[0], -1).T,
+        "out": lambda a: a.reshape(-1, a.shape[-1]).T,
+    }
+    return {
+        name: layouts[layout](flat[ours] if block is None else flat[ours][block])
+        for name, ours, layout, _, block in _rows(len(flat["blocks/norm_1/scale"]))
+    }

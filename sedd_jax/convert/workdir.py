@@ -1,0 +1,197 @@
+"""Our training workdir, as conversion reads and writes it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from sedd_jax import config as configuration
+from sedd_jax import state
+from sedd_jax.checkpoint import Checkpoints, with_shardings
+from sedd_jax.configs import base
+from sedd_jax.convert.placing import appearing, check_new
+from sedd_jax.convert.weights import load_json
+from sedd_jax.data import Tokenizer, tokenizer_from_dict
+from sedd_jax.state import TrainState
+
+CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
+ORIGINAL = "original.json"  # the config that an imported run came with
+AS_PYTHON = "config.py"  # the config again, as sedd-train --config takes it
+
+
+class Workdir(NamedTuple):
+    """What a run is, without its weights."""
+
+    folder: Path
+    config: ConfigDict
+    tokenizer: Tokenizer
+    original: dict | None
+
+
+def open_workdir(folder: Path) -> Workdir:
+    """A training run's folder; ValueError if it is none."""
+    folder = Path(folder)
+    missing = [n for n in (CONFIG, TOKENIZER, CHECKPOINTS) if not (folder / n).exists()]
+    if missing:
+        raise ValueError(
+            f"{str(folder)!r} holds no training run: {', '.join(missing)} missing; give the "
+            "--workdir of a sedd-train that has saved a checkpoint"
+        )
+    config = configuration.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    configuration.check(config)
+    tokenizer = tokenizer_from_dict(json.loads((folder / TOKENIZER).read_text(encoding="utf-8")))
+    file = folder / ORIGINAL
+    theirs = load_json(file.read_bytes(), repr(str(file))) if file.exists() else None
+    return Workdir(folder, config, tokenizer, theirs)
+
+
+def read_state(workdir: Workdir) -> TrainState:
+    """The newest checkpoint's whole train state, on one device."""
+    shape = _placed(_shape(workdir.config, workdir.tokenizer.vocab_size))
+    with Checkpoints(workdir.folder / CHECKPOINTS, read_only=True) as checkpoints:
+        return checkpoints.restore(shape)
+
+
+def read_average(workdir: Workdir) -> tuple[int, Any]:
+    """(step, moving average) of the newest checkpoint, reading nothing else."""
+    shape = _placed(_shape(workdir.config, workdir.tokenizer.vocab_size).ema)
+    with Checkpoints(workdir.folder / CHECKPOINTS, read_only=True) as checkpoints:
+        return checkpoints.restore_ema(shape)
+
+
+def newest_step(workdir: Workdir) -> int | None:
+    """The newest checkpoint's step."""
+    with Checkpoints(workdir.folder / CHECKPOINTS, read_only=True) as checkpoints:
+        return checkpoints.latest_step()
+
+
+def _shape(config: ConfigDict, vocab_size: int) -> TrainState:
+    model = configuration.make_model(config, configuration.make_graph(config, vocab_size))
+    optimizer = configuration.make_optimizer(config)
+    key = jax.random.key(0)
+    return jax.eval_shape(
+        lambda: state.init(configuration.init_params(config, model, key), optimizer)
+    )
+
+
+def _placed(shape: Any) -> Any:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return with_shardings(shape, jax.tree.map(lambda leaf: device, shape))
+
+
+class Moments(NamedTuple):
+    """AdamW's memory: updates made, first and second moments in the tree of the parameters."""
+
+    count: int
+    mu: Any
+    nu: Any
+
+
+def moments(opt_state: Any) -> Moments:
+    """AdamW's memory in the state of `config.make_optimizer`."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_counted)
+    (adam,) = (node for node in nodes if isinstance(node, optax.ScaleByAdamState))
+    return Moments(int(adam.count), adam.mu, adam.nu)
+
+
+def new_state(
+    config: ConfigDict,
+    vocab_size: int,
+    *,
+    params: Any,
+    ema: Any,
+    step: int = 0,
+    ema_updates: int = 0,
+    found: Moments | None = None,
+    schedule_count: int = 0,
+) -> TrainState:
+    """The train state with these trees, numpy float32; without `found`, AdamW begins anew.
+
+    schedule_count is how many updates the learning rate's warm-up has seen.
+    """
+    if found is None:
+        zeros = [jax.tree.map(np.zeros_like, params) for _ in range(2)]
+        found = Moments(0, *zeros)
+
+    def place(node):
+        if isinstance(node, optax.ScaleByAdamState):
+            return optax.ScaleByAdamState(np.int32(found.count), found.mu, found.nu)
+        return node._replace(count=np.int32(schedule_count))
+
+    shape = _shape(config, vocab_size)
+    train_state = TrainState(
+        step=np.int32(step),
+        params=params,
+        opt_state=jax.tree.map(place, shape.opt_state, is_leaf=_is_counted),
+        ema=ema,
+        ema_updates=np.int32(ema_updates),
+        # The original counts a step whose gradient overflowed, its AdamW does not.
+        skipped=np.int32(max(step - found.count, 0) if found.count else 0),
+        skipped_in_a_row=np.int32(0),
+    )
+    return jax.tree.map(jnp.asarray, train_state)
+
+
+def _is_counted(node: Any) -> bool:
+    return isinstance(node, (optax.ScaleByAdamState, optax.ScaleByScheduleState))
+
+
+def write_workdir(
+    folder: Path,
+    *,
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    train_state: TrainState,
+    original: dict | None,
+) -> None:
+    """A run's folder that sedd-train resumes from; ValueError if it is there and not empty.
+
+    No data.json: training writes it when it has the data.
+    """
+    folder = Path(folder)
+    check_new(folder)
+    with appearing(folder) as part:
+        (part / CONFIG).write_text(configuration.to_json(config), encoding="utf-8")
+        (part / AS_PYTHON).write_text(as_python(config), encoding="utf-8")
+        (part / TOKENIZER).write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
+        if original is not None:
+            (part / ORIGINAL).write_text(json.dumps(original, indent=1), encoding="utf-8")
+        with Checkpoints(part / CHECKPOINTS) as checkpoints:
+            checkpoints.save(int(train_state.step), train_state)
+            checkpoints.wait()
+
+
+def as_python(config: ConfigDict) -> str:
+    """The config as a file for --config: configs/base.py and the lines that differ.
+
+    Its values have passed `config.check`: numbers, truths and plain text.
+    """
+    usual = dict(configuration.flatten(base.get_config()))
+    lines = [
+        f"    config.{key} = {value!r}"
+        for key, value in configuration.flatten(config)
+        if value != usual[key] or type(value) is not type(usual[key])
+    ]
+    head = '"""Written by sedd-convert: the config of the run in this folder."""'
+    body = ["def get_config():", "    config = base.get_config()", *lines, "    return config"]
+    return "\n".join([head, "", "from sedd_jax.configs import base", "", "", *body, ""])
+
+
+def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """The config with {"data.records": ...} set; ValueError for a key or value that is none."""
+    config = config.copy_and_resolve_references()
+    for key, value in changes.items():
+        if key not in configuration.RULES:
+            raise ValueError(f"unknown config key {key}; known: {', '.join(configuration.RULES)}")
+        section, dot, name = key.rpartition(".")
+        target = config[section] if dot else config
+        with target.ignore_type():
+            target[name] = value
+    configuration.check(config)
+    return config
