@@ -11,13 +11,15 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_jax/__init__.py").rea
 TEST = [
     "matplotlib",
     "mauve-text",
+    "nbmake",  # and ipykernel: the notebook is run
+    "ipykernel",
     "pytest",
     "pytest-xdist",
     "ruff==0.17.6",
     "scipy",
     "transformers",
 ]
-COMMANDS = ("prepare", "train", "eval", "sample", "report")
+COMMANDS = ("prepare", "train", "eval", "sample", "report", "convert")
 
 setup(
     name="sedd_jax",
@@ -30,6 +32,7 @@ setup(
     # The configs are kept beside the package and installed inside it.
     packages=[*find_packages(include=["sedd_jax", "sedd_jax.*"]), "sedd_jax.configs"],
     package_dir={"sedd_jax.configs": "configs"},
+    package_data={"sedd_jax": ["*.html"]},
     install_requires=[
         "absl-py",
         "array_record",
@@ -39,9 +42,11 @@ setup(
         "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.7.2",
         "ml-collections",
+        "ml_dtypes",
         "numpy",
         "optax",
         "orbax-checkpoint>=0.11",
+        "PyYAML",  # the original's .hydra/config.yaml
         "safetensors",
         "sentencepiece",
         "tensorboardX",

@@ -1,13 +1,14 @@
 """Score Entropy Discrete Diffusion (Lou, Meng, Ermon, ICML 2024) in JAX."""
 
+import importlib
+
 __version__ = "0.1.0"
-__all__ = ["SEDD", "load"]
+_HOMES = {"SEDD": "api", "State": "trajectory", "load": "loading", "show": "trajectory"}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name):
     # Nothing heavy at import: the API comes with its first use.
-    if name in __all__:
-        from sedd_jax import api
-
-        return getattr(api, name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"sedd_jax.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'sedd_jax' has no attribute {name!r}")

@@ -1,36 +1,48 @@
-"""A trained model as one object: load it, sample from it, infill with it.
+"""A trained model as one object: load it, sample from it, infill with it, score text with it.
 
 model = sedd_jax.load("runs/quickstart")
 model.sample(4, steps=128, seed=0)  # list[str]
 model.infill("The [MASK:20] statement", steps=128, seed=0)
+model.log_likelihood(["The first statement"], seed=0)  # Bound, nats
 """
 
 import dataclasses
 import functools
-import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from tqdm.auto import tqdm
 
-from sedd_jax import config as configuration
-from sedd_jax import data, evaluate
-from sedd_jax.checkpoint import Checkpoints, with_shardings
+from sedd_jax import convert, data, evaluate, sharding
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion import samplers
 from sedd_jax.diffusion.graphs import Graph
-from sedd_jax.diffusion.samplers import Known, Samples
+from sedd_jax.diffusion.likelihood import Bound, check_passes
+from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
+from sedd_jax.trajectory import State
+
+SHORTEST = 16  # tokens of the smallest bucket
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # eq=False: the object is its own jit cache key
 class SEDD:
-    """A network with its weights, its process and its tokenizer."""
+    """A network with its weights, its process and its tokenizer.
+
+    Batches and lengths are rounded up to powers of two (a length to no more than the model's) and
+    filled up with padding that nothing attends to. Each such bucket compiles once; another prompt,
+    seed or number of steps does not. A sample depends on the seed and its number alone: the first
+    of four is the first of one, up to the rounding of matrix products.
+    """
 
     network: Transformer
     params: Any  # the moving average, float32
@@ -39,96 +51,262 @@ class SEDD:
     tokenizer: Tokenizer
     length: int  # tokens of the blocks it was trained on
     config: Any
-    step: int  # of the checkpoint
+    step: int | None  # of training, where it is known
+    mesh: Mesh | None = None  # the devices that share a batch and the weights; None: one device
+    about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the model card
+    original: Mapping[str, Any] | None = None  # config.json of the original's, kept when saved
+
+    def __repr__(self) -> str:
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        trained = "" if self.step is None else f", step {self.step}"
+        return (
+            f"SEDD({count:,} parameters, {self.config.model.dtype}, {self.graph}, {self.schedule}, "
+            f"tokenizer {self.tokenizer.name!r}, length {self.length}{trained})"
+        )
 
     @property
     def score_fn(self) -> ScoreFn:
         """(xt [B, L], sigma [B, 1]) -> Scores: the seam that losses and samplers take."""
         return make_score_fn(self.network, self.params, self.graph)
 
-    def sample(self, num_samples: int = 1, **options) -> list[str]:
-        """Texts of `length` tokens; options as in `sample_tokens`."""
-        return self.decode(self.sample_tokens(num_samples, **options).tokens)
+    # --- sampling
 
-    def infill(self, template: str, num_samples: int = 1, **options) -> list[str]:
-        """Texts with "[MASK:n]" in the template replaced by n sampled tokens."""
-        known = data.parse_template(template, self.tokenizer, self.length)
-        return self.decode(self.sample_tokens(num_samples, known=known, **options).tokens)
+    def sample(self, num_samples: int = 1, **options: Any) -> list[str]:
+        """Texts of `length` tokens; options as in `sample_tokens`."""
+        return self.decode(self.sample_tokens(num_samples, **options))
+
+    def infill(
+        self,
+        template: str | None = None,
+        num_samples: int = 1,
+        *,
+        positions: Sequence[int] | None = None,
+        tokens: Sequence[int] | None = None,
+        length: int | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """Texts with "[MASK:n]" in the template replaced by n sampled tokens.
+
+        Or, without a template: texts of `length` tokens (the model's, by default) that hold tokens
+        [n] at positions [n], any places in any order. Options as in `sample_tokens`.
+        """
+        known = self._given(template, positions, tokens, length)
+        return self.decode(self.sample_tokens(num_samples, known=known, **options))
 
     def sample_tokens(
         self,
         num_samples: int = 1,
         *,
-        steps: int = 128,
-        seed: int = 0,
-        predictor: str = "tweedie",
-        draw: str = "exact",
-        t_min: float = 1e-5,
+        length: int | None = None,
         known: tuple[np.ndarray, np.ndarray] | None = None,
-        frames: int = 0,
-    ) -> Samples:
-        """Samples int32 [num_samples, L], L the model's length or that of known.
+        batch_size: int = 16,
+        progress: bool = False,
+        **options: Any,
+    ) -> np.ndarray:
+        """Samples int32 [num_samples, L], L = length, by default the model's, or that of known.
 
         known is (tokens int32, is_known bool), tokens to keep: [L] for all, or [num_samples, L].
-        steps network calls and one for the denoiser; another number of steps or another seed does
-        not recompile.
+        batch_size samples are drawn at once. progress shows a bar of network calls.
+
+        Options: steps=128, network calls, and one more for the denoiser; seed=0;
+        predictor="tweedie", "euler" or "none"; draw="exact" or "float32_gumbel", the original's;
+        t_min=1e-5, the time of the denoising.
         """
+        options = _Sampling(**options)
         _check("num_samples", num_samples, 1, 2**31 - 1)
-        _check("steps", steps, 1, 10**6)
-        _check("seed", seed, 0, 2**32 - 1)
-        for name, value, table in (
-            ("predictor", predictor, samplers.PREDICTORS),
-            ("draw", draw, samplers.DRAWS),
-        ):
-            if value not in table:
-                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
-        length = self.length if known is None else np.shape(known[0])[-1]
-        if length > self.length:
+        _check("batch_size", batch_size, 1, 2**31 - 1)
+        known = self._known(num_samples, length, known)
+        marks = _marks(options.steps, 20) if progress else [options.steps]
+        starts = range(0, num_samples, batch_size)
+        total = len(starts) * options.steps
+        found = []
+        with tqdm(desc="sample", unit=" steps", total=total, disable=not progress) as bar:
+            for start in starts:
+                rows = slice(start, start + batch_size)
+                part = Known(known.tokens[rows], known.is_known[rows])
+                for before, (mark, x) in zip([0, *marks], self._run(part, start, marks, options)):
+                    bar.update(mark - before)
+                found.append(x)
+        return np.concatenate(found)
+
+    def stream(
+        self,
+        template: str | None = None,
+        num_samples: int = 1,
+        *,
+        length: int | None = None,
+        known: tuple[np.ndarray, np.ndarray] | None = None,
+        updates: int = 32,
+        batch_size: int = 16,
+        **options: Any,
+    ) -> Iterator[State]:
+        """The samples while they are drawn: the state at t = 1, `updates` more, evenly spaced.
+
+        The last is what `sample_tokens` returns, bit for bit, with the same options. With a
+        template, its free places are sampled. At most `steps` states follow the first. More than
+        batch_size samples come a batch after the other, each with states of its own.
+        """
+        options = _Sampling(**options)
+        _check("num_samples", num_samples, 1, 2**31 - 1)
+        _check("updates", updates, 1, 2**31 - 1)
+        _check("batch_size", batch_size, 1, 2**31 - 1)
+        if template is not None:
+            if known is not None:
+                raise ValueError("a template and known both say what to keep; give one of them")
+            known = self._given(template, None, None, length)
+        known = self._known(num_samples, length, known)
+
+        def states():  # so that bad input is refused at the call, not at the first state
+            marks = [0, *_marks(options.steps, updates)]
+            for start in range(0, num_samples, batch_size):
+                rows = slice(start, start + batch_size)
+                part = Known(known.tokens[rows], known.is_known[rows])
+                for step, x in self._run(part, start, marks, options):
+                    yield State(step, options.steps, x, part.is_known, self.tokenizer)
+
+        return states()
+
+    def _given(self, template, positions, tokens, length) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [L], is_known bool [L]) of infill's arguments."""
+        if (template is None) == (positions is None):
+            raise ValueError("give a template, or positions and tokens")
+        if template is not None:
+            if length is not None or tokens is not None:
+                raise ValueError("a template says its own tokens and length; leave both out")
+            return data.parse_template(template, self.tokenizer, self.length)
+        length = self.length if length is None else length
+        positions, tokens = np.asarray(positions), np.asarray(() if tokens is None else tokens)
+        if positions.ndim != 1 or positions.shape != tokens.shape:
             raise ValueError(
-                f"{length} positions are more than the model's length {self.length}; shorten them"
+                f"positions {positions.shape} and tokens {tokens.shape} must be two lists of one "
+                "length; give a token for each position"
             )
-        if known is not None:
-            tokens, is_known = np.asarray(known[0]), np.asarray(known[1])
-            if is_known.any() and not 0 <= tokens[is_known].min() <= tokens[is_known].max() < (
-                self.graph.vocab_size
-            ):
-                raise ValueError(
-                    f"known tokens must be in [0, {self.graph.vocab_size}); encode them with the "
-                    "model's tokenizer"
-                )
-            shape = (num_samples, length)
-            known = Known(np.broadcast_to(tokens, shape), np.broadcast_to(is_known, shape))
-        return self._sample(
-            self.params,
-            jax.random.key(seed),
-            jnp.int32(steps),
-            jnp.float32(t_min),
-            known,
-            shape=(num_samples, length),
-            predictor=predictor,
-            draw=draw,
-            frames=frames,
+        outside = positions[(positions < 0) | (positions >= length)]
+        if outside.size or len(set(positions.tolist())) < positions.size:
+            wrong = f"position {outside[0]}" if outside.size else "a position given twice"
+            raise ValueError(f"{wrong} is not in [0, {length}) once; mend positions or length")
+        known = np.zeros(length, np.int64), np.zeros(length, bool)
+        known[0][positions], known[1][positions] = tokens, True
+        return known
+
+    def _known(self, num_samples: int, length: int | None, known) -> Known:
+        """What samples keep, numpy [num_samples, L]."""
+        if known is None:
+            length = self.length if length is None else length
+            _check("length", length, 1, self.length)
+            known = np.zeros(length, np.int32), np.zeros(length, bool)
+        tokens, is_known = np.asarray(known[0]), np.asarray(known[1], bool)
+        if length is not None and tokens.shape[-1] != length:
+            raise ValueError(f"known has {tokens.shape[-1]} positions, not length {length}")
+        if tokens.shape[-1] > self.length:
+            raise ValueError(
+                f"{tokens.shape[-1]} positions are more than the model's length {self.length}; "
+                "shorten them"
+            )
+        kept = tokens[is_known]
+        if kept.size and not 0 <= kept.min() <= kept.max() < self.graph.vocab_size:
+            raise ValueError(
+                f"known tokens must be in [0, {self.graph.vocab_size}), the mask is none of them; "
+                "encode them with the model's tokenizer"
+            )
+        shape = (num_samples, tokens.shape[-1])
+        return Known(
+            np.broadcast_to(tokens.astype(np.int32), shape), np.broadcast_to(is_known, shape)
         )
+
+    def _run(
+        self, known: Known, first: int, marks: Sequence[int], options: "_Sampling"
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """(step, state int32 [N, L]) at every mark, the last of which is steps: the samples.
+
+        first is the number of the first row among all samples.
+        """
+        count, length = known.tokens.shape
+        rows, width = self._bucket(count, length)
+        known = jax.tree.map(lambda a: _fill(a, rows, width), known)
+        index = np.arange(first, first + rows, dtype=np.int32)
+        batch = (index, np.zeros((rows, width), np.int32), known, _is_token(rows, [length], width))
+        index, x, known, is_token = self._put(batch)
+        for begin, end in pairwise([0, *marks]):
+            x = self._sample(
+                self.params,
+                jax.random.key(options.seed),
+                index,
+                x,
+                *(np.int32(n) for n in (begin, end, options.steps)),
+                np.float32(options.t_min),
+                known,
+                is_token,
+                predictor=options.predictor,
+                draw=options.draw,
+            )
+            yield end, np.asarray(x)[:count, :length]
 
     @functools.cached_property
     def _sample(self):
-        @functools.partial(jax.jit, static_argnames=("shape", "predictor", "draw", "frames"))
-        def run(params, key, steps, t_min, known, *, shape, predictor, draw, frames):
+        @functools.partial(jax.jit, static_argnames=("predictor", "draw"))
+        def run(
+            params, key, index, x, begin, end, steps, t_min, known, is_token, *, predictor, draw
+        ):
             return samplers.sample(
                 key,
-                make_score_fn(self.network, params, self.graph),
+                make_score_fn(self.network, params, self.graph, is_token=is_token),
                 self.graph,
                 self.schedule,
-                shape,
+                x.shape,
                 steps=steps,
                 predictor=samplers.PREDICTORS[predictor],
                 known=known,
                 t_min=t_min,
                 draw=samplers.DRAWS[draw],
-                frames=frames,
+                index=index,
+                begin=begin,
+                end=end,
+                x=x,
             )
 
         return run
+
+    # --- likelihood
+
+    def log_likelihood(
+        self, texts: str | Sequence[str], *, passes: int = 16, batch_size: int = 16, seed: int = 0
+    ) -> Bound:
+        """An upper bound on -log p of each text, nats: a Bound of float32 [N] arrays.
+
+        `.total` is the bound and `.standard_error` its error from the noise drawn; passes, even,
+        and 2 more network calls a text. Nothing is added to a text, before or after. A text's
+        times and noise depend on the seed and its place alone.
+        """
+        _check("batch_size", batch_size, 1, 2**31 - 1)
+        _check("seed", seed, 0, 2**32 - 1)
+        check_passes(passes)
+        rows = [self.tokenizer.encode(t) for t in ([texts] if isinstance(texts, str) else texts)]
+        for number, row in enumerate(rows):
+            if not 1 <= len(row) <= self.length:
+                raise ValueError(
+                    f"text {number} has {len(row)} tokens, not 1 to {self.length}, the model's "
+                    "length; cut it, or prepare records and use bound"
+                )
+        buckets: dict[int, list[int]] = {}
+        for number, row in enumerate(rows):
+            buckets.setdefault(self._bucket(1, len(row))[1], []).append(number)
+        key, numbers, found = jax.random.key(seed), [], []
+        for width, members in buckets.items():
+            for start in range(0, len(members), batch_size):
+                part = members[start : start + batch_size]
+                count, _ = self._bucket(len(part), width)
+                filled = [*part, *part[:1] * (count - len(part))]
+                tokens = np.concatenate([_fill(rows[n][None], 1, width) for n in filled])
+                is_token = _is_token(count, [len(rows[n]) for n in filled], width)
+                blocks, index = self._put(
+                    (data.Blocks(tokens, is_token), np.array(filled, np.int32))
+                )
+                drawn = self._bound_fn(self.params, key, blocks, index, passes=passes)
+                found.append(jax.tree.map(lambda a, part=part: np.asarray(a)[: len(part)], drawn))
+                numbers += part
+        order = np.argsort(numbers)
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *found)
 
     def bound(
         self,
@@ -149,6 +327,7 @@ class SEDD:
         take more than max_passes.
         """
         _check("seed", seed, 0, 2**32 - 1)
+        check_passes(passes)
         if target_standard_error is not None and not target_standard_error > 0.0:
             raise ValueError(
                 f"target_standard_error {target_standard_error} is not above 0; give nats per token"
@@ -165,6 +344,7 @@ class SEDD:
                 passes=passes,
                 batch_size=batch_size,
                 t_min=self.config.objective.t_min,
+                mesh=self.mesh,
                 progress=progress,
             )
 
@@ -181,9 +361,78 @@ class SEDD:
         t_min = self.config.objective.t_min
         return evaluate.make_bound_fn(score_fn, self.graph, self.schedule, t_min=t_min)
 
-    def decode(self, tokens: jax.Array) -> list[str]:
+    # --- keeping
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the folder that `load` and the original's `SEDD.from_pretrained` read.
+
+        config.json, model.safetensors with the original's names, sedd_jax.json (the tokenizer and
+        the whole config) and README.md, a model card. ValueError if folder holds anything else.
+        """
+        convert.write_folder(
+            Path(folder),
+            config=self.config,
+            vocab_size=self.graph.vocab_size,
+            params=jax.device_get(self.params),
+            tokenizer=self.tokenizer,
+            step=self.step,
+            original=self.original,
+            about=dict(self.about),
+        )
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        message: str = "Upload a SEDD model",
+    ) -> str:
+        """`save_pretrained` to owner/name on the Hugging Face hub; returns the commit's address."""
+        from sedd_jax.data import hub
+
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "model"
+            self.save_pretrained(folder)
+            return hub.push(folder, name, private=private, token=token, message=message)
+
+    def decode(self, tokens: jax.Array | np.ndarray) -> list[str]:
         """A text for each row of int32 [B, L]; masked positions show as ░."""
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
+
+    def _bucket(self, count: int, length: int) -> tuple[int, int]:
+        """The rows and the width that a batch of count rows of `length` tokens is filled up to."""
+        parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
+        rows = 1 << (count - 1).bit_length()
+        width = max(SHORTEST, 1 << (length - 1).bit_length())
+        return -(-rows // parts) * parts, min(width, self.length)
+
+    def _put(self, batch: Any) -> Any:
+        """A tree of numpy arrays where the weights are: placed otherwise, jit would compile twice."""
+        if self.mesh is not None:
+            return sharding.put_batch(batch, self.mesh)
+        return jax.device_put(batch, jax.tree.leaves(self.params)[0].sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampling:
+    """Options of the sampler, checked."""
+
+    steps: int = 128
+    seed: int = 0
+    predictor: str = "tweedie"
+    draw: str = "exact"
+    t_min: float = 1e-5
+
+    def __post_init__(self):
+        _check("steps", self.steps, 1, 10**6)
+        _check("seed", self.seed, 0, 2**32 - 1)
+        for name, table in (("predictor", samplers.PREDICTORS), ("draw", samplers.DRAWS)):
+            value = getattr(self, name)
+            if value not in table:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
+        if not 0.0 < self.t_min < 1.0:
+            raise ValueError(f"t_min {self.t_min} is not inside (0, 1); 1e-5 is usual")
 
 
 def _check(name: str, value: int, least: int, most: int) -> None:
@@ -191,33 +440,16 @@ def _check(name: str, value: int, least: int, most: int) -> None:
         raise ValueError(f"{name} {value} is not in [{least}, {most}]; choose another")
 
 
-def load(workdir: str | Path) -> SEDD:
-    """The newest checkpoint's moving average in a training run's folder."""
-    workdir = Path(workdir)
-    files = [workdir / name for name in ("config.json", "tokenizer.json", "checkpoints")]
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise ValueError(
-            f"{str(workdir)!r} holds no training run: {', '.join(missing)} missing; give the "
-            "--workdir of a sedd-train that has saved a checkpoint"
-        )
-    config = configuration.from_json(files[0].read_text(encoding="utf-8"))
-    configuration.check(config)
-    tokenizer = data.tokenizer_from_dict(json.loads(files[1].read_text(encoding="utf-8")))
-    graph = configuration.make_graph(config, tokenizer.vocab_size)
-    network = configuration.make_model(config, graph)
-    shape = jax.eval_shape(lambda: configuration.init_params(config, network, jax.random.key(0)))
-    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda leaf: one_device, shape)
-    with Checkpoints(files[2], read_only=True) as checkpoints:
-        step, params = checkpoints.restore_ema(with_shardings(shape, shardings))
-    return SEDD(
-        network=network,
-        params=params,
-        graph=graph,
-        schedule=configuration.make_schedule(config),
-        tokenizer=tokenizer,
-        length=config.data.length,
-        config=config,
-        step=step,
-    )
+def _marks(steps: int, updates: int) -> list[int]:
+    """At most `updates` numbers of steps, evenly spaced, the last of them `steps`."""
+    return sorted({-(-steps * j // updates) for j in range(1, updates + 1)})
+
+
+def _fill(a: np.ndarray, rows: int, width: int) -> np.ndarray:
+    """a [N, L] with zeros added up to [rows, width]."""
+    return np.pad(a, ((0, rows - a.shape[0]), (0, width - a.shape[1])))
+
+
+def _is_token(rows: int, lengths: Sequence[int], width: int) -> np.ndarray:
+    """bool [rows, width], False at the padding after each row's length, or after that of all."""
+    return np.broadcast_to(np.arange(width) < np.reshape(lengths, (-1, 1)), (rows, width))

@@ -1,4 +1,4 @@
-"""The commands: sedd-prepare, sedd-train, sedd-eval, sedd-sample and sedd-report.
+"""The commands: sedd-prepare, sedd-train, sedd-eval, sedd-sample, sedd-report and sedd-convert.
 
 Each is also `python -m sedd_jax train` and so on. What a user can cause ends in one line on
 standard error and exit status 2; training that cannot go on ends in one line and status 1.
@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -22,7 +23,10 @@ Argv = list[str] | None
 
 
 def train_command(argv: Argv = None) -> int:
-    """sedd-train --config=configs/quickstart.py --workdir=DIR [--config.train.steps=100 ...]"""
+    """sedd-train --config=configs/quickstart.py --workdir=DIR [--config.train.steps=100 ...]
+
+    To go on with the run in DIR, its own config is enough: sedd-train --workdir=DIR.
+    """
     return _guarded("sedd-train", _train, argv)
 
 
@@ -46,12 +50,18 @@ def report_command(argv: Argv = None) -> int:
     return _guarded("sedd-report", _report, argv)
 
 
+def convert_command(argv: Argv = None) -> int:
+    """sedd-convert --from=SOURCE --to=TARGET [--form=hub|original|workdir]: checkpoints."""
+    return _guarded("sedd-convert", _convert, argv)
+
+
 COMMANDS = {
     "prepare": prepare_command,
     "train": train_command,
     "eval": eval_command,
     "sample": sample_command,
     "report": report_command,
+    "convert": convert_command,
 }
 
 
@@ -116,20 +126,35 @@ def parse_config(name: str, argv: list[str]) -> tuple[ConfigDict, Path]:
                 near = difflib.get_close_matches(key, RULES, n=3) or list(RULES)
                 raise ValueError(f"unknown config key {key}; did you mean {', '.join(near)}?")
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "the experiment", flag_values=values, sys_argv=[name, *argv]
-    )
+    about = {"flag_values": values, "sys_argv": [name, *argv]}
+    saved = _saved_config(argv)
+    if saved is None:
+        config_flags.DEFINE_config_file("config", None, "the experiment", **about)
+    else:
+        config_flags.DEFINE_config_dict("config", saved, **about)
     flags.DEFINE_string("workdir", None, "the run's folder", flag_values=values)
     rest = values([name, *argv])[1:]
     if rest:
         raise ValueError(f"unknown argument {rest[0]!r}; write --config.key=value")
     for flag in ("config", "workdir"):
-        if not values[flag].value:
+        if values[flag].value is None or values[flag].value == "":
             raise ValueError(
                 f"--{flag} is missing; for example {name} --config=configs/quickstart.py "
                 "--workdir=runs/quickstart"
             )
     return values.config, Path(values.workdir)
+
+
+def _saved_config(argv: list[str]) -> ConfigDict | None:
+    """The config of the run in --workdir, if there is one and --config names no other."""
+    from sedd_jax.config import from_json
+
+    arguments = [argument.lstrip("-").split("=", 1) for argument in argv]
+    workdirs = [rest[0] for name, *rest in arguments if name == "workdir" and rest]
+    if not workdirs or any(name == "config" for name, *_ in arguments):
+        return None
+    file = Path(workdirs[-1]) / "config.json"
+    return from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def _find_config(argument: str) -> str:
@@ -289,7 +314,7 @@ def _likelihood(name: str, argv: list[str]) -> None:
     if options.gpt2 is not None and options.records is None:
         raise ValueError("--gpt2 needs --records: a folder made by sedd-prepare")
     from sedd_jax import data, report
-    from sedd_jax.api import load
+    from sedd_jax.loading import load
     from sedd_jax.train import open_records
 
     if options.gpt2 is not None:
@@ -352,8 +377,8 @@ def _chosen(options: argparse.Namespace, *more: str) -> dict[str, Any]:
 
 
 def _model_and_scorer(options: argparse.Namespace):
-    from sedd_jax.api import load
     from sedd_jax.evaluate.scorer import load_scorer
+    from sedd_jax.loading import load
 
     model = load(options.workdir)
     return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
@@ -431,43 +456,163 @@ def _pareto(name: str, argv: list[str]) -> None:
 
 
 def _sample(name: str, argv: list[str]) -> None:
-    parser = _run_parser(name, "Text from a trained model.")
-    parser.add_argument("--template", help='text with free places, "Hi, my name is [MASK:20]."')
-    parser.add_argument("--prefix", default="", help="text that every sample begins with")
-    parser.add_argument("--suffix", default="", help="text that every sample ends with")
-    parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
-    parser.add_argument("--predictor", help="tweedie, euler or none (default: the config's)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num_samples", type=int, default=1)
+    parser = _parser(name, "Text from a trained model.")
+    add = parser.add_argument
+    add("--workdir", type=Path, help="the run's folder")
+    add("--model", help="in its place: a hub id, owner/name@commit, or a folder")
+    add("--template", help='text with free places, "Hi, my name is [MASK:20]."')
+    add("--prefix", default="", help="text that every sample begins with")
+    add("--suffix", default="", help="text that every sample ends with")
+    add("--length", type=int, help="tokens of a sample (default: the model's)")
+    add("--steps", type=int, help="reverse steps (default: the config's)")
+    add("--predictor", help="tweedie, euler or none (default: the config's)")
+    add("--seed", type=int, default=0)
+    add("--num_samples", type=int, default=1)
+    add("--batch_size", type=int, default=16, help="samples at once")
+    add("--format", default="text", help="text, or jsonl: an object a line, batch by batch")
+    add("--out", type=Path, help="write to this new file (default: standard output)")
+    add("--html", type=Path, help="also write a page that plays the sampling to this new file")
+    add("--live", action="store_true", help="show the first sample in the terminal as it comes")
     options = parser.parse_args(argv)
-    if options.template is not None and (options.prefix or options.suffix):
-        raise ValueError("--template cannot go with --prefix or --suffix; write them into it")
+    if (options.workdir is None) == (options.model is None):
+        raise ValueError("give --workdir, a run's folder, or --model, a hub id or a folder")
+    for flag in ("prefix", "suffix", "length"):
+        if options.template is not None and getattr(options, flag):
+            raise ValueError(f"--template cannot go with --{flag}; write it into the template")
+    if options.format not in FORMATS:
+        raise ValueError(f"unknown format {options.format!r}; known: {', '.join(FORMATS)}")
+    for flag in ("out", "html"):
+        _check_new(flag, getattr(options, flag))
     from sedd_jax import data
-    from sedd_jax.api import load
+    from sedd_jax.loading import load
+    from sedd_jax.trajectory import Film
 
-    model = load(options.workdir)
+    source = options.workdir or options.model
+    model = load(source)
+    length = model.length if options.length is None else options.length
     known = None
     if options.template is not None:
         known = data.parse_template(options.template, model.tokenizer, model.length)
+        length = None
     elif options.prefix or options.suffix:
-        known = data.prefix_suffix(options.prefix, options.suffix, model.tokenizer, model.length)
+        known = data.prefix_suffix(options.prefix, options.suffix, model.tokenizer, length)
     ours = model.config.sample
-    samples = model.sample_tokens(
-        options.num_samples,
-        steps=ours.steps if options.steps is None else options.steps,
-        predictor=options.predictor or ours.predictor,
+    chosen = {
+        "seed": options.seed,
+        "steps": ours.steps if options.steps is None else options.steps,
+        "predictor": options.predictor or ours.predictor,
+    }
+    is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
+    states = model.stream(
+        num_samples=options.num_samples,
+        length=length,
+        known=known,
+        updates=64 if options.html or is_live else 20,
         draw=ours.draw,
         t_min=ours.t_min,
-        seed=options.seed,
-        known=known,
+        **chosen,
+        batch_size=options.batch_size,
     )
-    _show(model.decode(samples.tokens))
+    given = {flag: getattr(options, flag) for flag in ("template", "prefix", "suffix")}
+    about = {**chosen, **{flag: text for flag, text in given.items() if text}}
+    total = -(-options.num_samples // options.batch_size) * chosen["steps"]
+    film, count = [], 0
+    with FORMATS[options.format](options.out) as output:
+        for state in _watched(states, total, is_live):
+            if options.html:
+                film.append(state)
+            if state.step == state.steps:
+                for text, tokens in zip(state.texts, state.tokens.tolist()):
+                    output.write({"index": count, "text": text, "tokens": tokens, **about})
+                    count += 1
+    if options.html:
+        steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {chosen['seed']}"
+        Film(film, f"{Path(source).name}: {steps}").save(options.html)
 
 
-def _show(texts: list[str]) -> None:
+def _check_new(flag: str, path: Path | None) -> None:
+    """ValueError unless a file can be made at path, which is to be seen before the work."""
+    if path is None:
+        return
+    if path.exists():
+        raise ValueError(f"--{flag} {str(path)!r} exists already; move it or give another path")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--{flag} {str(path)!r} is in no folder; make it or give another path")
+
+
+def _watched(states, total: int, is_live: bool):
+    """The states as they come, with a bar or with the first text itself in the terminal."""
+    from tqdm import tqdm
+
+    from sedd_jax.trajectory.terminal import Redrawn
+
+    redrawn = Redrawn(sys.stdout) if is_live else None
+    hidden = redrawn is not None or not sys.stderr.isatty()
+    with tqdm(desc="sample", unit=" steps", total=total, disable=hidden) as bar:
+        last = 0
+        for state in states:
+            bar.update(state.step - last)
+            last = 0 if state.step == state.steps else state.step
+            if redrawn is not None:
+                redrawn.draw(state)
+                if state.step == state.steps:  # the first batch is drawn: no other is shown
+                    redrawn = redrawn.close()
+            yield state
+
+
+class _Text:
+    """Samples as text under numbers: all at the end, a file whole or not at all."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.texts = path, []
+
+    def __enter__(self):
+        return self
+
+    def write(self, sample: dict[str, Any]) -> None:
+        self.texts.append(sample["text"])
+
+    def __exit__(self, error, *_):
+        if error is not None:
+            return
+        if self.path is None:
+            _show(self.texts)
+            return
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        try:
+            with part.open("w", encoding="utf-8", errors="replace") as file:
+                _show(self.texts, file)
+            part.replace(self.path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+class _JsonLines:
+    """Samples as JSON, a line each, which is there when the sample is."""
+
+    def __init__(self, path: Path | None):
+        self.path, self.file = path, None
+
+    def __enter__(self):
+        return self
+
+    def write(self, sample: dict[str, Any]) -> None:
+        if self.file is None:
+            self.file = self.path.open("x", encoding="utf-8") if self.path else sys.stdout
+        print(json.dumps(sample), file=self.file, flush=True)
+
+    def __exit__(self, *_):
+        if self.path is not None and self.file is not None:
+            self.file.close()
+
+
+FORMATS = {"text": _Text, "jsonl": _JsonLines}
+
+
+def _show(texts: list[str], file=None) -> None:
     for number, text in enumerate(texts, start=1):
-        print(f"--- {number} " + "-" * 60)
-        print(text)
+        print(f"--- {number} " + "-" * 60, file=file)
+        print(text, file=file)
 
 
 def _report(name: str, argv: list[str]) -> None:
@@ -476,7 +621,7 @@ def _report(name: str, argv: list[str]) -> None:
     parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")
     options = parser.parse_args(argv)
-    from sedd_jax.api import load
+    from sedd_jax.loading import load
     from sedd_jax.report import report, table
 
     summary = report(
@@ -494,3 +639,81 @@ def _report(name: str, argv: list[str]) -> None:
         print(f"\n{options.template}")
         _show(summary["infill"])
     print(f"\nwritten: {options.workdir / 'summary.json'}, {options.workdir / 'picture.png'}")
+
+
+def _convert(name: str, argv: list[str]) -> None:
+    parser = _parser(
+        name,
+        "Checkpoints to and from the original PyTorch code. With --form=workdir, --config.KEY=VALUE "
+        "sets a key of the run's config.",
+    )
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, required=True, help="hub folder, run, .pth or workdir")
+    add("--to", dest="target", type=Path, required=True, help="folder to write")
+    add("--form", default="hub", help="of what is written: hub, original (a run) or workdir")
+    add("--weights", default="ema", help="which of a run's go into a hub folder: ema or raw")
+    add("--fresh_optimizer", action="store_true", help="begin AdamW's moments and warm-up again")
+    add(
+        "--tokenizer",
+        help="the model's, where the source does not hold it: gpt2, bert, ..., or tokenizer.json of "
+        "a workdir",
+    )
+    add("--tokenizer_path", default="", help="its files, as for sedd-prepare")
+    options, rest = parser.parse_known_args(argv)
+    changes = _changes(rest)
+    from sedd_jax import convert
+
+    done = convert.convert(
+        options.source,
+        options.target,
+        form=options.form,
+        weights=options.weights,
+        optimizer=not options.fresh_optimizer,
+        tokenizer=_named_tokenizer(options.tokenizer, options.tokenizer_path),
+        changes=changes,
+    )
+    rows = (
+        ("read", f"{done.read} {options.source}"),
+        ("written", f"{done.wrote} {options.target}"),
+        ("graph", done.graph),
+        ("parameters", f"{done.parameters:,} in {done.tensors} tensors"),
+        ("step", "unknown" if done.step is None else f"{done.step:,}"),
+        *(("notice", notice) for notice in done.notices),
+        ("next", done.next),
+    )
+    for key, value in rows:
+        print(f"{key:<11}{value}")
+
+
+def _named_tokenizer(name: str | None, path: str):
+    """The tokenizer of --tokenizer and --tokenizer_path; None without them."""
+    from sedd_jax import data
+
+    if name is None:
+        if path:
+            raise ValueError("--tokenizer_path needs --tokenizer, the kind of its files")
+        return None
+    if Path(name).is_file():
+        return data.tokenizer_from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
+    if not path:
+        name, _, path = name.partition(":")  # as sedd_jax.load takes it: "ids:50257"
+    if name == "characters" or path.startswith("train:"):
+        raise ValueError(
+            f"--tokenizer={name} is fitted on a corpus, which is not here; name the "
+            "tokenizer.json of a workdir"
+        )
+    return data.make_tokenizer(name, path, data.Corpus({}))
+
+
+def _changes(arguments: list[str]) -> dict[str, Any]:
+    """{"data.records": "DIR"} of --config.data.records=DIR; numbers and truths as JSON has them."""
+    found = {}
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise ValueError(f"unknown argument {argument!r}; sedd-convert --help lists them")
+        try:
+            found[key] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key] = {"True": True, "False": False}.get(text, text)
+    return found

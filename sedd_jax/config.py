@@ -120,7 +120,16 @@ RULES: dict[str, Rule] = {
 }
 
 # A run may be resumed with other values of these: they change neither the model nor its noise.
-MAY_CHANGE = ("train.steps", "train.log_every", "train.eval_every", "train.max_skipped")
+# Where the data is may change too: data.json tells whether it is the same.
+MAY_CHANGE = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.max_skipped",
+    "data.path",
+    "data.records",
+    "data.tokenizer_path",
+)
 MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh")
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from sedd_jax import data
 from sedd_jax.api import SEDD
@@ -35,11 +34,9 @@ def generative_perplexity(
     is the config's.
     """
     sampling = with_defaults(model, sampling)
-    free = np.zeros(length or model.length, np.int32)
-    known = (free, np.zeros(len(free), bool))
     began = time.perf_counter()
-    tokens = draw(
-        model, known, num_samples, batch_size=batch_size, seed=seed, progress=progress, **sampling
+    tokens = model.sample_tokens(
+        num_samples, length=length, batch_size=batch_size, seed=seed, progress=progress, **sampling
     )
     seconds = time.perf_counter() - began
     rows, lengths = scorer_rows(model, scorer, tokens)
@@ -96,10 +93,9 @@ def conditional_mauve(
     known = tuple(np.stack(part) for part in zip(*pairs, strict=True))
     features = []
     for repeat in range(repeats):
-        tokens = draw(
-            model,
-            known,
+        tokens = model.sample_tokens(
             references,
+            known=known,
             batch_size=batch_size,
             seed=_child(seed, repeat),
             progress=progress,
@@ -148,36 +144,6 @@ def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: dict[str, Any]) 
         "scorer": scorer.name,
         "scorer_dtype": scorer.network.dtype.__name__,
     }
-
-
-def draw(
-    model: SEDD,
-    known: tuple[np.ndarray, np.ndarray],
-    num_samples: int,
-    *,
-    batch_size: int,
-    seed: int,
-    progress: bool = False,
-    **sampling: Any,
-) -> np.ndarray:
-    """Samples int32 [num_samples, L], batch_size at a time.
-
-    known is [L], the same for all, or [num_samples, L].
-    """
-    if batch_size < 1 or num_samples < 1:
-        raise ValueError(
-            f"batch_size {batch_size} and num_samples {num_samples} must be at least 1"
-        )
-    tokens, is_known = (np.broadcast_to(a, (num_samples, a.shape[-1])) for a in known)
-    found = []
-    starts = range(0, num_samples, batch_size)
-    for batch, start in enumerate(tqdm(starts, desc="sample", unit="batch", disable=not progress)):
-        # The last batch is filled up with rows that are dropped again: one shape compiles once.
-        rows = np.minimum(np.arange(start, start + batch_size), num_samples - 1)
-        part = (tokens[rows], is_known[rows])
-        drawn = model.sample_tokens(batch_size, known=part, seed=_child(seed, batch), **sampling)
-        found.append(np.asarray(drawn.tokens))
-    return np.concatenate(found)[:num_samples]
 
 
 def _child(seed: int, index: int) -> int:

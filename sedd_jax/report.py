@@ -285,8 +285,8 @@ def report(
     from, None leaves it out.
     """
     infill = [] if template is None else model.infill(template, 3, seed=0)
-    drawn = model.sample_tokens(8, seed=0, frames=12)
-    samples = model.decode(drawn.tokens)
+    states = list(model.stream(num_samples=8, seed=0, updates=12))
+    samples = states[-1].texts
     result = evaluate_heldout(model, workdir, passes=passes, baselines=True, progress=True)
     metrics = [
         json.loads(line)
@@ -294,8 +294,7 @@ def report(
     ]
     records = open_records(model.config, workdir)
     vocabulary = words_of(records, model.config.data.train_split)
-    frames = [*model.decode(drawn.frames[:, 0]), samples[0]]
-    picture(workdir / "picture.png", metrics, result, frames)
+    picture(workdir / "picture.png", metrics, result, [state.texts[0] for state in states])
     summary = {
         "bits_per_character": {
             name: result["bits_per_character"][name]

@@ -1,5 +1,6 @@
 """Eight CPU devices for the mesh tests, and a run small enough to be trained in a test."""
 
+import json
 import os
 import re
 import subprocess
@@ -95,4 +96,44 @@ def tiny_run(tmp_path_factory):
 
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
     assert train_command(command_line(workdir, train__eval_every=4)) == 0
+    return workdir
+
+
+@pytest.fixture(scope="session")
+def scorer_folder(tmp_path_factory):
+    """A GPT-2 of random weights, one block, 32 channels, byte tokens, 160 positions."""
+    import numpy as np
+    from safetensors.numpy import save_file
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder = tmp_path_factory.mktemp("scorer")
+    vocab = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    c, v, rng = 32, len(vocab), np.random.default_rng(0)
+    config = {"model_type": "gpt2", "vocab_size": v, "n_positions": 160, "n_embd": c}
+    config |= {"n_layer": 1, "n_head": 2, "activation_function": "gelu_new"}
+    shapes = {"wte.weight": (v, c), "wpe.weight": (160, c), "ln_f.weight": (c,), "ln_f.bias": (c,)}
+    block = {"ln_1.weight": (c,), "ln_1.bias": (c,), "ln_2.weight": (c,), "ln_2.bias": (c,)}
+    for name, ins, outs in (
+        ("attn.c_attn", c, 3 * c),
+        ("attn.c_proj", c, c),
+        ("mlp.c_fc", c, 4 * c),
+        ("mlp.c_proj", 4 * c, c),
+    ):
+        block |= {f"{name}.weight": (ins, outs), f"{name}.bias": (outs,)}
+    shapes |= {f"h.0.{name}": shape for name, shape in block.items()}
+    tensors = {n: rng.normal(size=s).astype(np.float32) * 0.3 for n, s in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def long_run(tmp_path_factory):
+    """A tiny run of rows of 128 characters, long enough for MAUVE's texts."""
+    from sedd_jax.cli import train_command
+
+    workdir = tmp_path_factory.mktemp("runs") / "long"
+    assert train_command(command_line(workdir, data__length=128, train__steps=2)) == 0
     return workdir

@@ -1,10 +1,15 @@
-"""The model as one object: compiled once, honest about what it is given."""
+"""The model as one object: compiled once a bucket, honest about what it is given."""
+
+import collections
+import itertools
 
 import jax
 import numpy as np
 import pytest
+from conftest import says
 
 import sedd_jax
+from sedd_jax import evaluate
 from sedd_jax.diffusion import samplers
 
 
@@ -13,15 +18,79 @@ def model(tiny_run):
     return sedd_jax.load(tiny_run)
 
 
-def test_another_prompt_seed_or_number_of_steps_does_not_recompile(model, monkeypatch):
-    traces = []
-    real = samplers.sample
-    monkeypatch.setattr(samplers, "sample", lambda *a, **k: traces.append(1) or real(*a, **k))
-    first = model.infill("if [MASK:7]", 2, steps=3, seed=0)
-    assert traces == [1]
-    again = model.infill("or [MASK:7]", 2, steps=5, seed=1)
-    assert traces == [1]
-    assert first != again
+@pytest.fixture
+def compiled(monkeypatch):
+    """Counts what XLA compiles, by the name of the jitted function."""
+    found = collections.Counter()
+
+    def listen(event, seconds, **about):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found[about.get("fun_name", "?")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_twenty_mixed_calls_compile_once_a_bucket(tiny_run, compiled, capsys):
+    model = sedd_jax.load(tiny_run)  # 32 tokens long, so that its lengths are in two buckets
+    given = {"positions": [3, 0], "tokens": [1, 2]}
+
+    def mixed(i):
+        model.sample(1, length=3 + i, steps=1 + i, seed=i)  # 1 x 16
+        model.sample(3 + i % 2, length=20 + i, steps=2, seed=i)  # 4 x 32
+        model.infill("if [MASK:14] then" + "x" * i, 1, steps=2 + i, seed=i)  # 1 x 32
+        model.infill(num_samples=2, **given, length=9 + i, steps=3)  # 2 x 16
+        model.log_likelihood(
+            ["some text" + "!" * i, "longer text " * 2 + "?" * i], seed=i
+        )  # 1 x both
+
+    jax.random.key(0)
+    compiled.clear()
+    mixed(0)
+    first = dict(compiled)
+    for i in range(1, 4):
+        mixed(i)
+    with capsys.disabled():
+        print(f"\n20 mixed calls compiled {dict(compiled)}")
+    assert compiled == first
+    assert model._sample._cache_size() == 4
+    assert model._bound_fn._cache_size() == 2
+
+
+def test_a_sample_is_the_same_alone_and_among_others(model):
+    many = model.sample_tokens(5, steps=6, seed=3, batch_size=2)
+    np.testing.assert_array_equal(many, model.sample_tokens(5, steps=6, seed=3, batch_size=8))
+    np.testing.assert_array_equal(many[:1], model.sample_tokens(1, steps=6, seed=3))
+    assert len(np.unique(many, axis=0)) == 5
+    assert not np.array_equal(many, model.sample_tokens(5, steps=6, seed=4))
+
+
+def test_padding_of_a_bucket_changes_nothing(model, monkeypatch):
+    """13 tokens in a bucket of 16 and, the bucket taken away, in one of 13."""
+    prompt = (np.arange(13) % 7, np.arange(13) % 3 == 0)
+    padded = model.log_likelihood(["if a text is"], seed=1, passes=64)
+    scores = model.score_fn
+    sample = model.sample_tokens(4, known=prompt, steps=4)
+    assert sample.shape == (4, 13)
+    np.testing.assert_array_equal(sample[:, prompt[1]], np.tile(prompt[0][prompt[1]], (4, 1)))
+    ids = model.tokenizer.encode("if a text is")
+    exact = model.bound(ids[None], passes=64, seed=1)
+    error = np.hypot(padded.standard_error[0], exact.bound_standard_error)
+    assert abs(padded.total[0] - exact.bound) < 3 * error
+    # The network sees no padding at all: the scores of the tokens are those without it.
+    wide = np.full((1, 16), 5, np.int32)
+    wide[0, : len(ids)] = ids
+    is_token = np.arange(16)[None] < len(ids)
+    from sedd_jax.models.head import make_score_fn
+
+    masked = make_score_fn(model.network, model.params, model.graph, is_token=is_token)
+    sigma = np.ones((1, 1), np.float32)
+    np.testing.assert_allclose(
+        masked(wide, sigma).log_score()[:, : len(ids)],
+        scores(ids[None], sigma).log_score(),
+        atol=2e-5,
+    )
 
 
 def test_the_weights_are_the_moving_average_of_the_newest_checkpoint(model, tiny_run):
@@ -33,29 +102,122 @@ def test_the_weights_are_the_moving_average_of_the_newest_checkpoint(model, tiny
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_frames_show_one_sequence_being_denoised(model):
-    drawn = model.sample_tokens(2, steps=16, seed=3, frames=4)
-    masked = (np.asarray(drawn.frames) == model.graph.vocab_size).sum(axis=(1, 2))
-    assert masked[0] == 2 * model.length
-    assert all(np.diff(masked) <= 0) and 0 < masked[-1] < masked[0]
-    revealed = np.asarray(drawn.frames[-1]) != model.graph.vocab_size
-    same = np.asarray(drawn.frames[-1]) == np.asarray(drawn.tokens)
-    assert same[revealed].all()  # an absorbing token once revealed stays
+def test_a_stream_shows_one_sequence_being_denoised_and_ends_with_the_sample(model):
+    states = list(model.stream(num_samples=2, steps=16, seed=3, updates=4))
+    assert [state.step for state in states] == [0, 4, 8, 12, 16]
+    masked = np.array([state.is_masked.sum() for state in states])
+    assert masked[0] == 2 * model.length and masked[-1] == 0
+    assert all(np.diff(masked) <= 0) and 0 < masked[-2] < masked[0]
+    for before, after in itertools.pairwise(states):
+        kept = ~before.is_masked  # an absorbing token once revealed stays
+        np.testing.assert_array_equal(before.tokens[kept], after.tokens[kept])
+    drawn = model.sample_tokens(2, steps=16, seed=3)
+    np.testing.assert_array_equal(states[-1].tokens, drawn)
+    assert states[-1].texts == model.decode(drawn)
+    few = list(model.stream("if [MASK:5]", steps=2, updates=100))
+    assert [state.step for state in few] == [0, 1, 2]
+    assert all(state.texts[0].startswith("if ") for state in few)
 
 
-def test_known_tokens_outside_the_vocabulary_or_too_many_are_refused(model):
-    is_known = np.ones(4, bool)
-    for bad in (-1, model.graph.vocab_size):
-        with pytest.raises(ValueError, match=r"known tokens must be in \[0, "):
-            model.sample_tokens(1, known=(np.array([0, 1, bad, 2]), is_known))
+def test_any_positions_can_be_given(model):
+    tokens = model.tokenizer.encode("zyx")
+    for text in model.infill(num_samples=2, positions=[9, 0, 4], tokens=tokens, length=10):
+        assert (text[9], text[0], text[4]) == ("z", "y", "x") and len(text) == 10
+
+
+def test_the_log_likelihood_of_texts_is_a_bound_for_each(model, monkeypatch):
+    texts = ["if", "a much longer text than that", "or", "if"]
+    found = model.log_likelihood(texts, seed=5)
+    assert found.total.shape == (4,) and (found.standard_error > 0).all()
+    np.testing.assert_allclose(found.total, found.diffusion + found.tail + found.prior)
+    assert found.total[1] > found.total[0] and found.total[0] != found.total[3]
+    assert (found.normalised <= found.diffusion).all()
+    # Not how the texts are cut into batches; nor does a single text need a list.
+    again = model.log_likelihood(texts, seed=5, batch_size=1)
+    np.testing.assert_allclose(again.total, found.total, rtol=1e-5)
+    np.testing.assert_allclose(model.log_likelihood("if", seed=5).total, found.total[:1], rtol=1e-5)
+
+
+def test_a_mesh_shares_the_batch_and_changes_nothing_else(model, tiny_run):
+    from sedd_jax.sharding import make_mesh
+
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    spread = sedd_jax.load(tiny_run, mesh=mesh)
+    assert len(spread.params["embedding"].sharding.device_set) == 8
+    ours, theirs = (m.sample_tokens(3, steps=4, seed=1) for m in (model, spread))
+    assert (ours == theirs).mean() > 0.95  # sums in another order may tip a rare draw
+    ours, theirs = (m.log_likelihood(["if", "then"]).total for m in (model, spread))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_dtype_is_that_of_the_network(tiny_run, model):
+    half = sedd_jax.load(tiny_run, dtype="bfloat16")
+    assert half.network.dtype == jax.numpy.bfloat16 and half.config.model.dtype == "bfloat16"
+    assert half.params["embedding"].dtype == jax.numpy.float32
+    found, exact = (m.log_likelihood("some text").total for m in (half, model))
+    assert found != exact
+    np.testing.assert_allclose(found, exact, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda m: m.sample(0), "num_samples 0 is not in [1,"),
+        (lambda m: m.sample(1, batch_size=0), "batch_size 0 is not in"),
+        (lambda m: m.sample(1, length=33), "length 33 is not in [1, 32]"),
+        (lambda m: m.sample(1, steps=0), "steps 0 is not in [1,"),
+        (lambda m: m.sample(1, seed=-1), "seed -1 is not in [0,"),
+        (lambda m: m.sample(1, t_min=0.0), "t_min 0.0 is not inside (0, 1)"),
+        (lambda m: m.sample(1, predictor="best"), "unknown predictor 'best'; known: euler"),
+        (lambda m: m.sample(1, draw="best"), "unknown draw 'best'; known: exact"),
+        (lambda m: m.infill("if [MASK:99]"), "takes 102 positions, more than length 32"),
+        (lambda m: m.infill("if \u20ac[MASK:9]"), "is outside the alphabet"),
+        (lambda m: m.infill(), "give a template, or positions and tokens"),
+        (lambda m: m.infill("[MASK:3]", length=5), "leave both out"),
+        (lambda m: m.infill(positions=[1, 2], tokens=[1]), "positions (2,) and tokens (1,)"),
+        (lambda m: m.infill(positions=[1, 1], tokens=[1, 2]), "a position given twice"),
+        (lambda m: m.infill(positions=[32], tokens=[1]), "position 32 is not in [0, 32)"),
+        (
+            lambda m: m.infill(positions=[1], tokens=[m.graph.vocab_size]),
+            "known tokens must be in [0, ",
+        ),
+        (lambda m: m.infill(positions=[1], tokens=[-1]), "known tokens must be in [0, "),
+        (lambda m: m.stream(steps=0), "steps 0 is not in"),
+        (lambda m: m.stream(updates=0), "updates 0 is not in"),
+        (lambda m: m.log_likelihood([""]), "text 0 has 0 tokens, not 1 to 32"),
+        (lambda m: m.log_likelihood(["if", "x" * 33]), "text 1 has 33 tokens, not 1 to 32"),
+        (lambda m: m.log_likelihood("if", passes=3), "passes 3 must be an even number"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(model, call, words):
+    with says(words):
+        call(model)
+
+
+def test_known_tokens_may_not_be_longer_than_the_model(model):
     long = model.length + 1
-    with pytest.raises(ValueError, match=f"{long} positions are more than the model's length"):
+    with says(f"{long} positions are more than the model's length"):
         model.sample_tokens(1, known=(np.zeros(long, int), np.ones(long, bool)))
 
 
 def test_the_bound_is_finite_positive_and_repeats_with_its_seed(model):
     blocks = np.arange(3 * model.length).reshape(3, -1) % model.graph.vocab_size
     first = model.bound(blocks, passes=2, seed=5)
+    assert isinstance(first, evaluate.CorpusBound)
     assert first == model.bound(blocks, passes=2, seed=5)
     assert first.bound != model.bound(blocks, passes=2, seed=6).bound
     assert 0 < first.bound < np.inf and first.bound_standard_error > 0
+
+
+def test_the_sampler_is_the_one_of_the_paper(model):
+    """sample_tokens is samplers.sample with the model's score function, and nothing else."""
+    drawn = samplers.sample(
+        jax.random.key(2),
+        model.score_fn,
+        model.graph,
+        model.schedule,
+        (2, model.length),
+        steps=8,
+        index=np.arange(2),
+    )
+    np.testing.assert_array_equal(model.sample_tokens(2, steps=8, seed=2), drawn)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 from conftest import command_line, start
@@ -68,9 +69,9 @@ def test_an_unreadable_or_too_small_corpus_is_one_line(capsys, tmp_path):
     ],
 )
 def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, arguments):
-    for folder in (tmp_path / "nowhere", tmp_path):
+    for folder, words in ((tmp_path / "nowhere", "no folder at"), (tmp_path, "holds no model")):
         line = fails(capsys, command, *arguments, f"--workdir={folder}")
-        assert "holds no training run" in line
+        assert words in line and "give the workdir of a sedd-train" in line
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -84,6 +85,14 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
         (["--prefix", "日本"], "outside the alphabet"),
         (["--prefix", "x" * 20, "--suffix", "y" * 20], "more than length 32"),
         (["--template", "a[MASK]", "--prefix", "b"], "--template cannot go with --prefix"),
+        (["--template", "a[MASK]", "--length", "9"], "--template cannot go with --length"),
+        (["--length", "33"], "length 33 is not in [1, 32]"),
+        (["--length", "8", "--prefix", "x" * 9], "more than length 8"),
+        (["--format", "csv"], "unknown format 'csv'; known: text, jsonl"),
+        (["--model", "some/one"], "give --workdir, a run's folder, or --model"),
+        (["--out", "/"], "--out '/' exists already"),
+        (["--html", "/none/a.html"], "--html '/none/a.html' is in no folder"),
+        (["--batch_size", "0"], "batch_size 0 is not in"),
         (["--steps", "0"], "steps 0 is not in [1, 1000000]"),
         (["--steps", "3000000000"], "steps 3000000000 is not in"),
         (["--steps", "x"], "invalid int value"),
@@ -148,6 +157,87 @@ def test_sampling_repeats_with_the_seed_and_differs_without(capsys, tiny_run):
 def test_every_predictor_samples_clean_text(capsys, tiny_run, predictor):
     (text,) = sampled(capsys, tiny_run, f"--predictor={predictor}")
     assert len(text) == 32 and "░" not in text
+
+
+def test_samples_as_json_lines_are_those_of_the_text_in_any_batches(capsys, tiny_run, tmp_path):
+    arguments = ["--num_samples=3", "--seed=4", "--length=24", "--suffix=end"]
+    texts = sampled(capsys, tiny_run, *arguments)
+    run = [f"--workdir={tiny_run}", "--steps=4", *arguments, "--format=jsonl"]
+    assert sample_command(run) == 0
+    out = capsys.readouterr().out
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["text"] for row in rows] == texts and all(len(text) == 24 for text in texts)
+    assert [len(row.pop("tokens")) for row in rows] == [24] * 3
+    assert rows[2] == {
+        "index": 2,
+        "text": texts[2],
+        "seed": 4,
+        "steps": 4,
+        "predictor": "tweedie",
+        "suffix": "end",
+    }
+    file = tmp_path / "samples.jsonl"
+    assert sample_command([*run, f"--out={file}", "--batch_size=2"]) == 0
+    assert (file.read_text(), capsys.readouterr().out) == (out, "")
+    assert "exists already; move it" in fails(capsys, sample_command, *run, f"--out={file}")
+
+
+def test_a_line_of_json_is_there_when_its_batch_is_done(tiny_run, monkeypatch, tmp_path):
+    file, seen = tmp_path / "samples.jsonl", []
+    watched = cli._watched
+
+    def spied(*arguments):
+        for state in watched(*arguments):
+            seen.append(len(file.read_text().splitlines()) if file.exists() else 0)
+            yield state
+
+    monkeypatch.setattr(cli, "_watched", spied)
+    run = [f"--workdir={tiny_run}", "--steps=1", "--num_samples=3", "--batch_size=1"]
+    assert sample_command([*run, "--format=jsonl", f"--out={file}"]) == 0
+    assert seen == [0, 0, 1, 1, 2, 2] and len(file.read_text().splitlines()) == 3
+
+
+def test_a_file_of_samples_is_whole_or_not_there(capsys, tiny_run, tmp_path, monkeypatch):
+    run = [f"--workdir={tiny_run}", "--steps=2", f"--out={tmp_path / 'samples.txt'}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_watched", lambda *_: iter([None]))  # fails at the first state
+        with pytest.raises(AttributeError):
+            sample_command(run)
+    assert list(tmp_path.iterdir()) == []
+    assert sample_command(run) == 0
+    assert capsys.readouterr().out == "" and len(list(tmp_path.iterdir())) == 1
+    (text,) = sampled(capsys, tiny_run, "--steps=2")
+    assert (tmp_path / "samples.txt").read_text() == f"--- 1 {'-' * 60}\n{text}\n"
+
+
+def test_the_page_of_a_sample_is_written(capsys, tiny_run, tmp_path):
+    file = tmp_path / "film.html"
+    texts = sampled(capsys, tiny_run, "--num_samples=3", f"--html={file}", "--batch_size=2")
+    found = re.search(r'id="film">(.*)</script>', file.read_text(encoding="utf-8"))
+    film = json.loads(found[1])
+    assert film["title"] == "tiny: 4 steps, tweedie, seed 0" and film["steps"] == [0, 1, 2, 3, 4]
+    assert len(film["samples"]) == len(texts) == 3
+
+
+def test_a_terminal_shows_the_first_sample_while_it_is_drawn(capsys, tiny_run, monkeypatch):
+    quiet = sampled(capsys, tiny_run, "--live", "--num_samples=2")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    texts = sampled(capsys, tiny_run, "--num_samples=2")
+    assert texts == quiet
+    assert sample_command([f"--workdir={tiny_run}", "--steps=4", "--live"]) == 0
+    out = capsys.readouterr().out
+    shown = re.findall(r"step (\d) of 4\n", out)
+    assert shown == ["0", "1", "2", "3", "4"] and out.count("\x1b[J") == 5
+    assert re.split(r"--- \d+ -+\n", out)[1] == texts[0] + "\n"
+
+
+def test_progress_is_for_terminals(capsys, tiny_run, monkeypatch):
+    run = [f"--workdir={tiny_run}", "--steps=4", "--num_samples=2", "--batch_size=1"]
+    assert sample_command(run) == 0
+    assert "sample" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert sample_command(run) == 0
+    assert "8/8" in capsys.readouterr().err
 
 
 def test_evaluation_prints_and_writes_the_same_numbers(capsys, tiny_run, tmp_path):

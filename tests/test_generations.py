@@ -4,48 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import command_line
-from safetensors.numpy import save_file
-from tokenizers.pre_tokenizers import ByteLevel
 
 from sedd_jax import generations
-from sedd_jax.api import load
-from sedd_jax.cli import eval_command, prepare_command, train_command
+from sedd_jax.cli import eval_command, prepare_command
 from sedd_jax.evaluate.scorer import load_scorer
-
-
-@pytest.fixture(scope="session")
-def scorer_folder(tmp_path_factory):
-    """A GPT-2 of random weights, one block, 32 channels, byte tokens, 160 positions."""
-    folder = tmp_path_factory.mktemp("scorer")
-    vocab = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
-    c, v, rng = 32, len(vocab), np.random.default_rng(0)
-    config = {"model_type": "gpt2", "vocab_size": v, "n_positions": 160, "n_embd": c}
-    config |= {"n_layer": 1, "n_head": 2, "activation_function": "gelu_new"}
-    shapes = {"wte.weight": (v, c), "wpe.weight": (160, c), "ln_f.weight": (c,), "ln_f.bias": (c,)}
-    block = {"ln_1.weight": (c,), "ln_1.bias": (c,), "ln_2.weight": (c,), "ln_2.bias": (c,)}
-    for name, ins, outs in (
-        ("attn.c_attn", c, 3 * c),
-        ("attn.c_proj", c, c),
-        ("mlp.c_fc", c, 4 * c),
-        ("mlp.c_proj", 4 * c, c),
-    ):
-        block |= {f"{name}.weight": (ins, outs), f"{name}.bias": (outs,)}
-    shapes |= {f"h.0.{name}": shape for name, shape in block.items()}
-    tensors = {n: rng.normal(size=s).astype(np.float32) * 0.3 for n, s in shapes.items()}
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def long_run(tmp_path_factory):
-    """A tiny run of rows of 128 characters, long enough for MAUVE's texts."""
-    workdir = tmp_path_factory.mktemp("runs") / "long"
-    assert train_command(command_line(workdir, data__length=128, train__steps=2)) == 0
-    return workdir
+from sedd_jax.loading import load
 
 
 def evaluate(kind, *arguments):
@@ -66,9 +29,8 @@ def test_generative_perplexity_says_what_it_was_made_with(
     assert f"{result['generative_perplexity']['mean_of_exp']:.2f}" in capsys.readouterr().out
     # By hand: the same tokens, decoded, encoded in the scorer's tokens and scored one by one.
     model, scorer = load(tiny_run), load_scorer(str(scorer_folder))
-    free = (np.zeros(20, np.int32), np.zeros(20, bool))
     sampling = generations.with_defaults(model, {"steps": 4})
-    tokens = generations.draw(model, free, 5, batch_size=4, seed=3, **sampling)
+    tokens = model.sample_tokens(5, length=20, batch_size=4, seed=3, **sampling)
     assert len(np.unique(tokens, axis=0)) == 5
     nats = [scorer.nats(scorer.tokenizer.encode(t)[None])[0] for t in model.decode(tokens)]
     means = [row.mean(dtype=np.float64) for row in nats]
@@ -109,7 +71,7 @@ def test_completions_keep_what_was_given(long_run):
     reference = np.arange(200).reshape(2, 100) % model.tokenizer.vocab_size
     pairs = [generations.mauve.known_tokens(row, "infill") for row in reference]
     known = tuple(np.stack(part) for part in zip(*pairs, strict=True))
-    tokens = generations.draw(model, known, 2, batch_size=2, seed=0, steps=2)
+    tokens = model.sample_tokens(2, known=known, steps=2)
     np.testing.assert_array_equal(tokens[known[1]], reference[known[1]])
     assert known[1].sum() == 100
 
@@ -146,7 +108,7 @@ def test_gpt2_is_scored_on_records_of_its_own_tokenizer(capsys, scorer_folder, t
         (
             "generative_perplexity",
             ["workdir={run}", "scorer={scorer}", "length=33", "steps=2"],
-            "33 positions are more than the model's length 32",
+            "length 33 is not in [1, 32]",
         ),
     ],
 )

@@ -126,6 +126,61 @@ def test_a_mask_inside_a_character_leaves_the_rest_readable():
         assert tokenizer.decode([first]) == "\ufffd"
 
 
+def text_of_every_kind() -> str:
+    articles = real("openwebtext_1k/openwebtext-1000.jsonl").read_text(encoding="utf-8")
+    return "".join(json.loads(line)["text"] for line in articles.splitlines()[:20]) + ODD
+
+
+@pytest.mark.parametrize("name", sorted(TOKENIZERS))
+def test_the_pieces_joined_are_the_text_of_real_and_of_random_ids(name):
+    tokenizer = some_tokenizer(name)
+    text = text_of_every_kind()
+    if name in ("characters", "text8"):
+        text = "".join(c for c in text if c in tokenizer.alphabet)
+    real_ids = tokenizer.encode(text)[:20_000]
+    generator = np.random.default_rng(0)
+    share = generator.random(len(real_ids)) < 0.3
+    rows = [
+        real_ids,
+        np.where(share, tokenizer.vocab_size, real_ids),
+        np.where(share, generator.integers(tokenizer.vocab_size, size=len(share)), real_ids),
+        generator.integers(tokenizer.vocab_size + 3, size=20_000),
+        *(generator.integers(tokenizer.vocab_size + 1, size=n) for n in range(50)),
+    ]
+    for ids in rows:
+        pieces = tokenizer.pieces(ids)
+        assert len(pieces) == len(ids) and "".join(pieces) == tokenizer.decode(ids)
+    assert "".join(tokenizer.pieces(rows[1], mask="?")) == tokenizer.decode(rows[1], mask="?")
+    with says("ids must be one row of integers >= 0"):
+        tokenizer.pieces(np.zeros((2, 2), int))
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "sentencepiece"])
+def test_pieces_of_bytes_that_are_hardly_text_join_to_the_text(name):
+    tokenizer = some_tokenizer(name)
+    byte_ids = {  # the id of each byte
+        "bytes": lambda byte: byte,
+        "gpt2": lambda byte: tokenizer._surfaces.index(bytes([byte])),
+        "sentencepiece": lambda byte: tokenizer._library.piece_to_id(f"<0x{byte:02X}>"),
+    }[name]
+    hard = [0x41, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xC2, 0xE0, 0xE2, 0xED, 0xEF, 0xF0]
+    ids = [*map(byte_ids, [*hard, 0xF3, 0xF4, 0xF5, 0xFF]), tokenizer.vocab_size]
+    generator = np.random.default_rng(0)
+    for n in range(2000):
+        row = generator.choice(ids, size=n % 12)
+        assert "".join(tokenizer.pieces(row)) == tokenizer.decode(row), row
+
+
+def test_a_character_belongs_to_the_last_of_its_ids():
+    tokenizer = some_tokenizer("bytes")
+    mask = tokenizer.vocab_size
+    assert tokenizer.pieces([*"é▅".encode(), 97]) == ["", "é", "", "", "▅", "a"]
+    assert tokenizer.pieces([0xE2, 97, 0xE2, 0x96, mask]) == ["\ufffd", "a", "", "\ufffd", "░"]
+    gpt2, bert = published("gpt2"), published("bert")
+    assert gpt2.pieces(gpt2.encode("A 🦙!")) == ["A", " ", "", "🦙", "!"]
+    assert bert.pieces(bert.encode("Élan's end.")) == ["el", "an", " '", " s", " end", "."]
+
+
 def test_separators_that_are_no_text_count_no_characters():
     tokenizer = tokenizers_module.GPT2(("a", "b", "<|endoftext|>"), ())
     assert tokenizer.count_characters(np.array([0, 2, 1, 2])) == 2
@@ -275,9 +330,9 @@ def test_every_fault_of_a_hub_id_is_named(offline):
     for path in ("/no/such/folder", "nowhere", f"gpt2@{COMMIT}"):
         with says(f"no folder or file at {path!r}; set data.tokenizer_path to one"):
             make_tokenizer("bert", path, reference())
-    with says(f"cannot get vocab.json of 'some/one@{COMMIT}': ", "; download it elsewhere and set"):
+    with says(f"data.tokenizer_path: cannot get 'some/one@{COMMIT}'", "or download its files"):
         make_tokenizer("gpt2", f"some/one@{COMMIT}", reference())
-    with says("cannot get vocab.txt of 'google-bert/bert-base-uncased@86b5e0934494"):
+    with says("data.tokenizer_path: cannot get 'google-bert/bert-base-uncased@86b5e0934494"):
         make_tokenizer("bert", "", reference())
 
 
@@ -296,7 +351,7 @@ def test_a_process_that_cannot_reach_the_hub_says_so_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, check=False, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
-        "ValueError: cannot get vocab.json of 'openai-community/gpt2@607a30d783dfa663caf39e06633721"
+        "ValueError: data.tokenizer_path: cannot get 'openai-community/gpt2@607a30d783dfa663caf39e06"
     )
 
 

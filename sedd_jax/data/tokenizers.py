@@ -6,9 +6,10 @@ A new tokenizer is a subclass of Tokenizer and a row in TOKENIZERS.
 
 import base64
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -20,6 +21,19 @@ from sedd_jax.data.corpora import Corpus
 
 PIECE = 1 << 10  # characters given to a library at once: memory, speed (x1.7) and exactness, below
 BLANK = "\u2581"  # how SentencePiece writes a space
+# A character of UTF-8 (Unicode 16, Table 3-7), or the longest part of one before a fault: what
+# decoders replace by one U+FFFD.
+CHARACTER = re.compile(
+    rb"[\xC2-\xDF][\x80-\xBF]?"
+    rb"|\xE0(?:[\xA0-\xBF][\x80-\xBF]?)?"
+    rb"|\xED(?:[\x80-\x9F][\x80-\xBF]?)?"
+    rb"|[\xE1-\xEF][\x80-\xBF]{0,2}"
+    rb"|\xF0(?:[\x90-\xBF][\x80-\xBF]{0,2})?"
+    rb"|[\xF1-\xF3][\x80-\xBF]{0,3}"
+    rb"|\xF4(?:[\x80-\x8F][\x80-\xBF]{0,2})?"
+    rb"|.",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -53,14 +67,32 @@ class Tokenizer:
         Runs between masks are decoded apart, so no character is joined across a mask.
         """
         ids = _check_ids(ids)
-        is_masked = ids >= self.vocab_size
-        edges = np.flatnonzero(np.diff(is_masked)) + 1
-        runs = zip(np.split(ids, edges), np.split(is_masked, edges))
         return "".join(
-            mask * len(run) if masked.any() else self._decode_run(run) for run, masked in runs
+            mask * len(run) if masked else self._decode_run(run)
+            for run, masked in _runs(ids, ids >= self.vocab_size)
         )
 
+    def pieces(self, ids: np.ndarray, mask: str = "░") -> list[str]:
+        """Returns the text of each of ids [n], which joined is `decode(ids, mask)`.
+
+        A character that several ids spell belongs to the last of them; the others are "".
+        """
+        ids = _check_ids(ids)
+        pieces: list[str] = []
+        for run, masked in _runs(ids, ids >= self.vocab_size):
+            pieces += [mask] * len(run) if masked else self._run_pieces(run)
+        return pieces
+
     def _decode_run(self, ids: np.ndarray) -> str:
+        raise NotImplementedError
+
+    def _run_pieces(self, ids: np.ndarray) -> list[str]:
+        surfaces = self._surfaces
+        return _characters([surfaces[i] for i in ids])
+
+    @property
+    def _surfaces(self) -> Sequence[bytes]:
+        """The UTF-8 of each id, which may be a part of a character's."""
         raise NotImplementedError
 
     @property
@@ -132,6 +164,9 @@ class Characters(Tokenizer):
     def _decode_run(self, ids: np.ndarray) -> str:
         return _code_points(self.alphabet)[ids].tobytes().decode("utf-32-le", "surrogatepass")
 
+    def _run_pieces(self, ids: np.ndarray) -> list[str]:
+        return list(self._decode_run(ids))
+
 
 @dataclass(frozen=True)
 class Text8(Characters):
@@ -166,6 +201,10 @@ class Bytes(Tokenizer):
 
     def _decode_run(self, ids: np.ndarray) -> str:
         return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    @cached_property
+    def _surfaces(self) -> list[bytes]:
+        return [bytes([i]) for i in range(256)]
 
 
 @dataclass(frozen=True)
@@ -254,6 +293,18 @@ class GPT2(Subwords):
     def _decode_run(self, ids: np.ndarray) -> str:
         return self._library.decode(ids.tolist(), skip_special_tokens=False)
 
+    @cached_property
+    def _surfaces(self) -> list[bytes]:
+        """GPT-2 writes bytes that are no printable character of Latin-1 as U+0100 and up."""
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        table = {chr(byte): byte for byte in printable}
+        table |= {chr(256 + n): byte for n, byte in enumerate(others)}
+        return [
+            bytes(table[c] for c in token) if table.keys() >= set(token) else token.encode()
+            for token in self.vocab
+        ]
+
 
 @dataclass(frozen=True)
 class Bert(Subwords):
@@ -283,6 +334,12 @@ class Bert(Subwords):
         ids = _check_ids(ids)
         words = [self.vocab[i] if i < self.vocab_size else mask for i in ids]
         return self._library._tokenizer.decoder.decode(words)
+
+    def pieces(self, ids: np.ndarray, mask: str = "░") -> list[str]:
+        ids = _check_ids(ids)
+        words = [self.vocab[i] if i < self.vocab_size else mask for i in ids]
+        decode = self._library._tokenizer.decoder.decode
+        return [decode([word] if i == 0 else ["", word]) for i, word in enumerate(words)]
 
 
 @dataclass(frozen=True)
@@ -390,8 +447,55 @@ class SentencePiece(Tokenizer):
         text = super().decode(ids, mask)
         return text.removeprefix(" ") if self._adds_space else text
 
+    def pieces(self, ids: np.ndarray, mask: str = "░") -> list[str]:
+        pieces = super().pieces(ids, mask)
+        first = next((i for i, piece in enumerate(pieces) if piece), None)
+        if self._adds_space and first is not None:
+            pieces[first] = pieces[first].removeprefix(" ")
+        return pieces
+
     def _decode_run(self, ids: np.ndarray) -> str:
         return b"".join([self._surfaces[i] for i in ids]).decode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True)
+class Ids(Tokenizer):
+    """Text that is ids already, numbers with white space between; documents are joined by nothing.
+
+    For a model whose own tokenizer is not here, and for sequences that are no text.
+    """
+
+    size: int
+    name: ClassVar[str] = "ids"
+
+    @classmethod
+    def make(cls, path: str, corpus: Corpus) -> "Ids":
+        """`path` is the number of ids."""
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", path):
+            raise ValueError(f"{path!r} is no number of ids; give tokenizer 'ids' one, like 4096")
+        return cls(int(path))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.size
+
+    @property
+    def separator(self) -> tuple[int, ...]:
+        return ()
+
+    def encode(self, text: str) -> np.ndarray:
+        words = text.split()
+        for word in words:
+            if not (re.fullmatch(r"[0-9]{1,9}", word) and int(word) < self.size):
+                raise ValueError(f"{_shorten(repr(word))} is no id in [0, {self.size}); mend it")
+        return np.array([int(word) for word in words], np.int32)
+
+    def decode(self, ids: np.ndarray, mask: str = "░") -> str:
+        return "".join(self.pieces(ids, mask))
+
+    def pieces(self, ids: np.ndarray, mask: str = "░") -> list[str]:
+        words = [str(i) if i < self.size else mask for i in _check_ids(ids)]
+        return [*words[:1], *(f" {word}" for word in words[1:])]
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
@@ -399,6 +503,7 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
     "bytes": Bytes,
     "characters": Characters,
     "gpt2": GPT2,
+    "ids": Ids,
     "sentencepiece": SentencePiece,
     "text8": Text8,
 }
@@ -435,6 +540,30 @@ def _check_ids(ids: Any) -> np.ndarray:
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any():
         raise ValueError(f"ids must be one row of integers >= 0, not {_shorten(repr(ids))}")
     return ids.astype(np.int64)
+
+
+def _runs(ids: np.ndarray, is_masked: np.ndarray) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yields the longest runs of ids that are all masked or all clean, and which of the two."""
+    edges = np.flatnonzero(np.diff(is_masked)) + 1
+    for run, masked in zip(np.split(ids, edges), np.split(is_masked, edges)):
+        yield run, bool(masked.any())
+
+
+def _characters(surfaces: Iterable[bytes]) -> list[str]:
+    """The characters that end in each of these parts of UTF-8; U+FFFD where it is broken."""
+    pieces: list[str] = []
+    for is_ascii, run in itertools.groupby(surfaces, lambda part: part > b"" and part.isascii()):
+        if is_ascii:  # no part of a longer character
+            pieces += [part.decode() for part in run]
+            continue
+        parts = list(run)
+        ends = np.cumsum([len(part) for part in parts])
+        own = [""] * len(parts)
+        for character in CHARACTER.finditer(b"".join(parts)):
+            last = int(np.searchsorted(ends, character.end() - 1, side="right"))
+            own[last] += character.group().decode("utf-8", errors="replace")
+        pieces += own
+    return pieces
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -1,0 +1,80 @@
+"""A state as lines for a terminal, redrawn in place."""
+
+import itertools
+import shutil
+import unicodedata
+from collections.abc import Iterable, Iterator
+from typing import TextIO
+
+import numpy as np
+
+from sedd_jax.trajectory.states import State
+
+
+def screenful(state: State, columns: int, lines: int) -> list[str]:
+    """The first text as lines for a terminal: masks dim, known tokens underlined.
+
+    At most `lines` lines of `columns` columns; control characters show as "·".
+    """
+    kinds = zip(state.pieces[0], state.is_masked[0].tolist(), np.asarray(state.is_known)[0])
+    cells = [
+        (character, "2" if masked else "4" if known else "")
+        for piece, masked, known in kinds
+        for character in piece
+    ]
+    wrapped = list(itertools.islice(_wrap(cells, columns), lines + 1))
+    found = [
+        "".join(
+            f"\x1b[{style}m{''.join(c for c, _ in run)}\x1b[0m" if style else _join(run)
+            for style, run in itertools.groupby(line, key=lambda cell: cell[1])
+        )
+        for line in wrapped[:lines]
+    ]
+    return [*found[:-1], "..."] if len(wrapped) > lines else found
+
+
+class Redrawn:
+    """A terminal's lines that each state takes from the one before."""
+
+    def __init__(self, terminal: TextIO):
+        self._terminal, self._lines = terminal, 0
+
+    def draw(self, state: State) -> None:
+        """Shows the first text of `state` and its step."""
+        columns, rows = shutil.get_terminal_size()
+        lines = screenful(state, columns - 1, max(1, rows - 3))
+        head = f"step {state.step} of {state.steps}"
+        self._terminal.write(self._home() + "\n".join([head, *lines, ""]))
+        self._terminal.flush()
+        self._lines = 1 + len(lines)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._terminal.write(self._home())
+        self._terminal.flush()
+
+    def _home(self) -> str:
+        return f"\x1b[{self._lines}F\x1b[J" if self._lines else ""
+
+
+def _join(cells: Iterable[tuple[str, str]]) -> str:
+    return "".join(character for character, _ in cells)
+
+
+def _wrap(cells: list[tuple[str, str]], columns: int) -> Iterator[list[tuple[str, str]]]:
+    """Yields lines of (character, style), each of at most `columns` columns."""
+    line, width = [], 0
+    for character, style in cells:
+        if character == "\n":
+            yield line
+            line, width = [], 0
+            continue
+        if not character.isprintable():
+            character = "·"
+        wide = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if width + wide > columns:
+            yield line
+            line, width = [], 0
+        line.append((character, style))
+        width += 0 if unicodedata.combining(character) else wide
+    yield line
