@@ -351,7 +351,7 @@ class SEDD:
         if target_standard_error is None:
             return one_round(0)
         most = max(1, max_passes // max(passes, 1))
-        return evaluate.bound_until(one_round, target_standard_error * blocks.count, most)
+        return evaluate.bound_until(one_round, target_standard_error, most, tokens=blocks.count)
 
     @functools.cached_property
     def _bound_fn(self) -> evaluate.BoundFn:

@@ -6,6 +6,7 @@ standard error and exit status 2; training that cannot go on ends in one line an
 
 import argparse
 import difflib
+import importlib.util
 import json
 import logging
 import os
@@ -201,19 +202,44 @@ def _parser(name: str, description: str) -> argparse.ArgumentParser:
     return _Parser(prog=name, description=description, allow_abbrev=False)
 
 
-def _run_parser(name: str, description: str) -> argparse.ArgumentParser:
+MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
+WITH_RECORDS = "(the last two need --records)"
+NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
+
+
+def _run_parser(name: str, description: str, workdir: str) -> argparse.ArgumentParser:
     parser = _parser(name, description)
-    parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--workdir", type=Path, required=True, help=workdir)
     return parser
+
+
+def _check_run(source: Path, remedy: str) -> None:
+    """ValueError for a model alone where the command needs its run; what is no model, load refuses."""
+    from sedd_jax.convert.folder import PICKLED, WEIGHTS
+    from sedd_jax.data import hub
+
+    if any((source / name).is_file() for name in (WEIGHTS, PICKLED)):
+        found = f"{str(source)!r} is an exported model, which has no records of its own"
+    elif not source.exists() and hub.parse(str(source)) is not None:
+        found = f"no folder at {str(source)!r}, and a model of the hub has no records of its own"
+    else:
+        return
+    raise ValueError(f"{found}; {remedy}, or the folder of a run as --workdir")
 
 
 def _prepare(name: str, argv: list[str]) -> None:
     from sedd_jax import data
+    from sedd_jax.data.published import HELDOUT_FRACTION
 
     parser = _parser(name, "A corpus as records: fixed-length blocks of tokens, made once.")
     add = parser.add_argument
     add("--dataset", required=True, help=", ".join(data.CORPORA))
-    add("--out", type=Path, required=True, help="folder of the records; it must not exist yet")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the records; one that has these already is left as it is",
+    )
     add("--tokenizer", default="gpt2", help=", ".join(data.TOKENIZERS))
     add(
         "--tokenizer_path",
@@ -231,7 +257,12 @@ def _prepare(name: str, argv: list[str]) -> None:
     add("--data_dir", default="", help="where the documents are kept; TFDS_DATA_DIR by default")
     add("--documents", default="", help="lines or whole, for the corpora that are cut into lines")
     add("--detokenizer", default="published", help="published, none, or one by name")
-    add("--heldout_fraction", type=float, help="for corpora without a split of their own")
+    add(
+        "--heldout_fraction",
+        type=float,
+        help="of the documents, for corpora without a split of their own (default: 0.1; of "
+        f"openwebtext {HELDOUT_FRACTION})",
+    )
     add("--workers", type=int, default=1, help="processes that encode; the result is the same")
     options = parser.parse_args(argv)
     records = data.make_records(
@@ -252,6 +283,14 @@ def _prepare(name: str, argv: list[str]) -> None:
     print(data.describe(records))
 
 
+EVALUATIONS = {
+    "likelihood": "An upper bound on -log p of a split, in every unit.",
+    "generative_perplexity": "Perplexity of the model's samples under GPT-2, with their entropy.",
+    "mauve": "MAUVE of completions of 100-token texts, 50 tokens given.",
+    "pareto": "Generative perplexity against network calls: table and picture.",
+}
+
+
 def _eval(name: str, argv: list[str]) -> None:
     kinds = {
         "likelihood": _likelihood,
@@ -262,10 +301,30 @@ def _eval(name: str, argv: list[str]) -> None:
     if argv and argv[0] in kinds:
         kinds[argv[0]](f"{name} {argv[0]}", argv[1:])
     elif {"-h", "--help"} & set(argv[:1]):
-        print(f"usage: {name} {{{','.join(kinds)}}} --help")
+        print(f"usage: {name} {{{','.join(kinds)}}} --workdir=DIR ...\n")
+        for kind, about in EVALUATIONS.items():
+            print(f"  {kind:<23}{about}")
+        print(f"\nexample: {name} likelihood --workdir=runs/quickstart --json=result.json")
+        print(f"{name} likelihood --help lists its arguments")
     else:
         given = argv[0] if argv else ""
         raise ValueError(f"unknown evaluation {given!r}; known: {', '.join(kinds)}")
+
+
+def _output(text: str) -> Path:
+    """An argparse type, a file to write, new or old: its folder is to be seen before the work."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is in no folder; make it or give another path")
+    return path
+
+
+def _check_matplotlib(what: str) -> None:
+    """ValueError without the library that draws, before the work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(f'{what} needs the library matplotlib; pip install "sedd_jax[plot]"')
 
 
 def _write_json(path: Path | None, result: Any) -> None:
@@ -291,28 +350,39 @@ def _records(options: argparse.Namespace, model) -> tuple:
 
 
 def _likelihood(name: str, argv: list[str]) -> None:
-    parser = _parser(name, "An upper bound on -log p of a split, in every unit.")
+    parser = _parser(name, EVALUATIONS["likelihood"])
     add = parser.add_argument
-    add("--workdir", type=Path, help="the run's folder")
+    add("--workdir", type=Path, help=f"{MODEL} {WITH_RECORDS}")
     add("--gpt2", help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id")
     _add_records(parser)
     add("--blocks", type=int, help="score this many blocks (default: all)")
-    add("--passes", type=int, default=16, help="noise levels a block, even")
+    add(
+        "--passes",
+        type=int,
+        default=16,
+        help="noise levels a block in a round, even; 16 or more: they are stratified within a "
+        "round, so more of them do better than more rounds",
+    )
     add(
         "--target_standard_error",
         type=float,
-        help="go through the blocks again until the bound's error is this, nats per token",
+        help="go through the blocks again, round by round, until the bound's error is this, nats "
+        "per token",
     )
     add("--max_passes", type=int, default=1024, help="the most noise levels a block for that")
     add("--batch_size", type=int, default=32, help="blocks a network call")
     add("--seed", type=int, default=0)
     add("--baselines", action="store_true", help="add n-gram models of the run's training text")
-    add("--json", type=Path, help="also write the numbers to this file")
+    add("--json", type=_output, help="also write the numbers to this file")
     options = parser.parse_args(argv)
     if (options.workdir is None) == (options.gpt2 is None):
         raise ValueError("give --workdir, or --gpt2 with --records")
     if options.gpt2 is not None and options.records is None:
         raise ValueError("--gpt2 needs --records: a folder made by sedd-prepare")
+    if options.workdir is not None and options.records is None:
+        _check_run(options.workdir, NEEDS_RECORDS)
+    elif options.workdir is not None and options.baselines:
+        _check_run(options.workdir, "leave --baselines out")
     from sedd_jax import data, report
     from sedd_jax.loading import load
     from sedd_jax.train import open_records
@@ -354,15 +424,18 @@ def _likelihood(name: str, argv: list[str]) -> None:
     _write_json(options.json, result)
 
 
+DRAW_HELP = "exact or float32_gumbel, the original's (default: the config's)"
+
+
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--scorer", default="gpt2-large", help="gpt2 .. gpt2-xl, a folder, or a hub id@commit")
     add("--scorer_dtype", default="float32", help="float32 or bfloat16")
     add("--predictor", help="tweedie, euler or none (default: the config's)")
-    add("--draw", help="exact or float32_gumbel, the original's (default: the config's)")
+    add("--draw", help=DRAW_HELP)
     add("--batch_size", type=int, default=16, help="texts at once")
     add("--seed", type=int, default=0)
-    add("--json", type=Path, help="also write the numbers to this file")
+    add("--json", type=_output, help="also write the numbers to this file")
 
 
 def _add_samples(parser: argparse.ArgumentParser) -> None:
@@ -385,7 +458,7 @@ def _model_and_scorer(options: argparse.Namespace):
 
 
 def _generative_perplexity(name: str, argv: list[str]) -> None:
-    parser = _run_parser(name, "Perplexity of the model's samples under GPT-2, with their entropy.")
+    parser = _run_parser(name, EVALUATIONS["generative_perplexity"], MODEL)
     _add_sampling(parser)
     _add_samples(parser)
     parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
@@ -400,7 +473,7 @@ def _generative_perplexity(name: str, argv: list[str]) -> None:
 
 
 def _mauve(name: str, argv: list[str]) -> None:
-    parser = _run_parser(name, "MAUVE of completions of 100-token texts, 50 tokens given.")
+    parser = _run_parser(name, EVALUATIONS["mauve"], f"{MODEL} {WITH_RECORDS}")
     _add_sampling(parser)
     add = parser.add_argument
     add("--steps", type=int, help="reverse steps (default: the config's)")
@@ -410,8 +483,18 @@ def _mauve(name: str, argv: list[str]) -> None:
     add("--repeats", type=int, default=5)
     add("--buckets", type=int, help="clusters of MAUVE (default: a tenth of the texts)")
     options = parser.parse_args(argv)
+    if options.records is None:
+        _check_run(options.workdir, NEEDS_RECORDS)
     from sedd_jax import generations, report
+    from sedd_jax.evaluate import mauve
 
+    mauve.check(
+        options.form,
+        options.references,
+        options.repeats,
+        seed=options.seed,
+        buckets=options.buckets,
+    )
     model, scorer = _model_and_scorer(options)
     records, split = _records(options, model)
     report.check_records(model, records)
@@ -422,26 +505,22 @@ def _mauve(name: str, argv: list[str]) -> None:
         split,
         **_chosen(options, "form", "references", "repeats", "buckets", "steps"),
     )
-    value = result["mauve"]
-    print(
-        f"MAUVE {value['mean']:.3f} +- {value['standard_deviation']:.3f} (standard deviation of "
-        f"{result['repeats']} repeats of {result['references']} texts), {result['form']}, "
-        f"{result['nfe']} network calls, {result['predictor']}, draw {result['draw']}, seed "
-        f"{result['seed']}; features of {result['scorer']} in {result['scorer_dtype']}"
-    )
+    print(generations.mauve_table(result))
     _write_json(options.json, result)
 
 
 def _pareto(name: str, argv: list[str]) -> None:
-    parser = _run_parser(name, "Generative perplexity against network calls: table and picture.")
+    parser = _run_parser(name, EVALUATIONS["pareto"], MODEL)
     _add_sampling(parser)
     add = parser.add_argument
     add("--steps", default="32,64,128,256,512,1024,2048", help="numbers of steps, commas between")
     _add_samples(parser)
-    add("--picture", type=Path, help="also draw the curve to this PNG file")
+    add("--picture", type=_output, help="also draw the curve to this PNG file")
     options = parser.parse_args(argv)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.steps):
         raise ValueError(f"--steps {options.steps!r} is not like 32,64,128")
+    if options.picture:
+        _check_matplotlib("--picture")
     from sedd_jax import generations
 
     results = generations.pareto(
@@ -464,8 +543,9 @@ def _sample(name: str, argv: list[str]) -> None:
     add("--prefix", default="", help="text that every sample begins with")
     add("--suffix", default="", help="text that every sample ends with")
     add("--length", type=int, help="tokens of a sample (default: the model's)")
-    add("--steps", type=int, help="reverse steps (default: the config's)")
+    add("--steps", type=int, help="reverse steps (default: the config's); few make poor text")
     add("--predictor", help="tweedie, euler or none (default: the config's)")
+    add("--draw", help=DRAW_HELP)
     add("--seed", type=int, default=0)
     add("--num_samples", type=int, default=1)
     add("--batch_size", type=int, default=16, help="samples at once")
@@ -501,6 +581,7 @@ def _sample(name: str, argv: list[str]) -> None:
         "seed": options.seed,
         "steps": ours.steps if options.steps is None else options.steps,
         "predictor": options.predictor or ours.predictor,
+        "draw": options.draw or ours.draw,
     }
     is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
     states = model.stream(
@@ -508,7 +589,6 @@ def _sample(name: str, argv: list[str]) -> None:
         length=length,
         known=known,
         updates=64 if options.html or is_live else 20,
-        draw=ours.draw,
         t_min=ours.t_min,
         **chosen,
         batch_size=options.batch_size,
@@ -616,7 +696,9 @@ def _show(texts: list[str], file=None) -> None:
 
 
 def _report(name: str, argv: list[str]) -> None:
-    parser = _run_parser(name, "A run's table, samples, picture.png and summary.json.")
+    parser = _run_parser(
+        name, "A run's table, samples, picture.png and summary.json.", "the run's folder"
+    )
     parser.add_argument("--template", help='text to infill, "The [MASK:24] statement."')
     parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")
@@ -624,6 +706,8 @@ def _report(name: str, argv: list[str]) -> None:
     from sedd_jax.loading import load
     from sedd_jax.report import report, table
 
+    _check_run(options.workdir, "for its bound give --records to sedd-eval likelihood")
+    _check_matplotlib(name)
     summary = report(
         load(options.workdir),
         options.workdir,
@@ -693,16 +777,7 @@ def _named_tokenizer(name: str | None, path: str):
         if path:
             raise ValueError("--tokenizer_path needs --tokenizer, the kind of its files")
         return None
-    if Path(name).is_file():
-        return data.tokenizer_from_dict(json.loads(Path(name).read_text(encoding="utf-8")))
-    if not path:
-        name, _, path = name.partition(":")  # as sedd_jax.load takes it: "ids:50257"
-    if name == "characters" or path.startswith("train:"):
-        raise ValueError(
-            f"--tokenizer={name} is fitted on a corpus, which is not here; name the "
-            "tokenizer.json of a workdir"
-        )
-    return data.make_tokenizer(name, path, data.Corpus({}))
+    return data.named_tokenizer(f"{name}:{path}" if path else name)
 
 
 def _changes(arguments: list[str]) -> dict[str, Any]:

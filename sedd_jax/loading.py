@@ -1,7 +1,5 @@
 """load(): a model from a training run, from an exported folder, or from the Hugging Face hub."""
 
-import functools
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -9,18 +7,17 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import convert, data, sharding
+from sedd_jax import convert, data
 from sedd_jax.api import SEDD
-from sedd_jax.checkpoint import Checkpoints, with_shardings
+from sedd_jax.convert import workdir as runs
 from sedd_jax.convert.folder import CONFIG, OURS, PICKLED, WEIGHTS
 from sedd_jax.data.tokenizers import Tokenizer
 
 log = logging.getLogger(__name__)
 
-RUN = ("config.json", "tokenizer.json", "checkpoints")  # what a training run's folder holds
+RUN = (runs.CONFIG, runs.TOKENIZER, runs.CHECKPOINTS)
 SOURCES = (
     "give the workdir of a sedd-train that has saved a checkpoint, an exported folder or a hub id"
 )
@@ -44,7 +41,7 @@ def load(
     dtype, "float32" or "bfloat16", is that of the matrix products; by default a run's own, and
     float32 for the original's weights. mesh spreads weights and batches over its devices as
     sharding.RULES say; by default all is on one device. tokenizer is needed where the folder does
-    not tell and the vocabulary is not GPT-2's: a Tokenizer, a name, or "name:path".
+    not tell and the vocabulary is not GPT-2's: a Tokenizer, or what data.named_tokenizer takes.
 
     ValueError says what is wrong with the source; nothing is half loaded.
     """
@@ -103,15 +100,10 @@ def _load_run(
 ) -> SEDD:
     if tokenizer is not None:
         raise ValueError(f"{str(workdir)!r} has its own tokenizer; leave tokenizer out")
-    config = configuration.from_json((workdir / "config.json").read_text(encoding="utf-8"))
-    configuration.check(config)
-    found = json.loads((workdir / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer = data.tokenizer_from_dict(found)
-    shape, shardings = _places(config, tokenizer.vocab_size, mesh)
-    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
-        step, params = checkpoints.restore_ema(with_shardings(shape, shardings))
-    about = _about(workdir, config)
-    return _assemble(config, params, tokenizer, dtype, step=step, mesh=mesh, about=about)
+    found = runs.open_workdir(workdir)
+    step, params = runs.read_average(found, mesh)
+    rest = {"step": step, "about": runs.about(found), "original": found.original}
+    return _assemble(found.config, params, found.tokenizer, dtype, mesh=mesh, **rest)
 
 
 def _load_folder(
@@ -126,8 +118,7 @@ def _load_folder(
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model in "
             f"{str(folder)!r} {found.vocab_size}; give the one that it was trained with"
         )
-    _, shardings = _places(found.config, found.vocab_size, mesh)
-    params = jax.device_put(found.params, shardings)
+    params = jax.device_put(found.params, runs.shardings(found.params, mesh))
     rest = {"step": found.step, "about": found.about, "original": found.original}
     return _assemble(found.config, params, tokenizer, dtype, mesh=mesh, **rest)
 
@@ -142,19 +133,7 @@ def _make_tokenizer(tokenizer: Tokenizer | str | None, vocab_size: int) -> Token
                 f'"name" or "name:path", or "ids:{vocab_size}" to read and write ids as numbers'
             )
         tokenizer = "gpt2"  # all that the original code knows
-    name, _, path = tokenizer.partition(":")
-    return data.make_tokenizer(name, path, None)  # its files are all it needs: no corpus
-
-
-def _places(config: ConfigDict, vocab_size: int, mesh: Mesh | None) -> tuple[Any, Any]:
-    """Shapes of the parameters, and the sharding of each."""
-    network = configuration.make_model(config, configuration.make_graph(config, vocab_size))
-    init = functools.partial(configuration.init_params, config, network)
-    shape = jax.eval_shape(init, jax.random.key(0))
-    if mesh is not None:
-        return shape, sharding.tree_shardings(shape, mesh)
-    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return shape, jax.tree.map(lambda leaf: one_device, shape)
+    return data.named_tokenizer(tokenizer)
 
 
 def _assemble(config, params, tokenizer: Tokenizer, dtype: str | None, **rest: Any) -> SEDD:
@@ -172,20 +151,3 @@ def _assemble(config, params, tokenizer: Tokenizer, dtype: str | None, **rest: A
         config=config,
         **rest,
     )
-
-
-def _about(workdir: Path, config: ConfigDict) -> dict[str, Any]:
-    """What a model card tells of a run: its corpus, and the numbers of sedd-report."""
-    about: dict[str, Any] = {"corpus": config.data.corpus, "numbers": []}
-    summary = workdir / "summary.json"
-    if summary.is_file():
-        heldout = json.loads(summary.read_text(encoding="utf-8"))["heldout"]
-        how = (
-            f"upper bound, {heldout['passes']} noise levels a block, {heldout['blocks']} blocks of "
-            f"split {heldout['split']!r}, step {heldout['step']}, seed {heldout['seed']}"
-        )
-        for unit in ("bits_per_character", "nats_per_token"):
-            value, error = (heldout[unit][key] for key in ("bound", "bound_standard_error"))
-            number = {"name": unit.replace("_", " "), "value": f"{value:.3f} +- {error:.3f}"}
-            about["numbers"].append({**number, "how": how})
-    return about

@@ -39,8 +39,9 @@ def evaluate_split(
 ) -> dict[str, Any]:
     """The bound on a split's blocks (the first `blocks`, or all) in every unit.
 
-    train, records and split, adds n-gram models fitted on that. ValueError if the records are not
-    the model's kind.
+    train, records and split, adds n-gram models fitted on that. With target_standard_error, nats
+    per token, the result says whether it was reached within max_passes. ValueError if the records
+    are not the model's kind.
     """
     check_records(model, records)
     heldout = data.read_blocks(records, split, blocks)
@@ -59,12 +60,20 @@ def evaluate_split(
     for name, nats in ngrams.items():
         for unit, value in evaluate.one_in_units(nats, **sizes).items():
             values[unit][name] = value
+    target = {}
+    if target_standard_error is not None:
+        error = values["nats_per_token"]["bound_standard_error"]
+        target = {
+            "target_standard_error": target_standard_error,
+            "target_reached": error <= target_standard_error,
+        }
     return {
         "step": model.step,
         "split": split,
         "blocks": len(heldout.tokens),
         **sizes,
         "passes": total.passes,
+        **target,
         "seed": seed,
         "data": data_of(records, split),
         **values,
@@ -204,6 +213,12 @@ def table(result: dict[str, Any]) -> str:
         return "\n".join(lines)
     parts = ", ".join(f"{part} {bits[part]:.4f}" for part in ("diffusion", "tail", "prior"))
     lines.append(f"the bound's parts, bits/character: {parts}")
+    if not result.get("target_reached", True):
+        lines.append(
+            f"target {result['target_standard_error']:g} nats/token not reached: "
+            f"{nats['bound_standard_error']:.3g} after {result['passes']} noise levels a block; "
+            "raise --max_passes"
+        )
     return "\n".join(lines)
 
 

@@ -157,7 +157,16 @@ def claim_workdir(config: ConfigDict, workdir: Path, records: data.Records) -> N
     """Write what the run is: its data's fingerprint, its tokenizer and, last, its config.
 
     A resumed run has the same data and tokenizer; its config may differ in MAY_CHANGE's keys.
+    ValueError if the tokenizer is another one: a converted run has no data.json to tell.
     """
+    saved = workdir / "tokenizer.json"
+    if saved.exists():
+        before = data.tokenizer_from_dict(json.loads(saved.read_text(encoding="utf-8")))
+        if before.fingerprint() != records.tokenizer.fingerprint():
+            raise ValueError(
+                f"the records in {str(records.folder)!r} were made with another tokenizer than "
+                f"the run in {str(workdir)!r}; prepare them with {str(saved)!r}'s"
+            )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / "data.json", json.dumps(records.fingerprint, indent=1))

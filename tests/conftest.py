@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from local_hub import alone, server  # noqa: F401 (fixtures)
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 os.environ["XLA_FLAGS"] = (

@@ -7,8 +7,14 @@ import sys
 import pytest
 from conftest import command_line, start
 
-from sedd_jax import cli
-from sedd_jax.cli import eval_command, report_command, sample_command, train_command
+from sedd_jax import cli, loading
+from sedd_jax.cli import (
+    eval_command,
+    prepare_command,
+    report_command,
+    sample_command,
+    train_command,
+)
 from sedd_jax.report import picture
 
 
@@ -59,6 +65,16 @@ def test_an_unreadable_or_too_small_corpus_is_one_line(capsys, tmp_path):
     assert "no .txt or .jsonl" in fails(capsys, train_command, "--config=quickstart", *where, path)
 
 
+def test_preparing_again_says_that_the_records_are_there(capsys, tmp_path):
+    arguments = ["--dataset=pydoc", "--tokenizer=bytes", "--length=32", f"--out={tmp_path / 'a'}"]
+    for is_again in (False, True):
+        assert prepare_command(arguments) == 0
+        assert ("are there already; nothing was written" in capsys.readouterr().err) is is_again
+    assert "was prepared with length 32" in fails(capsys, prepare_command, *arguments, "--length=8")
+    own = ["--dataset=text", f"--out={tmp_path / 'b'}"]
+    assert "(sedd-prepare: --manual_dir) is empty" in fails(capsys, prepare_command, *own)
+
+
 @pytest.mark.parametrize(
     "command, arguments",
     [
@@ -99,6 +115,7 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
         (["--seed", "-1"], "seed -1 is not in [0, 4294967295]"),
         (["--num_samples", "0"], "num_samples 0 is not in"),
         (["--predictor", "ddim"], "unknown predictor 'ddim'; known: euler, tweedie, none"),
+        (["--draw", "float16"], "unknown draw 'float16'; known: exact, float32_gumbel"),
     ],
 )
 def test_a_mistake_in_the_arguments_of_sampling_is_one_line(capsys, tiny_run, arguments, message):
@@ -174,6 +191,7 @@ def test_samples_as_json_lines_are_those_of_the_text_in_any_batches(capsys, tiny
         "seed": 4,
         "steps": 4,
         "predictor": "tweedie",
+        "draw": "exact",
         "suffix": "end",
     }
     file = tmp_path / "samples.jsonl"
@@ -252,6 +270,104 @@ def test_evaluation_prints_and_writes_the_same_numbers(capsys, tiny_run, tmp_pat
     parts = bits["diffusion"] + bits["tail"] + bits["prior"]
     assert bits["bound"] == pytest.approx(parts, rel=1e-6)
     assert bits["bound"] >= bits["normalised"]
+
+
+def test_a_target_that_was_not_reached_is_said(capsys, tiny_run, tmp_path):
+    file = tmp_path / "result.json"
+    run = ["likelihood", f"--workdir={tiny_run}", "--blocks=4", "--passes=2", f"--json={file}"]
+    assert eval_command([*run, "--target_standard_error=1e-9", "--max_passes=4"]) == 0
+    (out, errors), result = capsys.readouterr(), json.loads(file.read_text())
+    assert (result["target_standard_error"], result["target_reached"]) == (1e-9, False)
+    error = result["nats_per_token"]["bound_standard_error"]
+    assert out.splitlines()[-1] == (
+        f"target 1e-09 nats/token not reached: {error:.3g} after 4 noise levels a block; "
+        "raise --max_passes"
+    )
+    assert "round 1, 2 noise levels a block: standard error " in errors
+    assert f"round 2, 4 noise levels a block: standard error {error:.3g} nats/token" in errors
+    assert eval_command([*run, "--target_standard_error=99"]) == 0
+    assert json.loads(file.read_text())["target_reached"] is True
+    assert "not reached" not in capsys.readouterr().out
+    assert eval_command(run) == 0
+    assert "target_reached" not in json.loads(file.read_text())
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """A command that begins to load a model has failed."""
+
+    def load(*_, **__):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(loading, "load", load)
+
+
+NO_FOLDER = "'/none/a' is in no folder; make it or give another path"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["likelihood", "--json=/none/a"], f"--json: {NO_FOLDER}"),
+        (["generative_perplexity", "--json=/none/a"], f"--json: {NO_FOLDER}"),
+        (["mauve", "--json=/"], "--json: '/' is a folder; give a file"),
+        (["pareto", "--json=/none/a"], f"--json: {NO_FOLDER}"),
+        (["pareto", "--picture=/none/a"], f"--picture: {NO_FOLDER}"),
+        (["mauve", "--repeats=1"], "1 repeats have no spread; give at least 2"),
+        (["mauve", "--form=suffix"], "unknown form 'suffix'; known: prefix, infill"),
+        (["mauve", "--references=1"], "1 references are too few to cluster; give at least 2"),
+        (["mauve", "--references=5", "--buckets=11"], "buckets 11 is not in [2, 10]"),
+        (["mauve", "--seed=-1"], "seed -1 is not in [0, 2147483645]"),
+    ],
+)
+@pytest.mark.usefixtures("no_loading")
+def test_what_cannot_end_well_is_refused_before_the_work(capsys, tiny_run, arguments, message):
+    assert message in fails(capsys, eval_command, *arguments, f"--workdir={tiny_run}")
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_a_library_that_is_missing_is_named_before_the_work(
+    capsys, tiny_run, tmp_path, monkeypatch
+):
+    run = f"--workdir={tiny_run}"
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    line = fails(capsys, eval_command, "mauve", run)
+    assert "needs the library mauve-text" in line and 'pip install "sedd_jax[eval]"' in line
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = fails(capsys, eval_command, "pareto", run, f"--picture={tmp_path / 'a.png'}")
+    assert '--picture needs the library matplotlib; pip install "sedd_jax[plot]"' in line
+    assert "sedd-report needs the library matplotlib" in fails(capsys, report_command, run)
+
+
+def test_a_model_without_a_run_is_evaluated_on_records_that_it_is_given(
+    capsys, tiny_run, tmp_path, monkeypatch
+):
+    folder = tmp_path / "exported"
+    loading.load(tiny_run).save_pretrained(folder)
+    records = [f"--records={tiny_run / 'records'}", "--split=validation"]
+    run = ["likelihood", f"--workdir={folder}", "--blocks=2", "--passes=2"]
+    assert eval_command([*run, *records]) == 0
+    table = capsys.readouterr().out
+    assert eval_command([*run[:1], f"--workdir={tiny_run}", *run[2:]]) == 0
+    assert capsys.readouterr().out == table
+    monkeypatch.setattr(loading, "load", None)  # from here on, nothing is loaded
+    needs = "has no records of its own; give --records, a folder made by sedd-prepare"
+    for kind in ("likelihood", "mauve"):
+        for source, what in ((folder, "is an exported model"), ("some/one", "a model of the hub")):
+            line = fails(capsys, eval_command, kind, f"--workdir={source}")
+            assert what in line and needs in line
+    line = fails(capsys, eval_command, *run, *records, "--baselines")
+    assert "leave --baselines out" in line
+    line = fails(capsys, report_command, f"--workdir={folder}")
+    assert "give --records to sedd-eval likelihood" in line
+
+
+def test_the_evaluations_are_listed_with_an_example(capsys):
+    assert eval_command(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  likelihood             An upper bound on -log p" in out
+    assert all(f"\n  {kind} " in out for kind in cli.EVALUATIONS)
+    assert "example: sedd-eval likelihood --workdir=" in out
 
 
 def test_the_report_writes_the_summary_and_the_picture(capsys, tiny_run):

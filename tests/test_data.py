@@ -192,5 +192,5 @@ def test_every_fault_of_a_template_is_named(pydoc):
 
 
 def test_an_empty_path_is_not_the_current_folder():
-    with pytest.raises(ValueError, match="data.path is empty"):
+    with pytest.raises(ValueError, match=r"data.path \(sedd-prepare: --manual_dir\) is empty"):
         text_corpus("", 0.1)

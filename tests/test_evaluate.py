@@ -25,6 +25,7 @@ def test_rounds_go_on_until_the_error_is_small_enough():
     assert total.normalised_standard_error == pytest.approx(1.5)
     assert evaluate.bound_until(one_round, target=0.1, most=3).passes == 3 * 8
     assert evaluate.bound_until(one_round, target=9.0, most=3).passes == 8
+    assert evaluate.bound_until(one_round, target=0.31, most=100, tokens=10).passes == 4 * 8
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 from conftest import corpus_of, real, says
 
-from sedd_jax.data import TOKENIZERS, Corpus, make_tokenizer, tokenizer_from_dict
+from sedd_jax.data import (
+    TOKENIZERS,
+    Corpus,
+    make_tokenizer,
+    named_tokenizer,
+    tokenizer_from_dict,
+)
 from sedd_jax.data import subwords as subwords_module
 from sedd_jax.data import tokenizers as tokenizers_module
 
@@ -42,7 +48,13 @@ def published(name: str):
 def some_tokenizer(name: str):
     if name in PATHS:
         return published(name)
-    return make_tokenizer(name, "train:1000" if name == "sentencepiece" else "", reference())
+    path = {"sentencepiece": "train:1000", "ids": "4096"}.get(name, "")
+    return make_tokenizer(name, path, reference())
+
+
+def words(name: str, text: str = "some words") -> str:
+    """A text that a tokenizer gives back as it is."""
+    return "7 4095 0" if name == "ids" else text
 
 
 # --- every tokenizer
@@ -53,6 +65,8 @@ def test_real_text_survives_the_round_trip(name):
     text = "".join(reference().documents("validation"))
     if name == "text8":
         text = " ".join(re.sub("[^a-z]+", " ", text.lower()).split())
+    elif name == "ids":
+        text = " ".join(str(ord(c) % 4096) for c in text)
     elif name != "characters":
         text += " naïve 東京 🙂\r\n\n  end "
     tokenizer = some_tokenizer(name)
@@ -83,17 +97,17 @@ def test_a_tokenizer_rebuilt_from_json_gives_the_same_ids_and_fingerprint(name):
     assert rebuilt == tokenizer and hash(rebuilt) == hash(tokenizer)
     assert rebuilt.fingerprint() == tokenizer.fingerprint()
     assert (rebuilt.vocab_size, rebuilt.separator) == (tokenizer.vocab_size, tokenizer.separator)
-    assert rebuilt.encode("some words").tolist() == tokenizer.encode("some words").tolist()
+    assert rebuilt.encode(words(name)).tolist() == tokenizer.encode(words(name)).tolist()
 
 
 @pytest.mark.parametrize("name", sorted(TOKENIZERS))
 def test_a_pickled_tokenizer_carries_its_fields_alone(name):
     tokenizer = some_tokenizer(name)
-    ids = tokenizer.encode("some words").tolist()  # its library's object is built by now
+    ids = tokenizer.encode(words(name)).tolist()  # its library's object is built by now
     pickled = pickle.dumps(tokenizer)
     again = pickle.loads(pickled)
     assert again == tokenizer and set(vars(again)) == set(tokenizer.to_dict()) - {"name"}
-    assert again.encode("some words").tolist() == ids and again.decode(ids) == "some words"
+    assert again.encode(words(name)).tolist() == ids and again.decode(ids) == words(name)
     assert len(pickled) <= 1.3 * len(json.dumps(tokenizer.to_dict(), ensure_ascii=False)) + 200
 
 
@@ -108,9 +122,10 @@ def test_fingerprints_tell_tokenizers_apart():
 def test_masks_are_shown_where_they_stand(name):
     tokenizer = some_tokenizer(name)
     mask = tokenizer.vocab_size
-    ids = [*tokenizer.encode("some"), mask, mask, *tokenizer.encode("more")]
-    gap = " " if name == "bert" else ""
-    assert tokenizer.decode(np.array(ids)) == gap.join(["some", "░", "░", "more"])
+    some, more = words(name, "some"), words(name, "more")
+    ids = [*tokenizer.encode(some), mask, mask, *tokenizer.encode(more)]
+    gap = " " if name in ("bert", "ids") else ""
+    assert tokenizer.decode(np.array(ids)) == gap.join([some, "░", "░", more])
     assert tokenizer.decode(np.array([mask + 7]), mask="_") == "_"
     assert tokenizer.decode([]) == ""
     with says("ids must be one row of integers >= 0, not array([-1])"):
@@ -137,6 +152,8 @@ def test_the_pieces_joined_are_the_text_of_real_and_of_random_ids(name):
     text = text_of_every_kind()
     if name in ("characters", "text8"):
         text = "".join(c for c in text if c in tokenizer.alphabet)
+    elif name == "ids":
+        text = " ".join(str(ord(c) % 4096) for c in text)
     real_ids = tokenizer.encode(text)[:20_000]
     generator = np.random.default_rng(0)
     share = generator.random(len(real_ids)) < 0.3
@@ -203,7 +220,7 @@ def test_ids_do_not_depend_on_the_pieces_given_to_the_library(name, monkeypatch)
 
 
 def test_every_fault_of_a_tokenizer_is_named():
-    with says("unknown tokenizer 'x'; known: bert, bytes, characters, gpt2, sentencepiece, text8"):
+    with says("unknown tokenizer 'x'; known: bert, bytes, characters, gpt2, ids, sentencepiece"):
         make_tokenizer("x", "", reference())
     with says("character 'É' (U+00C9) at position 3 of 'cafÉ'", "tokenizer 'text8'", "'bytes'"):
         some_tokenizer("text8").encode("cafÉ")
@@ -328,17 +345,42 @@ def test_every_fault_of_a_hub_id_is_named(offline):
         with says(f"{path!r} is no folder or file here", "write some/one@ and the commit's 40 hex"):
             make_tokenizer("gpt2", path, reference())
     for path in ("/no/such/folder", "nowhere", f"gpt2@{COMMIT}"):
-        with says(f"no folder or file at {path!r}; set data.tokenizer_path to one"):
+        with says(f"no folder or file at {path!r}; set data.tokenizer_path", "to one"):
             make_tokenizer("bert", path, reference())
-    with says(f"data.tokenizer_path: cannot get 'some/one@{COMMIT}'", "or download its files"):
+    with says("data.tokenizer_path", f": cannot get 'some/one@{COMMIT}'", "or download its files"):
         make_tokenizer("gpt2", f"some/one@{COMMIT}", reference())
-    with says("data.tokenizer_path: cannot get 'google-bert/bert-base-uncased@86b5e0934494"):
+    with says("data.tokenizer_path", ": cannot get 'google-bert/bert-base-uncased@86b5e0934494"):
         make_tokenizer("bert", "", reference())
+
+
+def test_ids_are_numbers_and_a_name_tells_them():
+    tokenizer = named_tokenizer("ids:12")
+    assert tokenizer.encode(" 3\n11 0").tolist() == [3, 11, 0] and tokenizer.separator == ()
+    for text in ("12", "-1", "x", "3.0"):
+        with says(f"{text!r} is no id in [0, 12)"):
+            tokenizer.encode(text)
+    for path in ("", "x", "0", "-3"):
+        with says(f"{path!r} is no number of ids"):
+            make_tokenizer("ids", path, reference())
+
+
+def test_a_named_tokenizer_is_one_that_needs_no_corpus(tmp_path):
+    characters = some_tokenizer("characters")
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(characters.to_dict()))
+    assert named_tokenizer(str(file)) == characters
+    assert named_tokenizer("text8").name == "text8"
+    for name in ("characters", "sentencepiece:train:1000"):
+        with says(f"tokenizer {name!r} is fitted on a corpus"):
+            named_tokenizer(name)
+    file.write_text("{}")
+    with says("is no tokenizer.json of a run", "names no tokenizer"):
+        named_tokenizer(str(file))
 
 
 def test_a_download_that_is_not_what_was_published_is_refused(offline):
     owner, commit = TOKENIZERS["bert"].source.published.split("@")
-    cached(offline, owner, commit, vocab_txt=b"[UNK]\n[SEP]\na\n")
+    cached(offline, owner, commit, vocab_txt=b"[UNK]\n[SEP]\n[CLS]\na\n")
     for path in ("", f"{owner}@{commit}"):
         with says(f"downloaded as '{owner}@{commit}' has fingerprint", "not 383dfd", "delete it"):
             make_tokenizer("bert", path, reference())
@@ -351,7 +393,7 @@ def test_a_process_that_cannot_reach_the_hub_says_so_in_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, check=False, text=True, env=environment)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(
-        "ValueError: data.tokenizer_path: cannot get 'openai-community/gpt2@607a30d783dfa663caf39e06"
+        "ValueError: data.tokenizer_path (sedd-prepare: --tokenizer_path): cannot get 'openai-community/gpt2@607a30d783dfa663caf39e06"
     )
 
 
@@ -503,7 +545,7 @@ def test_every_fault_of_a_sentencepiece_model_is_named(tmp_path):
     for path in ("train:", "train:0", "train:-1", "train:8k"):
         with says(f"{path!r} names no vocabulary size; write train:8000"):
             make(path)
-    with says("data.tokenizer_path is empty; set it to a .model file or to train:8000"):
+    with says("data.tokenizer_path", "is empty; set it to a .model file or to train:8000"):
         make("")
     with says("cannot read '/no/such.model': No such file or directory; set data.tokenizer_path"):
         make("/no/such.model")

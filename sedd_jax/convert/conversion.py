@@ -140,6 +140,8 @@ def _from_workdir(source: Path, weights: str) -> _Model:
         train_state = workdir.read_state(ours)
         step, params = int(train_state.step), train_state.params
     about = {"weights": weights}
+    if weights == "ema":  # which is what the numbers are of
+        about |= workdir.about(ours)
     size = ours.tokenizer.vocab_size
     return _Model(ours.config, size, params, ours.tokenizer, step, (), ours.original, about)
 
@@ -207,7 +209,7 @@ def _import(source, target, tokenizer, optimizer, changes) -> Conversion:
 
 
 def _train(target: Path) -> str:
-    return f"sedd-train --config={target / workdir.AS_PYTHON} --workdir={target}"
+    return f"sedd-train --workdir={target}"
 
 
 def _told(kind, form, config, vocab_size, step, notices, next_command) -> Conversion:

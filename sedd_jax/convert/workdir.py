@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import state
+from sedd_jax import sharding, state
 from sedd_jax.checkpoint import Checkpoints, with_shardings
-from sedd_jax.configs import base
 from sedd_jax.convert.placing import appearing, check_new
 from sedd_jax.convert.weights import load_json
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
@@ -22,7 +22,7 @@ from sedd_jax.state import TrainState
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 ORIGINAL = "original.json"  # the config that an imported run came with
-AS_PYTHON = "config.py"  # the config again, as sedd-train --config takes it
+SUMMARY = "summary.json"  # of sedd-report
 
 
 class Workdir(NamedTuple):
@@ -58,9 +58,9 @@ def read_state(workdir: Workdir) -> TrainState:
         return checkpoints.restore(shape)
 
 
-def read_average(workdir: Workdir) -> tuple[int, Any]:
-    """(step, moving average) of the newest checkpoint, reading nothing else."""
-    shape = _placed(_shape(workdir.config, workdir.tokenizer.vocab_size).ema)
+def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
+    """(step, moving average) of the newest checkpoint, reading nothing else; see `shardings`."""
+    shape = _placed(_shape(workdir.config, workdir.tokenizer.vocab_size).ema, mesh)
     with Checkpoints(workdir.folder / CHECKPOINTS, read_only=True) as checkpoints:
         return checkpoints.restore_ema(shape)
 
@@ -80,9 +80,34 @@ def _shape(config: ConfigDict, vocab_size: int) -> TrainState:
     )
 
 
-def _placed(shape: Any) -> Any:
+def _placed(shape: Any, mesh: Mesh | None = None) -> Any:
+    return with_shardings(shape, shardings(shape, mesh))
+
+
+def shardings(tree: Any, mesh: Mesh | None) -> Any:
+    """Where each leaf goes: as sharding.RULES say, or all to one device where there is no mesh."""
+    if mesh is not None:
+        return sharding.tree_shardings(tree, mesh)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return with_shardings(shape, jax.tree.map(lambda leaf: device, shape))
+    return jax.tree.map(lambda leaf: device, tree)
+
+
+def about(workdir: Workdir) -> dict[str, Any]:
+    """What a model card tells of the moving average: its corpus, and the numbers of sedd-report."""
+    found: dict[str, Any] = {"corpus": workdir.config.data.corpus, "numbers": []}
+    summary = workdir.folder / SUMMARY
+    if not summary.is_file():
+        return found
+    heldout = json.loads(summary.read_text(encoding="utf-8"))["heldout"]
+    how = (
+        f"upper bound, {heldout['passes']} noise levels a block, {heldout['blocks']} blocks of "
+        f"split {heldout['split']!r}, step {heldout['step']}, seed {heldout['seed']}"
+    )
+    for unit in ("bits_per_character", "nats_per_token"):
+        value, error = (heldout[unit][key] for key in ("bound", "bound_standard_error"))
+        number = {"name": unit.replace("_", " "), "value": f"{value:.3f} +- {error:.3f}"}
+        found["numbers"].append({**number, "how": how})
+    return found
 
 
 class Moments(NamedTuple):
@@ -158,29 +183,12 @@ def write_workdir(
     check_new(folder)
     with appearing(folder) as part:
         (part / CONFIG).write_text(configuration.to_json(config), encoding="utf-8")
-        (part / AS_PYTHON).write_text(as_python(config), encoding="utf-8")
         (part / TOKENIZER).write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
         if original is not None:
             (part / ORIGINAL).write_text(json.dumps(original, indent=1), encoding="utf-8")
         with Checkpoints(part / CHECKPOINTS) as checkpoints:
             checkpoints.save(int(train_state.step), train_state)
             checkpoints.wait()
-
-
-def as_python(config: ConfigDict) -> str:
-    """The config as a file for --config: configs/base.py and the lines that differ.
-
-    Its values have passed `config.check`: numbers, truths and plain text.
-    """
-    usual = dict(configuration.flatten(base.get_config()))
-    lines = [
-        f"    config.{key} = {value!r}"
-        for key, value in configuration.flatten(config)
-        if value != usual[key] or type(value) is not type(usual[key])
-    ]
-    head = '"""Written by sedd-convert: the config of the run in this folder."""'
-    body = ["def get_config():", "    config = base.get_config()", *lines, "    return config"]
-    return "\n".join([head, "", "from sedd_jax.configs import base", "", "", *body, ""])
 
 
 def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:

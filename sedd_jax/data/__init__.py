@@ -10,6 +10,7 @@ from sedd_jax.data.tokenizers import (
     TOKENIZERS,
     Tokenizer,
     make_tokenizer,
+    named_tokenizer,
     tokenizer_from_dict,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "make_corpus",
     "make_records",
     "make_tokenizer",
+    "named_tokenizer",
     "open_records",
     "parse_template",
     "prefix_suffix",

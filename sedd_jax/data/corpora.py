@@ -14,6 +14,7 @@ from sedd_jax.data.detokenizers import DETOKENIZERS
 SPLITS = ("train", "validation")
 WINDOW = 50  # characters; text shared over this many or more counts as a leak between splits
 SHORT = 40  # characters; paragraphs below this (headings, "See also") may repeat inside a split
+PATH = "data.path (sedd-prepare: --manual_dir)"  # the setting, for errors
 FEW = 20  # documents; below this a split by document is too coarse, so the text is cut instead
 
 
@@ -81,10 +82,10 @@ def text(path: str, heldout_fraction: float) -> Streams:
     its line is read, which for a large corpus is during the pass and not here.
     """
     if not path:
-        raise ValueError("data.path is empty; name a folder or file of .txt or .jsonl text")
+        raise ValueError(f"{PATH} is empty; name a folder or file of .txt or .jsonl text")
     root = Path(path)
     if not root.exists():
-        raise ValueError(f"no file or folder at {path!r}; set data.path to your text")
+        raise ValueError(f"no file or folder at {path!r}; set {PATH} to your text")
     if all((root / split).is_dir() for split in SPLITS):
         streams = {split: _Documents(root / split) for split in SPLITS}
     else:
@@ -147,11 +148,9 @@ class _Documents:
         found = [root] if root.is_file() else sorted(root.rglob("*"), key=self._identity)
         self.files = [f for f in found if f.suffix in (".txt", ".jsonl") and not f.is_dir()]
         if not self.files:
-            raise ValueError(
-                f"no .txt or .jsonl file in {str(root)!r}; add one or change data.path"
-            )
+            raise ValueError(f"no .txt or .jsonl file in {str(root)!r}; add one or change {PATH}")
         if not any(True for _ in self.pairs()):
-            raise ValueError(f"the files of {str(root)!r} hold no text; change data.path")
+            raise ValueError(f"the files of {str(root)!r} hold no text; change {PATH}")
 
     def _identity(self, file: Path) -> str:
         return file.name if file == self.root else file.relative_to(self.root).as_posix()

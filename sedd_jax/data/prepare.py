@@ -85,7 +85,9 @@ def prepare(
     with _alone(folder.with_name(f".{folder.name}.lock")):
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             shutil.rmtree(parts, ignore_errors=True)
-            return _same(folder, wanted)
+            found = _same(folder, wanted)
+            log.info("the records in %r are there already; nothing was written", str(folder))
+            return found
         try:
             names = _encode_all(corpus, tokenizer, parts, workers, progress)
             fingerprint = _write(parts, names, tokenizer, wanted, progress)

@@ -5,6 +5,7 @@ A new corpus is a row in PUBLISHED, and a reader in documents.READERS if its fil
 
 import functools
 import hashlib
+import logging
 import os
 import shutil
 import threading
@@ -13,7 +14,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
+from sedd_jax.data.corpora import PATH
 from sedd_jax.data.documents import (
     Choices,
     Documents,
@@ -22,6 +25,8 @@ from sedd_jax.data.documents import (
     read_parts,
     sweep,
 )
+
+log = logging.getLogger(__name__)
 
 HELDOUT_FRACTION = 0.0125  # of OpenWebText's pages, for want of a published split
 
@@ -284,7 +289,7 @@ def open_published(
 def _given(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[str, str]]:
     """What manual_dir holds of the corpus, and the sha256 of each file by its published name."""
     if not folder.is_dir():
-        raise ValueError(f"no folder at {str(folder)!r}; set --manual_dir to one with {name!r}")
+        raise ValueError(f"no folder at {str(folder)!r}; set {PATH} to one with {name!r}")
     parts: list[Part] = []
     files: dict[str, str] = {}
     for archive in row.archives:
@@ -316,7 +321,7 @@ def _given(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[st
         shown = ", ".join(names if len(names) <= 6 else [*names[:2], "...", names[-1]])
         raise ValueError(
             f"no file of corpus {name!r} in {str(folder)!r}; looked for {shown}; "
-            "put one there or leave out --manual_dir to download"
+            f"put one there or leave out {PATH} to download"
         )
     return parts, files
 
@@ -362,19 +367,37 @@ def _download(archive: Archive, folder: Path, progress: bool) -> Path:
             if sha256 == archive.sha256:
                 os.replace(found, path)
                 return path
-            faults.append(f"{url}: its sha256 {sha256} is not the published {archive.sha256}")
+            reason = "sha256 differs"
+            log.debug("%s: its sha256 %s is not the published %s", url, sha256, archive.sha256)
         except (
             requests.RequestException,
             tfds.download.DownloadError,
             NonMatchingChecksumError,
         ) as error:
-            faults.append(f"{url}: {' '.join(str(error).split())[:300]}")
+            reason = _reason(error)
+            log.debug("%s: %s", url, error)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        faults.append(f"{urlsplit(url).netloc}: {reason}")
     raise ValueError(
-        f"cannot download {archive.name}: {'; '.join(faults)}; try again, or get the file "
-        "yourself and name its folder with --manual_dir"
+        f"cannot download {archive.name} ({'; '.join(faults)}); try again, or get it elsewhere, "
+        f"as from {archive.urls[0]}, and set {PATH} to its folder"
     )
+
+
+def _reason(error: Exception) -> str:
+    """Why a place gave no file, in a few words."""
+    import requests
+
+    if isinstance(error, requests.HTTPError):
+        return f"HTTP {error.response.status_code}"
+    if isinstance(error, requests.Timeout):
+        return "no answer"
+    if isinstance(error, requests.exceptions.SSLError):
+        return "no secure connection"
+    if isinstance(error, requests.ConnectionError):
+        return "no connection"
+    return type(error).__name__
 
 
 @contextmanager

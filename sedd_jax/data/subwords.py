@@ -14,6 +14,7 @@ from typing import Any
 
 from sedd_jax.data import hub
 
+PATH = "data.tokenizer_path (sedd-prepare: --tokenizer_path)"  # the setting, for errors
 LINE = 1000  # characters of a training sentence at most
 SENTENCES = 500_000  # drawn from a larger corpus, to bound the trainer's memory and time
 
@@ -136,7 +137,7 @@ def _locate(path: str, source: Source) -> list[Path]:
         if not present:
             raise ValueError(
                 f"no {' or '.join(names)} in {path!r}, and no tokenizer.json; "
-                "set data.tokenizer_path to their folder"
+                f"set {PATH} to their folder"
             )
         found.append(present[0])
     return found
@@ -147,8 +148,7 @@ def _download(name: str, source: Source) -> list[Path]:
     found = hub.parse(name)
     if found is None:
         raise ValueError(
-            f"no folder or file at {name!r}; set data.tokenizer_path to one, or to a hub id "
-            "owner/name@commit"
+            f"no folder or file at {name!r}; set {PATH} to one, or to a hub id owner/name@commit"
         )
     repository, revision = found
     if revision is None or not hub.COMMIT.fullmatch(revision):
@@ -160,7 +160,7 @@ def _download(name: str, source: Source) -> list[Path]:
     try:
         folder = hub.download(repository, revision, files)
     except ValueError as error:
-        raise ValueError(f"data.tokenizer_path: {error}") from error
+        raise ValueError(f"{PATH}: {error}") from error
     return [folder / file for file in files]
 
 
@@ -201,18 +201,18 @@ def sentencepiece_model(path: str, documents: Iterable[str]) -> bytes:
             raise ValueError(f"{path!r} names no vocabulary size; write train:8000")
         return _train(int(path.removeprefix("train:")), documents)
     if not path:
-        raise ValueError("data.tokenizer_path is empty; set it to a .model file or to train:8000")
+        raise ValueError(f"{PATH} is empty; set it to a .model file or to train:8000")
     file = Path(path)
     if file.is_dir():
         files = sorted(file.glob("*.model"))
         if len(files) != 1:
-            raise ValueError(f"{len(files)} .model files in {path!r}; name one in tokenizer_path")
+            raise ValueError(f"{len(files)} .model files in {path!r}; name one in {PATH}")
         file = files[0]
     try:
         return file.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"cannot read {str(file)!r}: {error.strerror}; set data.tokenizer_path to a .model "
+            f"cannot read {str(file)!r}: {error.strerror}; set {PATH} to a .model "
             "file or to train:8000"
         ) from error
 
@@ -253,8 +253,8 @@ def _train(size: int, documents: Iterable[str]) -> bytes:
         else:
             bound = f"cannot be trained: {reason}"
         raise ValueError(
-            f"a sentencepiece vocabulary of {size} {bound}; change N in data.tokenizer_path = "
-            "train:N, or the corpus"
+            f"a sentencepiece vocabulary of {size} {bound}; change N in {PATH} = train:N, or "
+            "the corpus"
         ) from error
     return model.getvalue()
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -244,7 +245,7 @@ class Subwords(Tokenizer):
             raise ValueError(
                 f"what was downloaded as {self.source.published!r} has fingerprint "
                 f"{self.fingerprint()}, not {self.source.fingerprint}; delete it from the cache of "
-                "huggingface_hub, or set data.tokenizer_path to a folder"
+                f"huggingface_hub, or set {subwords.PATH} to a folder"
             )
         return self
 
@@ -512,6 +513,23 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 def make_tokenizer(name: str, path: str, corpus: Corpus) -> Tokenizer:
     """Returns tokenizer `name`: from the files at `path`, or fitted on `corpus`; see its `make`."""
     return _lookup(name).make(path, corpus)
+
+
+def named_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer of "gpt2", "gpt2:FOLDER", "ids:4096", or of a run's tokenizer.json."""
+    file = Path(name)
+    if file.is_file():
+        try:
+            return tokenizer_from_dict(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{name!r} is no tokenizer.json of a run: {error}") from error
+    kind, _, path = name.partition(":")
+    if kind == "characters" or path.startswith("train:"):
+        raise ValueError(
+            f"tokenizer {name!r} is fitted on a corpus, which is not here; name the tokenizer.json "
+            "of a run"
+        )
+    return _lookup(kind).make(path, Corpus({}))
 
 
 def tokenizer_from_dict(d: dict[str, Any]) -> Tokenizer:

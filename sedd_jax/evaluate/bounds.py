@@ -1,6 +1,7 @@
 """The bound on a corpus, in the units of the literature."""
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -15,6 +16,8 @@ from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
 from sedd_jax.diffusion.schedules import Schedule
+
+log = logging.getLogger(__name__)
 
 BoundFn = Callable[..., Bound]
 
@@ -122,16 +125,27 @@ def corpus_bound(
     )
 
 
-def bound_until(one_round: Callable[[int], CorpusBound], target: float, most: int) -> CorpusBound:
-    """The mean of independent rounds, as many as bring its standard error to target, nats.
+def bound_until(
+    one_round: Callable[[int], CorpusBound], target: float, most: int, *, tokens: int = 1
+) -> CorpusBound:
+    """The mean of independent rounds, as many as bring its standard error to target.
 
-    one_round(r) is round r, r = 0, 1, ...; at most `most` are made.
+    target is in nats per token, of which the text has `tokens`. one_round(r) is round r, r = 0, 1,
+    ...; at most `most` are made, and then the error may be above target. Each is a line of log.
     """
     rounds: list[CorpusBound] = []
     while True:
         rounds.append(one_round(len(rounds)))
         total = _mean(rounds)
-        if total.bound_standard_error <= target or len(rounds) >= most:
+        error = total.bound_standard_error / tokens
+        log.info(
+            "round %d, %d noise levels a block: standard error %.3g nats/token, target %g",
+            len(rounds),
+            total.passes,
+            error,
+            target,
+        )
+        if error <= target or len(rounds) >= most:
             return total
 
 

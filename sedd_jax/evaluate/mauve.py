@@ -4,6 +4,8 @@ Features come from our own scorer, so neither torch nor transformers is used; cl
 divergence curve are the mauve-text library's (Pillutla et al. 2021), from the extra [eval].
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 # The paper's section 5.4 completes texts of 100 GPT-2 tokens of which 50 are given.
@@ -35,18 +37,8 @@ def mauve(
             f"p_features have {p_features.shape[1]} channels and q_features "
             f"{q_features.shape[1]}; score both texts with one scorer"
         )
-    if not 0 <= seed <= _MOST_SEED:
-        raise ValueError(f"seed {seed} is not in [0, {_MOST_SEED}]; choose another")
-    most = len(p_features) + len(q_features)
-    if buckets is not None and not 2 <= buckets <= most:
-        raise ValueError(f"buckets {buckets} is not in [2, {most}], the texts; choose another")
-    try:
-        from mauve import compute_mauve
-    except ImportError as error:
-        raise ValueError(
-            f'MAUVE needs the library mauve-text ({error}); pip install "sedd_jax[eval]"'
-        ) from error
-    out = compute_mauve(
+    _check_clustering(seed, buckets, len(p_features) + len(q_features))
+    out = _compute_mauve()(
         p_features=p_features.astype(np.float32),
         q_features=q_features.astype(np.float32),
         num_buckets="auto" if buckets is None else int(buckets),
@@ -59,14 +51,53 @@ def mauve(
     }
 
 
+def check(
+    form: str, references: int, repeats: int, *, seed: int, buckets: int | None = None
+) -> None:
+    """ValueError for what known_tokens or mauve_of_repeats would refuse after the sampling."""
+    _check_form(form)
+    if references < 2:
+        raise ValueError(f"{references} references are too few to cluster; give at least 2")
+    _check_repeats(repeats)
+    _check_clustering(seed, buckets, 2 * references)
+    _compute_mauve()
+
+
+def _check_form(form: str) -> None:
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+
+
+def _check_repeats(repeats: int) -> None:
+    if repeats < 2:
+        raise ValueError(f"{repeats} repeats have no spread; give at least 2")
+
+
+def _check_clustering(seed: int, buckets: int | None, texts: int) -> None:
+    if not 0 <= seed <= _MOST_SEED:
+        raise ValueError(f"seed {seed} is not in [0, {_MOST_SEED}]; choose another")
+    if buckets is not None and not 2 <= buckets <= texts:
+        raise ValueError(f"buckets {buckets} is not in [2, {texts}], the texts; choose another")
+
+
+def _compute_mauve() -> Callable:
+    """The library's function."""
+    try:
+        from mauve import compute_mauve
+    except ImportError as error:
+        raise ValueError(
+            f'MAUVE needs the library mauve-text ({error}); pip install "sedd_jax[eval]"'
+        ) from error
+    return compute_mauve
+
+
 def known_tokens(reference: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
     """What a sampler is given of a reference int [100]: (tokens int32 [100], is_known bool [100]).
 
     prefix: the first 50 tokens are known. infill: the first 25 and the last 25. The others are 0
     in tokens, so that nothing of the answer can leak.
     """
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    _check_form(form)
     reference = np.asarray(reference)
     integers = np.issubdtype(reference.dtype, np.integer)
     if reference.shape != (CONDITIONAL_LENGTH,) or not integers:
@@ -86,7 +117,7 @@ def mauve_of_repeats(
     *,
     seed: int,
     buckets: int | None = None,
-) -> dict[str, float | list[float]]:
+) -> dict[str, float | int | list[float]]:
     """Mean and standard deviation of MAUVE over repeats, each a completion of every reference.
 
     reference_features [N, C] and each of sample_features [N, C] are of whole texts, given tokens
@@ -95,19 +126,20 @@ def mauve_of_repeats(
     them into one Q, which is mauve(reference_features, np.concatenate(sample_features), ...).
     The standard deviation is of one repeat, with n - 1; every repeat clusters from the same seed.
     """
-    if len(sample_features) < 2:
-        raise ValueError(f"{len(sample_features)} repeats have no spread; give at least 2")
+    _check_repeats(len(sample_features))
     if any(len(features) != len(reference_features) for features in sample_features):
         raise ValueError(
             f"repeats of {[len(features) for features in sample_features]} texts do not fit "
             f"{len(reference_features)} references; complete every reference once in each"
         )
-    values = [
-        mauve(reference_features, features, seed=seed, buckets=buckets)["mauve"]
+    scored = [
+        mauve(reference_features, features, seed=seed, buckets=buckets)
         for features in sample_features
     ]
+    values = [score["mauve"] for score in scored]
     return {
         "mean": float(np.mean(values)),
         "standard_deviation": float(np.std(values, ddof=1)),
         "values": values,
+        "buckets": scored[0]["buckets"],
     }

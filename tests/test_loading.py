@@ -1,0 +1,134 @@
+"""load: from a run, an exported folder, the hub; what it refuses, and that nothing is half loaded."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY, says
+from local_hub import NOWHERE, OWNER
+from original_models import TOKENIZER, golden
+
+import sedd_jax
+from sedd_jax.data.tokenizers import Ids
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return sedd_jax.load(tiny_run)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one.params, other.params)
+    assert one.config.to_dict() == other.config.to_dict()
+    assert (one.tokenizer, one.step) == (other.tokenizer, other.step)
+    assert one.sample(2, steps=2, seed=1) == other.sample(2, steps=2, seed=1)
+
+
+def test_an_exported_model_is_the_same_model(model, folder, tmp_path):
+    again = sedd_jax.load(folder)
+    assert_same(model, again)
+    again.save_pretrained(tmp_path / "again")
+    for file in folder.iterdir():
+        found = (tmp_path / "again" / file.name).read_bytes()
+        if file.name == "README.md":
+            found = found.replace(b"again", b"model")
+        assert found == file.read_bytes()
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(model, server, alone, caplog):
+    url = model.push_to_hub("me/tiny", token=OWNER)
+    assert url.startswith(f"{server.url}/me/tiny/commit/")
+    files = server.repositories["me/tiny"]["commits"]["main"]
+    assert sorted(files) == ["README.md", "config.json", "model.safetensors", "sedd_jax.json"]
+    assert "sedd_jax.load" in files["README.md"].decode()
+    commit = url.rsplit("/", 1)[1]
+    with caplog.at_level("INFO", logger="sedd_jax"):
+        assert_same(model, sedd_jax.load("me/tiny"))
+    assert f"me/tiny is at commit {commit}" in caplog.text
+    assert_same(model, sedd_jax.load(f"me/tiny@{commit}"))
+    alone(NOWHERE)  # what is in the cache needs no network
+    assert_same(model, sedd_jax.load("me/tiny", revision=commit))
+
+
+def test_a_folder_of_the_original_code_is_loaded_and_scored():
+    path = golden("hf_absorb/model.safetensors").parent
+    with says("names no tokenizer for its 37 tokens", "ids:37"):
+        sedd_jax.load(path)
+    model = sedd_jax.load(path, tokenizer="ids:37")
+    assert isinstance(model.tokenizer, Ids) and model.graph.dim == 38
+    numbers = model.infill("3 14 [MASK:2] 36", steps=4)[0].split()
+    assert (numbers[0], numbers[1], numbers[4]) == ("3", "14", "36")
+    given = sedd_jax.load(path, tokenizer=TOKENIZER)
+    assert given.sample(1, steps=4) == given.decode(model.sample_tokens(1, steps=4))
+    assert "training" in model.original  # its config.json, kept for the way back
+
+
+def test_the_pth_run_of_the_original_is_pointed_to_its_command(tmp_path):
+    (tmp_path / ".hydra").mkdir()
+    with says("is a run of the original code", "sedd-convert --from="):
+        sedd_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"revision": "main"}, "revision 'main' is for hub ids"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'; known: float32, bfloat16"),
+        ({"tokenizer": "morse"}, "unknown tokenizer 'morse'; known: bert"),
+        ({"tokenizer": "ids:7"}, "tokenizer 'ids' has 7 tokens, the model in"),
+        ({"tokenizer": "ids:x"}, "'x' is no number of ids"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(folder, options, words):
+    with says(words):
+        sedd_jax.load(folder, **options)
+
+
+def test_a_source_that_is_nothing_says_what_was_looked_for(tmp_path, alone):
+    for source, words in (
+        ("runs/nowhere", "no folder at 'runs/nowhere', and as a hub id"),
+        (tmp_path / "none", "and it is no hub id owner/name; give the workdir of a sedd-train"),
+        (tmp_path, "neither a training run (config.json, tokenizer.json, checkpoints missing)"),
+        ("a/b@main", "no folder at 'a/b@main', and as a hub id"),
+    ):
+        with says(words):
+            sedd_jax.load(source)
+    with says("names a revision and revision 'x' another"):
+        sedd_jax.load("a/b@main", revision="x")
+
+
+def test_a_damaged_folder_loads_nothing(folder):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-5], whole[:200], b"", whole[:-9] + b"x" + whole[-8:]):
+        weights.write_bytes(damaged)
+        with says("model.safetensors"):
+            sedd_jax.load(folder)
+    weights.write_bytes(whole)
+    extra = json.loads((folder / "sedd_jax.json").read_text())
+    extra["vocab_size"] += 1
+    (folder / "sedd_jax.json").write_text(json.dumps(extra))
+    with says("vocab_size"):
+        sedd_jax.load(folder)
+
+
+def test_the_package_is_imported_quickly_and_touches_no_device():
+    """Importing it loads none of its dependencies: its time is the interpreter's."""
+    code = (
+        "import sys; before = set(sys.modules); import sedd_jax; "
+        "heavy = {'jax', 'flax', 'numpy', 'orbax', 'torch', 'tensorflow', 'grain'}; "
+        "print(sorted(heavy & (set(sys.modules) - before)))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
