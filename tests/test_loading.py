@@ -132,3 +132,32 @@ def test_the_package_is_imported_quickly_and_touches_no_device():
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.long
+def test_a_model_of_sedd_smalls_size_is_loaded_and_sampled_within_3_gib(tmp_path):
+    from sedd_jax import config as configuration
+    from sedd_jax import convert
+    from sedd_jax.configs import openwebtext_small
+
+    config = openwebtext_small.get_config()
+    graph = configuration.make_graph(config, 50257)
+    network = configuration.make_model(config, graph)
+    params = configuration.init_params(config, network, jax.random.key(0))
+    convert.write_folder(
+        tmp_path / "small",
+        config=config,
+        vocab_size=50257,
+        params=jax.device_get(params),
+        tokenizer=None,
+        step=None,
+    )
+    code = (
+        "import resource, sedd_jax; "
+        f"model = sedd_jax.load({str(tmp_path / 'small')!r}, tokenizer='ids:50257', "
+        "dtype='float32'); "
+        "assert model.sample_tokens(1, steps=2).shape == (1, 1024); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 3 * 2**20, f"{int(run.stdout) / 2**20:.2f} GiB"
