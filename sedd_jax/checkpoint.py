@@ -2,10 +2,17 @@
 
 A checkpoint holds two items: `ema`, which evaluation and sampling read alone, and `train`, the
 rest of the state. A restored state is bit-equal to the saved one on any mesh.
+
+Orbax restores a file with a flipped bit as if nothing were wrong, and it never falls back. So each
+item is sealed with the sha256 of its files before Orbax commits it, and a checkpoint that is not
+what was sealed is passed over for the one before.
 """
 
 import contextlib
+import dataclasses
+import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +21,61 @@ import jax
 import orbax.checkpoint as ocp
 
 from sedd_jax import sharding
+from sedd_jax.data.published import file_sha256
 from sedd_jax.state import TrainState
+
+log = logging.getLogger(__name__)
+
+ITEMS = ("train", "ema")
+SEAL = "sha256.json"
+
+
+class _Sealing(ocp.StandardCheckpointHandler):
+    """Seals the item that it has written, before the rename that commits the checkpoint."""
+
+    about: dict[str, Any]  # the step and the item, so that none passes for another
+
+    def finalize(self, directory) -> None:
+        super().finalize(directory)
+        _seal(Path(directory), self.about)
+
+
+@ocp.args.register_with_handler(_Sealing, for_save=True)
+@dataclasses.dataclass
+class _Save(ocp.args.StandardSave):
+    pass
+
+
+@ocp.args.register_with_handler(_Sealing, for_restore=True)
+@dataclasses.dataclass
+class _Restore(ocp.args.StandardRestore):
+    pass
+
+
+def _seal(folder: Path, about: dict[str, Any]) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    with (folder / SEAL).open("w", encoding="utf-8") as out:
+        json.dump({**about, "sha256": hashes}, out, indent=1)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def fault_of(folder: Path, about: dict[str, Any]) -> str | None:
+    """What makes an item's folder not the one that was sealed with `about`; None if nothing does."""
+    try:
+        sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+        hashes = sealed.pop("sha256")
+        if sealed != about:
+            return f"{folder.name}/{SEAL} is of {sealed}, not of {about}"
+        for name, sha256 in hashes.items():
+            if file_sha256(folder / name) != sha256:
+                return f"{folder.name}/{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{folder.name}/{Path(error.filename).relative_to(folder)} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{folder.name} cannot be read: {type(error).__name__}"
+    return None
 
 
 class Checkpoints:
@@ -23,7 +84,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path, *, keep: int | None = None, read_only: bool = False):
         """keep: how many of the newest stay. A reader must be read_only: the one that writes
         clears away unfinished saves, and would take another's for leftovers."""
-        handlers = {item: ocp.StandardCheckpointHandler() for item in ("train", "ema")}
+        self._handlers = {item: _Sealing() for item in ITEMS}
         with _without_warnings() if read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
                 Path(folder).absolute(),  # Orbax wants an absolute path
@@ -33,9 +94,9 @@ class Checkpoints:
                     read_only=read_only,
                     create=not read_only,
                 ),
-                item_handlers=handlers,
+                item_handlers=self._handlers,
             )
-        self.folder = Path(folder)
+        self.folder, self._read_only = Path(folder), read_only
 
     def __enter__(self) -> Self:
         return self
@@ -43,51 +104,87 @@ class Checkpoints:
     def __exit__(self, *exception) -> None:
         self._manager.close()
 
-    def latest_step(self) -> int | None:
-        """The newest complete step, None if there is none."""
-        return self._manager.latest_step()
+    def newest(self, items: tuple[str, ...] = ITEMS) -> int | None:
+        """The newest step whose items are what was sealed; None if there is none.
+
+        One that is not is passed over with a warning, and by a writer put into the folder
+        quarantine beside the checkpoints, so that its number is free again.
+        """
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self.folder / str(step)
+            faults = [fault_of(folder / item, _about(step, item)) for item in items]
+            fault = next(filter(None, faults), None)
+            if fault is None:
+                return step
+            log.warning(
+                "checkpoint %d in %r is damaged: %s; taking the one before",
+                step,
+                str(self.folder),
+                fault,
+            )
+            if not self._read_only:
+                self._put_aside(folder)
+        return None
+
+    def _put_aside(self, folder: Path) -> None:
+        quarantine = self.folder.with_name("quarantine")
+        quarantine.mkdir(exist_ok=True)
+        taken = sum(1 for path in quarantine.iterdir() if path.name.split("-")[0] == folder.name)
+        folder.rename(quarantine / (f"{folder.name}-{taken + 1}" if taken else folder.name))
+        self._manager.reload()
 
     def save(self, step: int, state: TrainState) -> None:
-        """Start writing state as this step's checkpoint, unless it is there already."""
+        """Start writing state as this step's checkpoint, unless it is there already.
+
+        OSError if the one before could not be written.
+        """
         if step in self._manager.all_steps():
             return
-        train = state.replace(ema=None)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                train=ocp.args.StandardSave(train), ema=ocp.args.StandardSave(state.ema)
-            ),
-            force=True,
-        )
+        with self._writing():
+            self._manager.wait_until_finished()
+            for item, handler in self._handlers.items():
+                handler.about = _about(step, item)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(train=_Save(state.replace(ema=None)), ema=_Save(state.ema)),
+                force=True,
+            )
 
     def wait(self) -> None:
-        """Until the checkpoint being written is complete; raises what its writing raised."""
-        self._manager.wait_until_finished()
+        """Until the checkpoint being written is complete; OSError if it could not be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
-    def restore(self, shape: TrainState) -> TrainState:
-        """The newest state; shape gives every leaf's shape, dtype and sharding."""
-        step = self._newest()
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the system's, Orbax's and TensorStore's: all of the disk
+            reason = " ".join(str(error).split())[:300]
+            raise OSError(
+                f"cannot write a checkpoint in {str(self.folder)!r}: {reason}; make room there and "
+                "run the same command: it goes on from the checkpoint before"
+            ) from error
+
+    def restore(self, step: int, shape: TrainState) -> TrainState:
+        """The state of that step; shape gives every leaf's shape, dtype and sharding."""
         restored = self._restore(step, train=shape.replace(ema=None), ema=shape.ema)
         return restored["train"].replace(ema=restored["ema"])
 
     def restore_ema(self, shape: Any) -> tuple[int, Any]:
         """(step, moving average) of the newest checkpoint, reading nothing else."""
-        step = self._newest()
-        return step, self._restore(step, ema=shape)["ema"]
-
-    def _newest(self) -> int:
-        step = self.latest_step()
+        step = self.newest(("ema",))
         if step is None:
             raise ValueError(
                 f"no checkpoint in {str(self.folder)!r}; train first, or name another workdir"
             )
-        return step
+        return step, self._restore(step, ema=shape)["ema"]
 
     def _restore(self, step: int, **shapes: Any):
         metadata = self._manager.item_metadata(step)
         for item, shape in shapes.items():
             self._compare(step, metadata[item], shape)
-        args = {item: ocp.args.StandardRestore(shape) for item, shape in shapes.items()}
+        args = {item: _Restore(shape) for item, shape in shapes.items()}
         return self._manager.restore(step, args=ocp.args.Composite(**args))
 
     def _compare(self, step: int, saved: Any, shape: Any) -> None:
@@ -100,6 +197,10 @@ class Checkpoints:
                     f"{found.get(name, 'nothing')}, the model needs {wanted.get(name, 'nothing')};"
                     " use the config that it was trained with"
                 )
+
+
+def _about(step: int, item: str) -> dict[str, Any]:
+    return {"step": step, "item": item}
 
 
 @contextlib.contextmanager

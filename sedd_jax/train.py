@@ -85,10 +85,11 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         )
-        if checkpoints.latest_step() is None:
+        found = checkpoints.newest()
+        if found is None:
             train_state = jax.jit(fresh, out_shardings=shardings)()
         else:
-            train_state = checkpoints.restore(with_shardings(shape, shardings))
+            train_state = checkpoints.restore(found, with_shardings(shape, shardings))
         step = int(train_state.step)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(shape.params))
         log.info(

@@ -55,7 +55,10 @@ def read_state(workdir: Workdir) -> TrainState:
     """The newest checkpoint's whole train state, on one device."""
     shape = _placed(_shape(workdir.config, workdir.tokenizer.vocab_size))
     with Checkpoints(workdir.folder / CHECKPOINTS, read_only=True) as checkpoints:
-        return checkpoints.restore(shape)
+        step = checkpoints.newest()
+        if step is None:
+            raise ValueError(f"no sound checkpoint in {str(checkpoints.folder)!r}; train first")
+        return checkpoints.restore(step, shape)
 
 
 def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
@@ -68,7 +71,7 @@ def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
 def newest_step(workdir: Workdir) -> int | None:
     """The newest checkpoint's step."""
     with Checkpoints(workdir.folder / CHECKPOINTS, read_only=True) as checkpoints:
-        return checkpoints.latest_step()
+        return checkpoints.newest()
 
 
 def _shape(config: ConfigDict, vocab_size: int) -> TrainState:
