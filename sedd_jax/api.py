@@ -38,8 +38,8 @@ SHORTEST = 16  # tokens of the smallest bucket
 class SEDD:
     """A network with its weights, its process and its tokenizer.
 
-    Batches and lengths are rounded up to powers of two (a length to no more than the model's) and
-    filled up with padding that nothing attends to. Each such bucket compiles once; another prompt,
+    Batches and lengths are rounded up to powers of two (a batch to no more than batch_size, a length
+    to no more than the model's) and filled up with padding that nothing attends to. Each such bucket compiles once; another prompt,
     seed or number of steps does not. A sample depends on the seed and its number alone: the first
     of four is the first of one, up to the rounding of matrix products.
     """
@@ -108,9 +108,9 @@ class SEDD:
         known is (tokens int32, is_known bool), tokens to keep: [L] for all, or [num_samples, L].
         batch_size samples are drawn at once. progress shows a bar of network calls.
 
-        Options: steps=128, network calls, and one more for the denoiser; seed=0;
-        predictor="tweedie", "euler" or "none"; draw="exact" or "float32_gumbel", the original's;
-        t_min=1e-5, the time of the denoising.
+        Options: steps=128, each a network call, and one more for the denoiser; seed=0;
+        predictor="tweedie", "euler" or "none" (the denoiser alone); draw="exact" or "float32_gumbel", the original's;
+        t_min=1e-5, the time of the denoising. ValueError, before any work, for what cannot be meant.
         """
         options = _Sampling(**options)
         _check("num_samples", num_samples, 1, 2**31 - 1)
@@ -124,7 +124,8 @@ class SEDD:
             for start in starts:
                 rows = slice(start, start + batch_size)
                 part = Known(known.tokens[rows], known.is_known[rows])
-                for before, (mark, x) in zip([0, *marks], self._run(part, start, marks, options)):
+                states = self._run(part, start, marks, options, batch_size)
+                for before, (mark, x) in zip([0, *marks], states):
                     bar.update(mark - before)
                 found.append(x)
         return np.concatenate(found)
@@ -161,7 +162,7 @@ class SEDD:
             for start in range(0, num_samples, batch_size):
                 rows = slice(start, start + batch_size)
                 part = Known(known.tokens[rows], known.is_known[rows])
-                for step, x in self._run(part, start, marks, options):
+                for step, x in self._run(part, start, marks, options, batch_size):
                     yield State(step, options.steps, x, part.is_known, self.tokenizer)
 
         return states()
@@ -175,7 +176,8 @@ class SEDD:
                 raise ValueError("a template says its own tokens and length; leave both out")
             return data.parse_template(template, self.tokenizer, self.length)
         length = self.length if length is None else length
-        positions, tokens = np.asarray(positions), np.asarray(() if tokens is None else tokens)
+        _check("length", length, 1, self.length)
+        positions, tokens = _ids("positions", positions), _ids("tokens", tokens)
         if positions.ndim != 1 or positions.shape != tokens.shape:
             raise ValueError(
                 f"positions {positions.shape} and tokens {tokens.shape} must be two lists of one "
@@ -195,13 +197,22 @@ class SEDD:
             length = self.length if length is None else length
             _check("length", length, 1, self.length)
             known = np.zeros(length, np.int32), np.zeros(length, bool)
-        tokens, is_known = np.asarray(known[0]), np.asarray(known[1], bool)
-        if length is not None and tokens.shape[-1] != length:
-            raise ValueError(f"known has {tokens.shape[-1]} positions, not length {length}")
-        if tokens.shape[-1] > self.length:
+        tokens, is_known = _ids("known tokens", known[0]), np.array(known[1], bool)
+        try:
+            width = np.broadcast_shapes(tokens.shape, is_known.shape)[-1]
+            shape = (num_samples, width)
+            tokens, is_known = np.broadcast_to(tokens, shape), np.broadcast_to(is_known, shape)
+        except (ValueError, IndexError) as error:
             raise ValueError(
-                f"{tokens.shape[-1]} positions are more than the model's length {self.length}; "
-                "shorten them"
+                f"known has tokens {tokens.shape} and is_known {is_known.shape}; give [L] for all "
+                f"samples or [num_samples, L] = [{num_samples}, L] of each"
+            ) from error
+        if length is not None and width != length:
+            raise ValueError(f"known has {width} positions, not length {length}; leave length out")
+        if not 1 <= width <= self.length:
+            raise ValueError(
+                f"{width} positions are not in [1, {self.length}], the model's length; give text or "
+                "shorten it"
             )
         kept = tokens[is_known]
         if kept.size and not 0 <= kept.min() <= kept.max() < self.graph.vocab_size:
@@ -209,20 +220,22 @@ class SEDD:
                 f"known tokens must be in [0, {self.graph.vocab_size}), the mask is none of them; "
                 "encode them with the model's tokenizer"
             )
-        shape = (num_samples, tokens.shape[-1])
-        return Known(
-            np.broadcast_to(tokens.astype(np.int32), shape), np.broadcast_to(is_known, shape)
-        )
+        return Known(np.where(is_known, tokens, 0).astype(np.int32), is_known)
 
     def _run(
-        self, known: Known, first: int, marks: Sequence[int], options: "_Sampling"
+        self,
+        known: Known,
+        first: int,
+        marks: Sequence[int],
+        options: "_Sampling",
+        batch_size: int,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """(step, state int32 [N, L]) at every mark, the last of which is steps: the samples.
 
         first is the number of the first row among all samples.
         """
         count, length = known.tokens.shape
-        rows, width = self._bucket(count, length)
+        rows, width = self._bucket(count, length, batch_size)
         known = jax.tree.map(lambda a: _fill(a, rows, width), known)
         index = np.arange(first, first + rows, dtype=np.int32)
         batch = (index, np.zeros((rows, width), np.int32), known, _is_token(rows, [length], width))
@@ -282,6 +295,8 @@ class SEDD:
         _check("seed", seed, 0, 2**32 - 1)
         check_passes(passes)
         rows = [self.tokenizer.encode(t) for t in ([texts] if isinstance(texts, str) else texts)]
+        if not rows:
+            raise ValueError("no texts; give at least one")
         for number, row in enumerate(rows):
             if not 1 <= len(row) <= self.length:
                 raise ValueError(
@@ -290,12 +305,12 @@ class SEDD:
                 )
         buckets: dict[int, list[int]] = {}
         for number, row in enumerate(rows):
-            buckets.setdefault(self._bucket(1, len(row))[1], []).append(number)
+            buckets.setdefault(self._bucket(1, len(row), 1)[1], []).append(number)
         key, numbers, found = jax.random.key(seed), [], []
         for width, members in buckets.items():
             for start in range(0, len(members), batch_size):
                 part = members[start : start + batch_size]
-                count, _ = self._bucket(len(part), width)
+                count, _ = self._bucket(len(part), width, batch_size)
                 filled = [*part, *part[:1] * (count - len(part))]
                 tokens = np.concatenate([_fill(rows[n][None], 1, width) for n in filled])
                 is_token = _is_token(count, [len(rows[n]) for n in filled], width)
@@ -363,14 +378,16 @@ class SEDD:
 
     # --- keeping
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, *, name: str | None = None) -> None:
         """Write the folder that `load` and the original's `SEDD.from_pretrained` read.
 
         config.json, model.safetensors with the original's names, sedd_jax.json (the tokenizer and
-        the whole config) and README.md, a model card. ValueError if folder holds anything else.
+        the whole config) and README.md, a model card, in which the model is called `name`, the
+        folder's by default. ValueError if folder holds anything else.
         """
         convert.write_folder(
             Path(folder),
+            name=name,
             config=self.config,
             vocab_size=self.graph.vocab_size,
             params=jax.device_get(self.params),
@@ -393,17 +410,20 @@ class SEDD:
 
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "model"
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, name=name)
             return hub.push(folder, name, private=private, token=token, message=message)
 
     def decode(self, tokens: jax.Array | np.ndarray) -> list[str]:
         """A text for each row of int32 [B, L]; masked positions show as ░."""
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
 
-    def _bucket(self, count: int, length: int) -> tuple[int, int]:
-        """The rows and the width that a batch of count rows of `length` tokens is filled up to."""
+    def _bucket(self, count: int, length: int, most: int) -> tuple[int, int]:
+        """The rows and the width that a batch of count rows of `length` tokens is filled up to.
+
+        No more rows than `most`, but as many as the mesh shares evenly.
+        """
         parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
-        rows = 1 << (count - 1).bit_length()
+        rows = min(1 << (count - 1).bit_length(), most)
         width = max(SHORTEST, 1 << (length - 1).bit_length())
         return -(-rows // parts) * parts, min(width, self.length)
 
@@ -436,8 +456,19 @@ class _Sampling:
 
 
 def _check(name: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise ValueError(f"{name} {value} is not in [{least}, {most}]; choose another")
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not (is_whole and least <= value <= most):
+        raise ValueError(f"{name} {value!r} is no whole number in [{least}, {most}]; mend it")
+
+
+def _ids(name: str, values: Any) -> np.ndarray:
+    """values as whole numbers; ValueError for any other kind."""
+    found = np.array(() if values is None else values)
+    if found.size == 0:
+        found = found.astype(np.int64)  # an empty list is float64 to numpy
+    if not np.issubdtype(found.dtype, np.integer):
+        raise ValueError(f"{name} of dtype {found.dtype} are no whole numbers; give integers")
+    return found
 
 
 def _marks(steps: int, updates: int) -> list[int]:

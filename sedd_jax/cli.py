@@ -240,7 +240,11 @@ def _prepare(name: str, argv: list[str]) -> None:
         required=True,
         help="folder of the records; one that has these already is left as it is",
     )
-    add("--tokenizer", default="gpt2", help=", ".join(data.TOKENIZERS))
+    add(
+        "--tokenizer",
+        default="gpt2",
+        help=f"{', '.join(data.TOKENIZERS)}, or the tokenizer.json of a run",
+    )
     add(
         "--tokenizer_path",
         default="",
@@ -538,7 +542,7 @@ def _sample(name: str, argv: list[str]) -> None:
     parser = _parser(name, "Text from a trained model.")
     add = parser.add_argument
     add("--workdir", type=Path, help="the run's folder")
-    add("--model", help="in its place: a hub id, owner/name@commit, or a folder")
+    add("--model", help="in its place: a hub id, owner/name@commit, or an exported folder")
     add("--template", help='text with free places, "Hi, my name is [MASK:20]."')
     add("--prefix", default="", help="text that every sample begins with")
     add("--suffix", default="", help="text that every sample ends with")
@@ -563,6 +567,8 @@ def _sample(name: str, argv: list[str]) -> None:
         raise ValueError(f"unknown format {options.format!r}; known: {', '.join(FORMATS)}")
     for flag in ("out", "html"):
         _check_new(flag, getattr(options, flag))
+    if options.out is not None and options.out == options.html:
+        raise ValueError(f"--out and --html are both {str(options.out)!r}; give two paths")
     from sedd_jax import data
     from sedd_jax.loading import load
     from sedd_jax.trajectory import Film
@@ -789,6 +795,6 @@ def _changes(arguments: list[str]) -> dict[str, Any]:
             raise ValueError(f"unknown argument {argument!r}; sedd-convert --help lists them")
         try:
             found[key] = json.loads(text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # no JSON, or more of it than Python takes
             found[key] = {"True": True, "False": False}.get(text, text)
     return found

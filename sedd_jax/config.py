@@ -7,6 +7,7 @@ part from its section. The tables are the ones that hold the parts, so a new par
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -38,11 +39,13 @@ class Rule:
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    # Compared, because JSON may hold an integer that no float is large enough for.
+    is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
+    return is_number and abs(x) <= sys.float_info.max
 
 
 def _one_of(table: Mapping[str, Any]) -> Rule:
-    return Rule(lambda x: x in table, f"one of {', '.join(table)}")
+    return Rule(lambda x: isinstance(x, str) and x in table, f"one of {', '.join(table)}")
 
 
 def _whole(least: int, most: float = math.inf) -> Rule:
@@ -142,16 +145,20 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, config[key]
 
 
+def check_value(key: str, value: Any) -> None:
+    """ValueError unless there is such a key, like "data.length", and it may have the value."""
+    if key not in RULES:
+        raise ValueError(f"unknown config key {key}; known: {', '.join(RULES)}")
+    if not RULES[key].holds(value):
+        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+        raise ValueError(f"config.{key} {shown} is not allowed; it must be {RULES[key].words}")
+
+
 def check(config: ConfigDict) -> None:
     """Raise ValueError at the first value or combination that cannot be meant."""
     values = dict(flatten(config))
     for key, value in values.items():
-        if key not in RULES:
-            raise ValueError(f"unknown config key {key}; known: {', '.join(RULES)}")
-        if not RULES[key].holds(value):
-            raise ValueError(
-                f"config.{key} {value!r} is not allowed; it must be {RULES[key].words}"
-            )
+        check_value(key, value)
     for key in RULES:
         if key not in values:
             raise ValueError(f"config.{key} is missing; start from configs/base.py")

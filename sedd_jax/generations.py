@@ -149,7 +149,8 @@ def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: dict[str, Any]) 
     return {
         "step": model.step,
         **sampling,
-        "nfe": sampling["steps"] + 1,  # the denoiser is the last call
+        # The denoiser is the last call, and the only one without a predictor.
+        "nfe": 1 if sampling["predictor"] == "none" else sampling["steps"] + 1,
         "seed": seed,
         "dtype": model.config.model.dtype,
         "scorer": scorer.name,

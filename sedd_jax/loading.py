@@ -1,6 +1,7 @@
 """load(): a model from a training run, from an exported folder, or from the Hugging Face hub."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,22 @@ def load(
     "owner/name@commit"; revision pins the commit of a hub id that names none.
 
     dtype, "float32" or "bfloat16", is that of the matrix products; by default a run's own, and
-    float32 for the original's weights. mesh spreads weights and batches over its devices as
-    sharding.RULES say; by default all is on one device. tokenizer is needed where the folder does
+    float32 for the original's weights. mesh, of this process's devices, spreads weights and
+    batches over them as sharding.RULES say; by default all is on one device. tokenizer is needed where the folder does
     not tell and the vocabulary is not GPT-2's: a Tokenizer, or what data.named_tokenizer takes.
 
     ValueError says what is wrong with the source; nothing is half loaded.
     """
+    if dtype is not None and dtype not in configuration.DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
+    if mesh is not None and any(d.process_index != jax.process_index() for d in mesh.devices.flat):
+        raise ValueError("the mesh has devices of other processes; give one of this process's own")
     folder = Path(source)
-    if not folder.exists():
+    if not os.path.lexists(folder):  # False, and no error, for a name that no file can have
         folder = _download(str(source), revision)
     elif revision is not None:
         raise ValueError(f"{str(source)!r} is a folder: revision {revision!r} is for hub ids")
     read = _reader(folder)
-    if dtype is not None and dtype not in configuration.DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
     return read(folder, dtype=dtype, mesh=mesh, tokenizer=tokenizer)
 
 
@@ -110,14 +113,12 @@ def _load_folder(
     folder: Path, *, dtype: str | None, mesh: Mesh | None, tokenizer: Tokenizer | str | None
 ) -> SEDD:
     found = convert.read_folder(folder)
+    for notice in found.notices:
+        log.info("%s", notice)
     if tokenizer is None and found.tokenizer is not None:
         tokenizer = data.tokenizer_from_dict(found.tokenizer)
     tokenizer = _make_tokenizer(tokenizer, found.vocab_size)
-    if tokenizer.vocab_size != found.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model in "
-            f"{str(folder)!r} {found.vocab_size}; give the one that it was trained with"
-        )
+    convert.check_tokenizer(tokenizer, found.vocab_size, folder)
     params = jax.device_put(found.params, runs.shardings(found.params, mesh))
     rest = {"step": found.step, "about": found.about, "original": found.original}
     return _assemble(found.config, params, tokenizer, dtype, mesh=mesh, **rest)

@@ -28,7 +28,7 @@ class TrainingStopped(RuntimeError):
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file at once, so that no reader finds half of it."""
-    if path.exists() and path.read_text(encoding="utf-8") == text:
+    if path.exists() and path.read_bytes() == text.encode("utf-8"):
         return
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")

@@ -11,6 +11,7 @@ import numpy as np
 from sedd_jax import data, evaluate
 from sedd_jax.api import SEDD
 from sedd_jax.evaluate.scorer import Scorer
+from sedd_jax.progress import write_text
 from sedd_jax.train import open_records
 
 ROWS = (
@@ -329,7 +330,5 @@ def report(
         "word_rate": word_rate(samples, vocabulary),
         "heldout": result,
     }
-    (workdir / "summary.json").write_text(
-        json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8"
-    )
+    write_text(workdir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
     return summary

@@ -166,7 +166,8 @@ def claim_workdir(config: ConfigDict, workdir: Path, records: data.Records) -> N
         if before.fingerprint() != records.tokenizer.fingerprint():
             raise ValueError(
                 f"the records in {str(records.folder)!r} were made with another tokenizer than "
-                f"the run in {str(workdir)!r}; prepare them with {str(saved)!r}'s"
+                f"the run in {str(workdir)!r}; prepare them with "
+                f"sedd-prepare --tokenizer={saved}"
             )
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)

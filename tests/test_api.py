@@ -3,6 +3,7 @@
 import collections
 import itertools
 
+import dense
 import jax
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def test_twenty_mixed_calls_compile_once_a_bucket(tiny_run, compiled, capsys):
         mixed(i)
     with capsys.disabled():
         print(f"\n20 mixed calls compiled {dict(compiled)}")
-    assert compiled == first
+    assert first and compiled == first
     assert model._sample._cache_size() == 4
     assert model._bound_fn._cache_size() == 2
 
@@ -66,8 +67,8 @@ def test_a_sample_is_the_same_alone_and_among_others(model):
     assert not np.array_equal(many, model.sample_tokens(5, steps=6, seed=4))
 
 
-def test_padding_of_a_bucket_changes_nothing(model, monkeypatch):
-    """13 tokens in a bucket of 16 and, the bucket taken away, in one of 13."""
+def test_padding_of_a_bucket_changes_nothing(model):
+    """13 tokens in a bucket of 16: the bound, the scores and the law of the samples are theirs."""
     prompt = (np.arange(13) % 7, np.arange(13) % 3 == 0)
     padded = model.log_likelihood(["if a text is"], seed=1, passes=64)
     scores = model.score_fn
@@ -78,6 +79,14 @@ def test_padding_of_a_bucket_changes_nothing(model, monkeypatch):
     exact = model.bound(ids[None], passes=64, seed=1)
     error = np.hypot(padded.standard_error[0], exact.bound_standard_error)
     assert abs(padded.total[0] - exact.bound) < 3 * error
+    # At the last step everything is drawn from the law of the scores, so a single token's share is
+    # that of the scores without padding, given the same neighbours.
+    many = model.sample_tokens(4096, length=1, steps=1, predictor="none", batch_size=4096)
+    sigma = model.schedule.sigma(np.full((1, 1), 1e-5, np.float32))
+    mask = np.full((1, 1), model.graph.vocab_size, np.int32)
+    law = np.exp(scores(mask, sigma).log_score()[0, 0, :-1], dtype=np.float64)
+    counts = np.bincount(many[:, 0], minlength=len(law))
+    assert dense.p_value(counts, law) > dense.P_VALUE
     # The network sees no padding at all: the scores of the tokens are those without it.
     wide = np.full((1, 16), 5, np.int32)
     wide[0, : len(ids)] = ids
@@ -121,11 +130,12 @@ def test_a_stream_shows_one_sequence_being_denoised_and_ends_with_the_sample(mod
 
 def test_any_positions_can_be_given(model):
     tokens = model.tokenizer.encode("zyx")
+    assert len(model.infill(positions=[], tokens=[], length=4, steps=1)[0]) == 4
     for text in model.infill(num_samples=2, positions=[9, 0, 4], tokens=tokens, length=10):
         assert (text[9], text[0], text[4]) == ("z", "y", "x") and len(text) == 10
 
 
-def test_the_log_likelihood_of_texts_is_a_bound_for_each(model, monkeypatch):
+def test_the_log_likelihood_of_texts_is_a_bound_for_each(model):
     texts = ["if", "a much longer text than that", "or", "if"]
     found = model.log_likelihood(texts, seed=5)
     assert found.total.shape == (4,) and (found.standard_error > 0).all()
@@ -162,11 +172,12 @@ def test_dtype_is_that_of_the_network(tiny_run, model):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda m: m.sample(0), "num_samples 0 is not in [1,"),
-        (lambda m: m.sample(1, batch_size=0), "batch_size 0 is not in"),
-        (lambda m: m.sample(1, length=33), "length 33 is not in [1, 32]"),
-        (lambda m: m.sample(1, steps=0), "steps 0 is not in [1,"),
-        (lambda m: m.sample(1, seed=-1), "seed -1 is not in [0,"),
+        (lambda m: m.sample(0), "num_samples 0 is no whole number in [1,"),
+        (lambda m: m.sample(1, batch_size=0), "batch_size 0 is no whole number in"),
+        (lambda m: m.sample(1, length=33), "length 33 is no whole number in [1, 32]"),
+        (lambda m: m.sample(1, steps=0), "steps 0 is no whole number in [1,"),
+        (lambda m: m.sample(1, steps=2.5), "steps 2.5 is no whole number in [1,"),
+        (lambda m: m.sample(1, seed=-1), "seed -1 is no whole number in [0,"),
         (lambda m: m.sample(1, t_min=0.0), "t_min 0.0 is not inside (0, 1)"),
         (lambda m: m.sample(1, predictor="best"), "unknown predictor 'best'; known: euler"),
         (lambda m: m.sample(1, draw="best"), "unknown draw 'best'; known: exact"),
@@ -182,8 +193,24 @@ def test_dtype_is_that_of_the_network(tiny_run, model):
             "known tokens must be in [0, ",
         ),
         (lambda m: m.infill(positions=[1], tokens=[-1]), "known tokens must be in [0, "),
-        (lambda m: m.stream(steps=0), "steps 0 is not in"),
-        (lambda m: m.stream(updates=0), "updates 0 is not in"),
+        (
+            lambda m: m.infill(positions=[1.0], tokens=[1]),
+            "positions of dtype float64 are no whole",
+        ),
+        (lambda m: m.infill(positions=[1], tokens=[1.7]), "tokens of dtype float64 are no whole"),
+        (lambda m: m.infill(positions=[True], tokens=[1]), "positions of dtype bool are no whole"),
+        (lambda m: m.infill(positions=[], tokens=[], length=0), "length 0 is no whole number"),
+        (
+            lambda m: m.sample(2, known=(np.zeros((3, 4), int), np.zeros(4, bool))),
+            "known has tokens (3, 4) and is_known (4,); give [L] for all",
+        ),
+        (
+            lambda m: m.sample(2, known=(np.zeros(0, int), np.zeros(0, bool))),
+            "0 positions are not in [1, 32]",
+        ),
+        (lambda m: m.stream(steps=0), "steps 0 is no whole number in"),
+        (lambda m: m.stream(updates=0), "updates 0 is no whole number in"),
+        (lambda m: m.log_likelihood([]), "no texts; give at least one"),
         (lambda m: m.log_likelihood([""]), "text 0 has 0 tokens, not 1 to 32"),
         (lambda m: m.log_likelihood(["if", "x" * 33]), "text 1 has 33 tokens, not 1 to 32"),
         (lambda m: m.log_likelihood("if", passes=3), "passes 3 must be an even number"),
@@ -196,7 +223,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(model, call, words):
 
 def test_known_tokens_may_not_be_longer_than_the_model(model):
     long = model.length + 1
-    with says(f"{long} positions are more than the model's length"):
+    with says(f"{long} positions are not in [1, {model.length}], the model's length"):
         model.sample_tokens(1, known=(np.zeros(long, int), np.ones(long, bool)))
 
 

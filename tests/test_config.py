@@ -1,6 +1,7 @@
 """Configs: the shipped ones are sound, every key is read, every bad value is refused."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -145,6 +146,20 @@ def test_a_bad_value_is_refused_with_the_key_the_value_and_the_rule(key):
         configuration.check(config)
     assert configuration.RULES[key].words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("optimizer.learning_rate", 10**400), ("seed", 10**400), ("graph.name", [])],
+    ids=["rate", "seed", "name"],
+)
+def test_values_that_json_may_hold_and_python_trips_over_are_refused(key, value):
+    values = base.get_config().to_dict()
+    section, _, name = key.rpartition(".")
+    (values[section] if section else values)[name] = value
+    config = configuration.from_json(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"config.{key} .{{2,60}} is not allowed; it must be"):
+        configuration.check(config)
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def test_our_configs_survive_the_originals_words(name):
         assert field in (theirs[section] if section else theirs), place
 
 
-def test_missing_fields_are_told_in_one_notice(caplog):
+def test_missing_fields_are_told_in_one_notice():
     theirs = config_of("absorb")
     del theirs["training"]["ema"], theirs["sampling"], theirs["model"]["dropout"]
     config, _, notices = convert.from_original_config(theirs, "old.json")
@@ -172,6 +172,7 @@ def test_missing_fields_are_told_in_one_notice(caplog):
         ("model.n_blocks", None, ["model.n_blocks is missing in config.json"]),
         ("tokens", 10**12, ["tokens 1000000000000", "an integer in"]),
         ("optim.lr", float("nan"), ["optim.lr nan", "a number in"]),
+        ("optim.lr", 10**400, ["optim.lr 1000", "a number in"]),
         ("model", "tiny", ["model.hidden_size is missing"]),
     ],
 )
@@ -203,7 +204,7 @@ def exported(request, tmp_path):
     config, vocab_size, params = model_of(request.param)
     folder = tmp_path / "hub"
     about = {
-        "numbers": [{"name": "a|b", "value": 1.5, "how": "counted\nby hand"}],
+        "numbers": [{"name": "a|b", "value": "1.5", "how": "counted\nby hand"}],
         "license": "mit",
     }
     convert.write_folder(
@@ -235,6 +236,23 @@ def test_folder_is_read_without_sedd_jax_json(exported):
     read = convert.read_folder(folder)
     assert_same(read.params, params)
     assert (read.vocab_size, read.tokenizer, read.step) == (vocab_size, None, None)
+
+
+def test_what_is_told_holds_and_is_told_once(tmp_path, caplog):
+    """A corpus that is not known by name, and a tokenizer, are told by sedd_jax.json."""
+    config, vocab_size, params = model_of("absorb")
+    config.data.corpus = "pydoc"
+    caplog.set_level("INFO")
+    model = {"config": config, "vocab_size": vocab_size, "params": params, "step": None}
+    convert.write_folder(tmp_path / "a", **model, tokenizer=None)
+    done = convert.convert(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a/sedd_jax.json").unlink()
+    bare = convert.convert(tmp_path / "a", tmp_path / "c", tokenizer=TOKENIZER)
+    assert done.notices == ("no tokenizer is known for 37 tokens; add --tokenizer",)
+    assert bare.notices == (
+        "data.train 'pydoc' is no corpus known here; config.data.corpus is text",
+    )
+    assert not caplog.records
 
 
 @both_graphs
@@ -306,7 +324,8 @@ def test_reading_holds_one_copy_and_the_largest_tensor(exported):
 
 def test_contradictory_folder_is_refused(exported):
     folder, *_ = exported
-    for key, value in {"hidden_size": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 16}.items():
+    other = {"hidden_size": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 16, "length": 25}
+    for key, value in other.items():
         theirs = json.loads((folder / "config.json").read_text())
         good, theirs["model"][key] = json.dumps(theirs), value
         (folder / "config.json").write_text(json.dumps(theirs))
@@ -323,6 +342,14 @@ def test_contradictory_folder_is_refused(exported):
         ({"tokenizer": [1]}, ["tokenizer of", "of a wrong type"]),
         ({"config": {"seed": 0, "data": {"lenght": 3}}}, ["unknown config key 'data.lenght'"]),
         ({"config": {"seed": "zero"}}, ["config.seed 'zero' is not allowed"]),
+        ({"config": {"graph": {"name": []}}}, ["config.graph.name [] is not allowed"]),
+        ({"config": {"seed": 10**400}}, ["config.seed 1000", "is not allowed"]),
+        ({"config": {"optimizer": {"learning_rate": 10**400}}}, ["learning_rate 1000"]),
+        ({"about": {"license": ["mit"]}}, ["about.license in", "is no text"]),
+        ({"about": {"weights": 1}}, ["about.weights in", "is no text"]),
+        ({"about": {"numbers": {"a": 1}}}, ["about.numbers in", "name, value, how"]),
+        ({"about": {"numbers": ["a"]}}, ["about.numbers in", "name, value, how"]),
+        ({"about": {"numbers": [{"name": "a", "value": 1, "how": "b"}]}}, ["about.numbers in"]),
     ],
 )
 def test_broken_sedd_jax_json_is_refused(exported, change, words):
@@ -399,11 +426,41 @@ def test_card_says_what_is_known(exported):
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "mit" and front["library_name"] == "sedd_jax"
     assert front["pipeline_tag"] == "text-generation"
-    for told in ('sedd_jax.load("hub")', config.graph.name, "openwebtext", "characters, 37 tokens"):
+    for told in (
+        '\nmodel = sedd_jax.load("hub")\n',
+        "\n# hub\n",
+        config.graph.name,
+        "openwebtext",
+        "characters, 37 tokens",
+    ):
         assert told in text
     assert "| a\\|b | 1.5 | counted by hand |" in text
     plain = card.model_card("hub", config, 37, None, None, 5, {})
     assert "license" not in plain and "Numbers" not in plain and "unknown" in plain
+    assert "| weights |" not in plain and "| trained on | openwebtext |" in plain
+
+
+def test_card_says_the_name_that_is_given_and_which_weights_and_text(exported):
+    folder, *_ = exported
+    write_again(exported, name="me/my-model", about={"weights": "ema", "corpus": "text"})
+    text = (folder / "README.md").read_text()
+    for told in (
+        '\nmodel = sedd_jax.load("me/my-model")\n',
+        "\n# me/my-model\n",
+        "| weights | moving average (EMA) |",
+        "| trained on | a text of its own |",
+    ):
+        assert told in text
+
+
+@pytest.mark.parametrize("text", ["mit\n---\ntags: [x]", 'a" b: c', "yes", "# no", "\ud800\x7f🙂"])
+def test_no_license_ends_or_adds_to_the_front_matter(text):
+    config, *_ = model_of("absorb")
+    _, front, _ = card.model_card("hub", config, 37, None, None, 5, {"license": text}).split(
+        "---\n", 2
+    )
+    found = yaml.safe_load(front)
+    assert found["license"] == text and found["tags"] == ["sedd", "discrete-diffusion", "jax"]
 
 
 def test_lazy_names_are_all_there():

@@ -1,5 +1,6 @@
 """A run of the original goes on in our training, and ours in the original's."""
 
+import json
 import shutil
 
 import jax
@@ -21,6 +22,7 @@ torch = pytest.importorskip("torch", minversion="2.10", reason="torch >= 2.10 is
 both_graphs = pytest.mark.parametrize("graph", GRAPHS)
 
 
+UNITS = ("bits_per_character", "nats_per_token")
 STEP = 2  # in the middle of the warm-up of 3 steps
 
 
@@ -96,7 +98,7 @@ def test_state_survives_the_way_there_and_back(carried):
 def test_imported_state_is_the_originals_leaf_by_leaf(tmp_path, graph):
     source = the_originals_run(tmp_path / "theirs", graph)
     notices = convert.import_run(source, tmp_path / "ours", tokenizer=TOKENIZER)
-    assert notices == ["tokens 37 is no tokenizer known here; bring the model's own"]
+    assert notices == []
     ours = read(tmp_path / "ours")
     theirs = torch.load(golden(f"checkpoint_{graph}.pth"), weights_only=False)
     order = [name for name in theirs["model"] if name != names.BUFFER]
@@ -226,6 +228,58 @@ def test_a_fresh_optimizer_keeps_the_step_and_begins_the_moments(theirs, tmp_pat
     assert_same(after.ema, random_state("absorb")[1].ema)
 
 
+def test_what_is_not_wanted_of_a_checkpoint_may_be_odd(theirs, tmp_path):
+    """Step counts that differ, or moments of some parameters, matter to the optimizer alone."""
+    odd = tmp_path / "odd"
+    shutil.copytree(theirs, odd)
+    checkpoint = loaded(theirs)
+    state = checkpoint["optimizer"]["state"]
+    state[0]["step"] += 1
+    file = odd / "checkpoints-meta/checkpoint.pth"
+    torch.save(checkpoint, file)
+    with says("from 1 to 2 steps", "add --fresh_optimizer"):
+        convert.import_run(odd, tmp_path / "two", tokenizer=TOKENIZER)
+    convert.import_run(odd, tmp_path / "two", tokenizer=TOKENIZER, optimizer=False)
+    assert read(tmp_path / "two").step == STEP
+    del state[0]
+    torch.save(checkpoint, file)
+    with says("moments of"):
+        convert.import_run(odd, tmp_path / "three", tokenizer=TOKENIZER)
+    convert.convert(odd, tmp_path / "hub", weights="raw")
+    params = convert.read_folder(tmp_path / "hub").params
+    assert_same(params, random_state("absorb")[1].params)
+
+
+def test_a_target_that_is_there_is_refused_before_weights_are_read(theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "read_average", lambda ours: pytest.fail("read"))
+    monkeypatch.setattr("sedd_jax.convert.folder.read_folder", lambda folder: pytest.fail("read"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with says("is there and is no export"):
+        convert.convert(theirs.parent / "one", tmp_path)
+    with says("is there and is not empty"):
+        convert.convert(golden("hf_absorb/config.json").parent, tmp_path, form="workdir")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"heldout": {"passes"', "[]", "{}", '{"heldout": 3}', "\xff", "good, but a null"],
+)
+def test_a_summary_that_is_odd_leaves_the_numbers_out(theirs, tmp_path, caplog, text):
+    good = {key: {"bound": 1.5, "bound_standard_error": 0.25} for key in UNITS}
+    good |= {"passes": 2, "blocks": 3, "split": "test", "step": 4, "seed": 5}
+    run = workdir.open_workdir(theirs.parent / "one")._replace(folder=tmp_path)
+    (tmp_path / "summary.json").write_text(json.dumps({"heldout": good}))
+    told = workdir.about(run)
+    assert [row["value"] for row in told["numbers"]] == ["1.500 +- 0.250"] * 2
+    if "null" in text:
+        good["nats_per_token"]["bound"] = None
+        text = json.dumps({"heldout": good})
+    (tmp_path / "summary.json").write_text(text, encoding="latin-1")
+    assert workdir.about(run) == {**told, "numbers": []}
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "summary.json' is left out" in warning and "\n" not in warning
+
+
 def test_a_run_before_its_first_step_has_no_moments(tmp_path):
     config, train_state = random_state("absorb")
     start = workdir.new_state(config, 37, params=train_state.params, ema=train_state.ema)
@@ -249,7 +303,7 @@ def test_what_cannot_be_converted_is_said(theirs, tmp_path):
         convert.import_run(one, two, tokenizer=TOKENIZER)
     with says("is there and is not empty"):
         convert.export_run(one, theirs)
-    with says("tokenizer 'bytes' has 256 tokens, the model 37"):
+    with says("tokenizer 'bytes' has 256 tokens, the model in", "37"):
         converted(tokenizer=make_tokenizer("bytes", "", None))
     with says("unknown config key data.recods"):
         converted(tokenizer=TOKENIZER, changes={"data.recods": "x"})
@@ -261,6 +315,16 @@ def test_what_cannot_be_converted_is_said(theirs, tmp_path):
         converted(form="hug")
     with says("config.seed can be set with --form=workdir only"):
         converted(form="hub", changes={"seed": 1})
+    for options, word in (
+        ({"weights": "raw"}, "--weights=raw"),
+        ({"form": "hub", "optimizer": False}, "--fresh_optimizer"),
+    ):
+        with says(f"{word} is for a run", "leave it out"):
+            converted(**options)
+    with says("--tokenizer is for --form=hub or workdir", "leave it out"):
+        convert.convert(one, two, form="original", tokenizer=TOKENIZER)
+    with says("--weights=raw is for a run or a workdir"):
+        convert.convert(golden("hf_absorb/config.json").parent, two, weights="raw")
     with says("is no .pth file of a run, and no folder with"):
         convert.convert(tmp_path / "nowhere", two)
     config, train_state = random_state("absorb")
@@ -325,9 +389,17 @@ def test_commands_carry_a_run_there_and_back_and_train_on(tiny_run, tmp_path, ca
         (["--from=nowhere", "--to=x", "--what=1"], "unknown argument '--what=1'"),
         (["--from=nowhere", "--to=x", "--tokenizer=characters"], "is fitted on a corpus"),
         (["--from=nowhere", "--to=x", "--tokenizer_path=y"], "needs --tokenizer"),
+        (["--config.model.dtype=[1]"], "config.model.dtype [1] is not allowed"),
+        ([f"--config.optimizer.learning_rate={'9' * 400}"], "config.optimizer.learning_rate 999"),
+        ([f"--config.seed={'9' * 5000}"], "config.seed '999"),
+        ([f"--config.seed={'[' * 99999}"], "config.seed '[[["),
     ],
 )
-def test_mistakes_in_the_command_are_one_line(options, words, capsys):
+def test_mistakes_in_the_command_are_one_line(options, words, capsys, tmp_path):
+    if options[0].startswith("--config."):
+        source = golden("hf_absorb/config.json").parent
+        place = [f"--from={source}", f"--to={tmp_path / 'x'}", "--form=workdir"]
+        options = [*place, "--tokenizer=ids:37", *options]
     assert convert_command(options) == 2
     error = capsys.readouterr().err
     assert error.startswith("sedd-convert: error: ") and words in error

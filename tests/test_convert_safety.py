@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import shutil
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -202,6 +204,7 @@ def test_headers_are_checked_before_a_byte_of_data_is_read(tmp_path, header, wor
         (b'{"w": 1, "w": 2}', ["w is there twice"]),
         (b'{"w": NaN}', ["NaN is no number"]),
         (b"[" * 50_000, ["is no JSON"]),
+        (b'{"a":' * 40 + b"1" + b"}" * 40, ["is nested over 32 deep"]),
         (b"\xff\xfe", ["is no JSON"]),
         (b"[]", ["holds a list"]),
         (b'{"w": ' + b"9" * 5000 + b"}", ["is no JSON"]),
@@ -321,18 +324,61 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path):
         read(tmp_path / "nowhere.pth")
 
 
+CHILD = """
+import sys
+from pathlib import Path
+from sedd_jax.convert import torch_child
+for folder in sorted(Path(sys.argv[1]).iterdir()):
+    torch_child.main(["read", str(folder / "x.pth"), str(folder), "model"])
+"""
+
+
 def test_mutated_pth_files_end_in_one_error(tmp_path, torch):
+    """What the archive's check lets through goes to torch, here in one child for all."""
     torch.save({"w": torch.tensor([1.0, 2.0])}, tmp_path / "x.pth")
     whole, random = (tmp_path / "x.pth").read_bytes(), np.random.default_rng(3)
-    ended = 0
-    for mutate in (flipped, flipped, truncated):
-        (tmp_path / "y.pth").write_bytes(mutate(random, whole))
+    outcomes, folders = {"archive": 0, "torch": 0, "tensors": 0, "read": 0}, tmp_path / "folders"
+    for i in range(120):
+        folder = folders / f"{i:03}"
+        folder.mkdir(parents=True)
+        mutated = (flipped, flipped, truncated, lengthened)[i % 4](random, whole)
+        (folder / "x.pth").write_bytes(mutated)
         try:
-            read(tmp_path / "y.pth")
+            torch_files._check_archive(folder / "x.pth", torch_files.MAX_FILE)
+        except ValueError as error:
+            assert "x.pth" in str(error) and "\n" not in str(error)
+            outcomes["archive"] += 1
+            shutil.rmtree(folder)
+    command = [sys.executable, "-c", CHILD, str(folders)]
+    told = subprocess.run(command, capture_output=True, check=False)
+    assert told.returncode == 0, told.stderr[-500:]
+    for folder in folders.iterdir():
+        answer = json.loads((folder / "answer.json").read_text())
+        if "error" in answer:
+            assert "\n" not in answer["error"]
+            outcomes["torch"] += 1
+            continue
+        try:
+            found = convert.open_tensors(folder / "tensors.safetensors", {"model/w": (2,)})
+            assert np.isfinite(found["model/w"]).all()
+            outcomes["read"] += 1
         except ValueError as error:
             assert "\n" not in str(error)
-        ended += 1
-    assert ended == 3
+            outcomes["tensors"] += 1
+    assert outcomes["archive"] >= 30 and outcomes["torch"] >= 5, outcomes
+    assert sum(outcomes.values()) == 120, outcomes
+
+
+def test_the_child_is_told_no_secrets(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("import os; __version__ = ' '.join(sorted(os.environ))")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", b"x")
+    with pytest.raises(ValueError, match="is too old to read files safely") as error:
+        read(tmp_path / "x.pth")
+    told = str(error.value)
+    assert "PATH" in told and "HF_TOKEN" not in told and "JAX_PLATFORMS" not in told
 
 
 @pytest.mark.parametrize(
@@ -356,8 +402,6 @@ def test_a_child_that_cannot_work_is_one_error(tmp_path, monkeypatch, source, wo
 
 
 def test_torch_is_not_imported_here():
-    import subprocess
-
     code = "import sedd_jax.convert as c; c.convert; c.read_folder; import sys; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"

@@ -49,7 +49,7 @@ def test_a_model_goes_to_the_hub_and_comes_back(model, server, alone, caplog):
     assert url.startswith(f"{server.url}/me/tiny/commit/")
     files = server.repositories["me/tiny"]["commits"]["main"]
     assert sorted(files) == ["README.md", "config.json", "model.safetensors", "sedd_jax.json"]
-    assert "sedd_jax.load" in files["README.md"].decode()
+    assert 'sedd_jax.load("me/tiny")' in files["README.md"].decode()
     commit = url.rsplit("/", 1)[1]
     with caplog.at_level("INFO", logger="sedd_jax"):
         assert_same(model, sedd_jax.load("me/tiny"))
@@ -96,6 +96,7 @@ def test_options_that_do_not_fit_are_one_line(folder, options, words):
 def test_a_source_that_is_nothing_says_what_was_looked_for(tmp_path, alone):
     for source, words in (
         ("runs/nowhere", "no folder at 'runs/nowhere', and as a hub id"),
+        ("x" * 300, "and it is no hub id owner/name"),
         (tmp_path / "none", "and it is no hub id owner/name; give the workdir of a sedd-train"),
         (tmp_path, "neither a training run (config.json, tokenizer.json, checkpoints missing)"),
         ("a/b@main", "no folder at 'a/b@main', and as a hub id"),

@@ -232,6 +232,30 @@ def test_every_fault_of_a_tokenizer_is_named():
         tokenizer_from_dict({"name": "characters", "letters": "a"})
 
 
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"name": ["gpt2"]}, "unknown tokenizer ['gpt2']; known"),
+        ({"name": "characters", "alphabet": 5}, "alphabet 5 does not fit tokenizer 'characters'"),
+        ({"name": "characters", "alphabet": None}, "alphabet None does not fit"),
+        ({"name": "gpt2", "vocab": 3, "merges": []}, "vocab 3 does not fit tokenizer 'gpt2'"),
+        ({"name": "bert", "vocab": ["a", 1]}, "vocab ('a', 1) does not fit tokenizer 'bert'"),
+        ({"name": "bert", "vocab": "abc"}, "vocab 'abc' does not fit"),
+        ({"name": "ids", "size": True}, "size True does not fit tokenizer 'ids'"),
+        ({"name": "sentencepiece", "model": 3}, "model 3 does not fit"),
+    ],
+)
+def test_a_dictionary_with_values_of_other_types_is_refused(values, words):
+    with says(words):
+        tokenizer_from_dict(values)
+
+
+def test_merges_that_are_none_are_refused_when_they_are_used():
+    tokenizer = tokenizer_from_dict({"name": "gpt2", "vocab": ["a"], "merges": ["x"]})
+    with says("the merges do not fit the vocabulary", "get both again"):
+        tokenizer.decode([0])
+
+
 @pytest.mark.parametrize("name", ["bert", "bytes", "gpt2", "sentencepiece"])
 def test_half_a_surrogate_pair_is_refused(name):
     with says("half a surrogate pair at position 1"):
@@ -440,7 +464,7 @@ def test_every_fault_of_vocabulary_files_is_named(tmp_path):
         make("gpt2", vocab_json='{"a": 0, "b": 2}', merges_txt="#version: 0.2\n")
     with says("it lacks <|endoftext|>"):
         make("gpt2", vocab_json='{"a": 0}')
-    with says("' do not fit the vocabulary:", "download both again"):
+    with says("': the merges do not fit the vocabulary:", "get both again"):
         make("gpt2", vocab_json='{"a": 0, "<|endoftext|>": 1}', merges_txt="q z\n")
     with says("lacks 255 of the 256 bytes, '!' first"):
         make("gpt2", merges_txt="")

@@ -10,6 +10,7 @@ _PLACES = {
     "Conversion": "conversion",
     "Pretrained": "folder",
     "Tensors": "weights",
+    "check_tokenizer": "folder",
     "convert": "conversion",
     "export_run": "run",
     "expected_tensors": "names",

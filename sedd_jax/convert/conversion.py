@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sedd_jax import config as configuration
 from sedd_jax.convert import folder as hub
-from sedd_jax.convert import names, run, workdir
+from sedd_jax.convert import names, original, run, workdir
+from sedd_jax.convert.placing import check_new
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 
 FORMS = ("hub", "original", "workdir")
@@ -73,12 +75,22 @@ def convert(
         )
     if changes and form != "workdir":
         raise ValueError(f"config.{next(iter(changes))} can be set with --form=workdir only")
+    for fault in _ignored(kind, form, weights, optimizer, tokenizer):
+        raise ValueError(f"{fault}; leave it out")
+    for key, value in (changes or {}).items():
+        configuration.check_value(key, value)
+    (hub.check_replaceable if form == "hub" else check_new)(target)  # before the weights are read
     if form == "original":
         return _export(source, target)
     if form == "workdir" and kind == "run":
         return _import(source, target, tokenizer, optimizer, changes)
     model = _READERS[kind](source, weights)
-    model = model._replace(tokenizer=_fitting(tokenizer or model.tokenizer, model.vocab_size))
+    model = model._replace(tokenizer=tokenizer or model.tokenizer)
+    if model.tokenizer is not None:
+        hub.check_tokenizer(model.tokenizer, model.vocab_size, source)
+    elif original.TOKENIZERS.get(model.vocab_size) != "gpt2":  # which is what load would take
+        notice = f"no tokenizer is known for {model.vocab_size} tokens; add --tokenizer"
+        model = model._replace(notices=(*model.notices, notice))
     if form == "workdir":
         model = _start(model, target, changes or {})
         next_command = _train(target)
@@ -88,6 +100,18 @@ def convert(
     return _told(
         kind, form, model.config, model.vocab_size, model.step, model.notices, next_command
     )
+
+
+def _ignored(kind, form, weights, optimizer, tokenizer) -> list[str]:
+    """What of the options would not be heard."""
+    faults = []
+    if weights != "ema" and (kind == "hub" or form != "hub"):
+        faults.append(f"--weights={weights} is for a run or a workdir, to --form=hub")
+    if not optimizer and (kind, form) != ("run", "workdir"):
+        faults.append("--fresh_optimizer is for a run of the original, to --form=workdir")
+    if tokenizer is not None and form == "original":
+        faults.append("--tokenizer is for --form=hub or workdir: a run of the original holds none")
+    return faults
 
 
 _KINDS = {"hub": "hub folder", "run": "run of the original", "workdir": "workdir of sedd-train"}
@@ -139,23 +163,13 @@ def _from_workdir(source: Path, weights: str) -> _Model:
     else:
         train_state = workdir.read_state(ours)
         step, params = int(train_state.step), train_state.params
-    about = {"weights": weights}
-    if weights == "ema":  # which is what the numbers are of
-        about |= workdir.about(ours)
+    # The numbers are of the moving average.
+    about = workdir.about(ours) if weights == "ema" else {"weights": weights}
     size = ours.tokenizer.vocab_size
     return _Model(ours.config, size, params, ours.tokenizer, step, (), ours.original, about)
 
 
 _READERS = {"hub": _from_hub, "run": _from_run, "workdir": _from_workdir}
-
-
-def _fitting(tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer | None:
-    if tokenizer is not None and tokenizer.vocab_size != vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model "
-            f"{vocab_size}; give the tokenizer that it was trained with"
-        )
-    return tokenizer
 
 
 def _start(model: _Model, target: Path, changes: Mapping[str, Any]) -> _Model:

@@ -1,7 +1,6 @@
 """The fields of the original's config: what each may hold, and what it is called here."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ def _whole(least: int, most: int) -> Kind:
 
 def _number(least: float, most: float) -> Kind:
     def holds(x: Any) -> bool:
-        return type(x) in (int, float) and math.isfinite(x) and least <= x <= most
+        return type(x) in (int, float) and least <= x <= most  # False for NaN
 
     return Kind(holds, f"a number in [{least:g}, {most:g}]")
 

@@ -7,6 +7,7 @@ model card.
 
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 from sedd_jax import config as configuration
 from sedd_jax.configs import base
 from sedd_jax.convert import names, original, torch_files, weights
-from sedd_jax.convert.card import model_card
+from sedd_jax.convert.card import check_about, model_card
 from sedd_jax.convert.placing import appearing
 from sedd_jax.data import Tokenizer
 
@@ -26,8 +27,9 @@ CONFIG, WEIGHTS, OURS, CARD = "config.json", "model.safetensors", "sedd_jax.json
 PICKLED = "pytorch_model.bin"
 FORMAT = 1
 MAX_OURS = 1 << 27  # bytes of sedd_jax.json: it holds the tokenizer
-# What fixes the function that the weights stand for, the schedule included.
+# What fixes the function that the weights stand for, the schedule included, and its length.
 _SHAPING = (
+    "data.length",
     "graph.",
     "schedule.",
     "model.hidden_size",
@@ -76,6 +78,15 @@ def read_folder(folder: Path) -> Pretrained:
     return Pretrained(config, vocab_size, params, tokenizer, step, notices, about, theirs)
 
 
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> None:
+    """ValueError unless the tokenizer has as many tokens as the model in `where`."""
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model in "
+            f"{str(where)!r} {vocab_size}; give the tokenizer that it was trained with"
+        )
+
+
 def _read_weights(folder: Path, sizes: names.Sizes) -> dict:
     expected, optional = names.expected_tensors(sizes), names.buffer_shape(sizes)
     file = folder / WEIGHTS
@@ -93,7 +104,7 @@ def _read_weights(folder: Path, sizes: names.Sizes) -> dict:
             f"neither {WEIGHTS} nor {PICKLED} in {str(folder)!r}; give a folder that the "
             "original's save_pretrained or sedd-convert has written"
         )
-    with torch_files.read(file, expected, optional=optional) as read:
+    with torch_files.read(file, expected, optional=optional, parts=("model",)) as read:
         return _tree(read.part("model"), sizes, file)
 
 
@@ -122,7 +133,9 @@ def _read_ours(file: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if key not in ours or type(ours[key]) not in kind:
             raise ValueError(f"{key} of {str(file)!r} is missing or of a wrong type; get it again")
-    return {**ours, "about": ours["about"] or {}}
+    about = ours["about"] or {}
+    check_about(about, repr(str(file)))
+    return {**ours, "about": about}
 
 
 def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[str, ...]]:
@@ -131,10 +144,11 @@ def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[st
     for key, value in configuration.flatten(values):
         if key not in configuration.RULES:
             raise ValueError(f"unknown config key {key[:60]!r} in {where}; update sedd_jax")
+        configuration.check_value(key, value)
         known[key] = value
         section, dot, name = key.rpartition(".")
         target = config[section] if dot else config
-        # JSON may hold 20 where base has 20.0; `check` has the last word.
+        # JSON may hold 20 where base has 20.0.
         with target.ignore_type():
             target[name] = value
     configuration.check(config)
@@ -172,18 +186,22 @@ def write_folder(
     params: Mapping,
     tokenizer: Tokenizer | None,
     step: int | None,
+    name: str | None = None,
     original: dict | None = None,
     about: dict | None = None,
 ) -> None:
     """Write the model as a folder that the original's from_pretrained and `read_folder` read.
 
     params is our tree, float32; original the config.json that the model came with, if it did.
-    about goes into sedd_jax.json and the card: "license", and "numbers", a list of {"name",
-    "value", "how"}. The folder appears whole: written beside and renamed. ValueError if it is
+    name is the card's title and what it says to load, the folder's name by default. about goes
+    into sedd_jax.json and the card: the texts "license", "corpus" and "weights", and "numbers", a
+    list of {"name", "value", "how"}, all texts. The folder appears whole: written beside and renamed. ValueError if it is
     there and is no such export.
     """
     folder = Path(folder)
     check_replaceable(folder)
+    about, name = about or {}, name or os.path.basename(os.path.abspath(folder))
+    check_about(about, "what was given")
     sizes = names.sizes_of(config, vocab_size)
     tensors = names.to_original(params)
     shapes = {name: array.shape for name, array in tensors.items()}
@@ -195,13 +213,13 @@ def write_folder(
         "vocab_size": vocab_size,
         "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
         "step": step,
-        "about": about or {},
+        "about": about,
     }
     count = sum(array.size for array in tensors.values())
     with appearing(folder) as part:
         _write_json(part / CONFIG, theirs, sort_keys=True)
         _write_json(part / OURS, ours)
-        card = model_card(folder.name, config, vocab_size, tokenizer, step, count, about or {})
+        card = model_card(name, config, vocab_size, tokenizer, step, count, about)
         (part / CARD).write_text(card, encoding="utf-8")
         weights.write_tensors(part / WEIGHTS, {**tensors, **names.buffer(sizes)})
 

@@ -7,7 +7,6 @@ in its own dict, over which ours is laid.
 
 import copy
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +20,9 @@ from sedd_jax.convert.fields import FIELDS, NEEDED, THEIRS_ALONE, Field, Kind
 from sedd_jax.convert.weights import load_json
 from sedd_jax.data import CORPORA
 
-log = logging.getLogger(__name__)
-
 EPS = 1e-3  # of the original's log-linear noise, which has no field for it
 MAX_FILE = 1 << 20  # bytes of a config
-_TOKENIZERS = {50257: "gpt2", 27: "text8"}  # by vocab_size
+TOKENIZERS = {50257: "gpt2", 27: "text8"}  # by vocab_size
 _SHARED_CORPORA = tuple(name for name in CORPORA if name not in ("pydoc", "text"))
 # How our configs of these corpora hold text out.
 _HELDOUT = {"lm1b": {"heldout_split": "test"}, "openwebtext": {"heldout_fraction": 0.0125}}
@@ -43,7 +40,8 @@ def from_original_config(theirs: Mapping[str, Any], where: str = "config.json") 
     """Our full config from the original's dict; configs/base.py has what it does not say.
 
     The dtype is float32, whatever it was trained in. What is missing and does not shape the model
-    is taken as the original's own configs have it, and told in one notice. ValueError, naming
+    is taken as the original's own configs have it, and told in one notice; whoever uses the config
+    tells the notices. ValueError, naming
     `where` and the field, for anything that is not a model of the original code.
     """
     config, values, missing = base.get_config(), {}, []
@@ -75,8 +73,6 @@ def from_original_config(theirs: Mapping[str, Any], where: str = "config.json") 
     if missing:
         notices.insert(0, f"{where} lacks these, taken as {', '.join(missing)}")
     configuration.check(config)
-    for notice in notices:
-        log.info("%s", notice)
     return FromOriginal(config, values["tokens"], tuple(notices))
 
 
@@ -85,17 +81,15 @@ def _complete(config: ConfigDict, values: Mapping[str, Any]) -> list[str]:
     notices = []
     config.model.dtype = "float32"
     config.schedule.eps = EPS
-    corpus, tokens = values["data.train"], values["tokens"]
+    corpus = values["data.train"]
     if corpus in _SHARED_CORPORA:
         config.data.corpus = corpus
         config.data.update(_HELDOUT.get(corpus, {}))
     else:
         config.data.corpus = "text"
         notices.append(f"data.train {corpus!r} is no corpus known here; config.data.corpus is text")
-    if tokens in _TOKENIZERS:
-        config.data.tokenizer = _TOKENIZERS[tokens]
-    else:
-        notices.append(f"tokens {tokens} is no tokenizer known here; bring the model's own")
+    if values["tokens"] in TOKENIZERS:
+        config.data.tokenizer = TOKENIZERS[values["tokens"]]
     if values["optim.optimizer"] == "Adam" and values["optim.weight_decay"]:
         notices.append("Adam with weight decay is trained on as AdamW, whose decay is decoupled")
     if not values["sampling.noise_removal"]:

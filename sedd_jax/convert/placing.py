@@ -31,6 +31,11 @@ def appearing(folder: Path) -> Iterator[Path]:
 
 
 def _replace(part: Path, folder: Path) -> None:
+    """Give part the folder's name, and delete what had it.
+
+    A process killed between the two renames leaves no `folder`, but beside its place both, whole:
+    the old one as .NAME.*.old, the new one as .NAME.*; rename either by hand.
+    """
     old = part.with_name(part.name + ".old")
     if folder.exists():
         folder.rename(old)

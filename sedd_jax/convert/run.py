@@ -5,7 +5,7 @@ checkpoints/. What moves: parameters, their moving average, AdamW's moments and 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from sedd_jax.convert import names, original, torch_files, workdir
+from sedd_jax.convert.folder import check_tokenizer
 from sedd_jax.convert.placing import appearing, check_new
 from sedd_jax.convert.workdir import Moments
 from sedd_jax.data import Tokenizer
@@ -52,13 +53,13 @@ def read_original_weights(run: OriginalRun, weights: str) -> tuple[int, dict]:
     """(step, parameters) of a run's checkpoint: its moving average "ema", or "raw"."""
     sizes = names.sizes_of(run.config, run.vocab_size)
     part = {"ema": "ema", "raw": "model"}[weights]
-    with _read(run, sizes) as read:
+    with _read(run, sizes, (part,)) as read:
         return _count(read.facts, "step"), names.from_original(read.part(part), sizes.heads)
 
 
-def _read(run: OriginalRun, sizes: names.Sizes):
+def _read(run: OriginalRun, sizes: names.Sizes, parts: Sequence[str]):
     expected, optional = names.expected_tensors(sizes), names.buffer_shape(sizes)
-    return torch_files.read(run.checkpoint, expected, optional=optional)
+    return torch_files.read(run.checkpoint, expected, optional=optional, parts=parts)
 
 
 def _count(facts: Mapping[str, Any], name: str) -> int:
@@ -92,28 +93,25 @@ def import_run(
     config = run.config
     config.data.tokenizer = tokenizer.name
     config = workdir.with_changes(config, changes or {})
-    if tokenizer.vocab_size != run.vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model "
-            f"{run.vocab_size}; give the tokenizer that it was trained with"
-        )
+    check_tokenizer(tokenizer, run.vocab_size, source)
     sizes = names.sizes_of(config, run.vocab_size)
 
-    with _read(run, sizes) as read:
+    parts = torch_files.PARTS if optimizer else ("model", "ema")
+    with _read(run, sizes, parts) as read:
         facts = read.facts
         if not facts:
             raise ValueError(
                 f"{str(run.checkpoint)!r} holds parameters only; give a checkpoint of the original"
             )
-        step, count = _count(facts, "step"), _count(facts, "count")
+        step = _count(facts, "step")
 
         def tree(part: str) -> dict:
             return names.from_original(read.part(part), sizes.heads)
 
         names.check_buffer(read.part("model"), sizes, repr(str(run.checkpoint)))
         found = None
-        if optimizer and facts["moments"]:
-            found = Moments(count, tree("exp_avg"), tree("exp_avg_sq"))
+        if facts["moments"]:
+            found = Moments(_count(facts, "count"), tree("exp_avg"), tree("exp_avg_sq"))
         else:
             notices.append("AdamW's moments and the warm-up of the learning rate begin again")
         train_state = workdir.new_state(

@@ -1,8 +1,9 @@
 """The child process that reads and writes torch's files; the only file that imports torch.
 
-python -m sedd_jax.convert.torch_child read FILE FOLDER
+python -m sedd_jax.convert.torch_child read FILE FOLDER PARTS
 python -m sedd_jax.convert.torch_child write FOLDER FILE
 
+PARTS, such as model,ema, are those of a checkpoint that are wanted: nothing is said about others.
 FOLDER is private to the caller and holds tensors.safetensors and facts.json; what went wrong is
 the "error" of FOLDER/answer.json. A file is read with weights_only: no global but those that the
 original's checkpoints need is ever looked up, so nothing in a file is run.
@@ -23,11 +24,14 @@ _REMEDY = "give a checkpoint of the original code"
 
 def main(argv: list[str]) -> None:
     """Read or write; always leaves an answer."""
-    work, first, second = argv
+    work, first, second, *parts = argv
     folder = Path(second if work == "read" else first)
     try:
         _import_torch()
-        facts = _read(Path(first), folder) if work == "read" else _write(folder, Path(second))
+        if work == "read":
+            facts = _read(Path(first), folder, parts[0].split(","))
+        else:
+            facts = _write(folder, Path(second))
         answer = {"facts": facts}
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         answer = {"error": " ".join(str(error).split())[:600] or type(error).__name__}
@@ -75,7 +79,7 @@ def _load(file: Path) -> Any:
         raise ValueError(f"cannot read {str(file)!r}: {reason}; {_REMEDY}") from error
 
 
-def _read(file: Path, folder: Path) -> dict[str, Any]:
+def _read(file: Path, folder: Path, parts: list[str]) -> dict[str, Any]:
     """Write the file's tensors to the folder; returns the facts beside them."""
     from sedd_jax.convert.weights import write_tensors
 
@@ -85,7 +89,7 @@ def _read(file: Path, folder: Path) -> dict[str, Any]:
         raise ValueError(f"{str(file)!r} holds a {kind}, not a dict; {_REMEDY}")
     facts: dict[str, Any]
     if "model" in state and "ema" in state:
-        tensors, facts = _checkpoint(state)
+        tensors, facts = _checkpoint(state, parts)
     else:
         tensors, facts = _model(state), {}
     most, total, arrays = file.stat().st_size, 0, {}
@@ -129,7 +133,7 @@ def _model(state: dict) -> dict[str, Any]:
     return {f"model/{str(name).removeprefix(prefix)}": value for name, value in state.items()}
 
 
-def _checkpoint(state: dict) -> tuple[dict[str, Any], dict[str, Any]]:
+def _checkpoint(state: dict, parts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(tensors, facts) of what the original's save_checkpoint writes."""
     try:
         tensors = _model(state["model"])
@@ -142,10 +146,7 @@ def _checkpoint(state: dict) -> tuple[dict[str, Any], dict[str, Any]]:
             "ema_updates": None if ema["num_updates"] is None else int(ema["num_updates"]),
             "averages": len(shadow),
         }
-        (group,) = state["optimizer"]["param_groups"]
-        moments = state["optimizer"]["state"]
-        # Position in the group -> state: the indices themselves are torch's to choose.
-        held = {i: moments[key] for i, key in enumerate(group["params"]) if key in moments}
+        held = _moments(state["optimizer"]) if "exp_avg" in parts else {}
         tensors |= {f"exp_avg/{i}": row["exp_avg"] for i, row in held.items()}
         tensors |= {f"exp_avg_sq/{i}": row["exp_avg_sq"] for i, row in held.items()}
         counts = {int(row["step"]) for row in held.values()}
@@ -157,9 +158,17 @@ def _checkpoint(state: dict) -> tuple[dict[str, Any], dict[str, Any]]:
     if len(counts) > 1:
         raise ValueError(
             f"the optimizer has made from {min(counts)} to {max(counts)} steps, not the same for "
-            "every parameter; import with a fresh optimizer"
+            "every parameter; add --fresh_optimizer"
         )
+    tensors = {name: value for name, value in tensors.items() if name.split("/")[0] in parts}
     return tensors, {**facts, "moments": len(held), "count": max(counts, default=0)}
+
+
+def _moments(optimizer: dict) -> dict[int, dict]:
+    """Position in the group -> state: the indices themselves are torch's to choose."""
+    (group,) = optimizer["param_groups"]
+    state = optimizer["state"]
+    return {i: state[key] for i, key in enumerate(group["params"]) if key in state}
 
 
 def _write(folder: Path, target: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,18 @@ MAX_FILE = 32 << 30  # bytes
 MAX_PICKLE = 64 << 20  # bytes of the pickle in it, which holds names and places but no numbers
 MAX_RECORDS = 100_000
 SECONDS = 3600.0
-PARTS = ("ema", "exp_avg", "exp_avg_sq")
+PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
+# What the child may know of this process: where its libraries are, and no secrets.
+_ENVIRONMENT = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "VIRTUAL_ENV",
+    "PYTHONPATH",
+    "SYSTEMROOT",
+)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -48,21 +59,26 @@ def read(
     expected: Shapes,
     *,
     optional: Shapes | None = None,
+    parts: Sequence[str] = PARTS,
     max_bytes: int = MAX_FILE,
     seconds: float = SECONDS,
 ) -> Iterator[TorchFile]:
     """A state dict, or a checkpoint of the original, while the with statement lasts.
 
-    expected is name -> shape in the order of the original's parameters. ValueError if torch >=
+    expected is name -> shape in the order of the original's parameters; parts are those of a
+    checkpoint that are read, whatever the others hold. ValueError if torch >=
     2.10 is absent, or the file is too large, is not torch's, holds anything but such tensors, or
     takes too long. TMPDIR needs room for a copy of the file.
     """
     file, optional = Path(file), optional or {}
     _check_archive(file, max_bytes)
     with tempfile.TemporaryDirectory(prefix="sedd_jax.") as folder:
-        facts = _run("read", str(file.absolute()), folder, folder=folder, seconds=seconds)
-        shapes, places = _expected(facts, expected, file)
-        wanted = {f"model/{name}": shape for name, shape in optional.items()}
+        arguments = (str(file.absolute()), folder, ",".join(parts))
+        facts = _run("read", *arguments, folder=folder, seconds=seconds)
+        parts = parts if facts else PARTS[:1]
+        shapes, places = _expected(facts, expected, parts, file)
+        in_model = optional if "model" in parts else {}
+        wanted = {f"model/{name}": shape for name, shape in in_model.items()}
         tensors = open_tensors(Path(folder) / TENSORS, shapes, optional=wanted)
         there = {new: old for new, old in places.items() if old in tensors}
         there |= {name: name for name in wanted if name in tensors}
@@ -133,7 +149,8 @@ def _run(work: str, *arguments: str, folder: str, seconds: float) -> dict[str, A
     """The child's facts; ValueError with what it said, or that it ended without a word."""
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     # -P: no module is taken from the current folder, which may be where the file came with.
     command = [sys.executable, "-P", "-m", "sedd_jax.convert.torch_child", work, *arguments]
     try:
@@ -165,19 +182,22 @@ def _run(work: str, *arguments: str, folder: str, seconds: float) -> dict[str, A
     return found["facts"]
 
 
-def _expected(facts: dict, expected: Shapes, file: Path) -> tuple[dict, dict[str, str]]:
+def _expected(
+    facts: dict, expected: Shapes, parts: Sequence[str], file: Path
+) -> tuple[dict, dict[str, str]]:
     """(shapes by the child's names, child's names by ours)."""
-    shapes = {f"model/{name}": shape for name, shape in expected.items()}
+    shapes = {f"model/{name}": shape for name, shape in expected.items() if "model" in parts}
     places = {name: name for name in shapes}
-    if not facts:
-        return shapes, places
-    if facts["averages"] != len(expected) or facts["moments"] not in (0, len(expected)):
+    listed = [part for part in parts if part == "ema" or (part != "model" and facts["moments"])]
+    if ("ema" in listed and facts["averages"] != len(expected)) or (
+        facts and facts["moments"] not in (0, len(expected))
+    ):
         raise ValueError(
             f"{str(file)!r} has moving averages of {facts['averages']} and moments of "
             f"{facts['moments']} parameters, its config gives {len(expected)}; both must be of one "
             "run"
         )
-    for part in PARTS if facts["moments"] else PARTS[:1]:
+    for part in listed:
         for i, (name, shape) in enumerate(expected.items()):
             shapes[f"{part}/{i}"] = shape
             places[f"{part}/{name}"] = f"{part}/{i}"

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy as np
 
 DIGEST = "sedd_jax.sha256"  # in the metadata of our own files
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
+MAX_DEPTH = 32  # of JSON: whoever reads or copies it then may do so by recursion
 _PIECE = 1 << 20
 _ITEMS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -157,8 +158,9 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
 def _replacing(file: Path):
     """A file to write that takes `file`'s place when it is complete and on disk."""
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    out = part.open("xb")  # before the try: a file that is there already is not ours to delete
     try:
-        with part.open("xb") as out:
+        with out:
             yield out
             out.flush()
             os.fsync(out.fileno())
@@ -196,6 +198,11 @@ def load_json(text: str | bytes, where: str) -> dict[str, Any]:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
+        inside = [value]
+        for _ in range(MAX_DEPTH):
+            inside = [child for node in inside for child in _children(node)]
+        if inside:
+            raise ValueError(f"it is nested over {MAX_DEPTH} deep")
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"{where} is no JSON: {reason}; get it again") from error
@@ -203,6 +210,12 @@ def load_json(text: str | bytes, where: str) -> dict[str, Any]:
     if kind != "dict":
         raise ValueError(f"{where} holds a {kind}, not an object; get it again")
     return value
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()
 
 
 def _shown(name: str, most: int = 60) -> str:

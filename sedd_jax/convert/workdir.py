@@ -1,6 +1,7 @@
 """Our training workdir, as conversion reads and writes it."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from sedd_jax.convert.placing import appearing, check_new
 from sedd_jax.convert.weights import load_json
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.state import TrainState
+
+log = logging.getLogger(__name__)
 
 CONFIG, TOKENIZER, CHECKPOINTS = "config.json", "tokenizer.json", "checkpoints"
 ORIGINAL = "original.json"  # the config that an imported run came with
@@ -96,12 +99,27 @@ def shardings(tree: Any, mesh: Mesh | None) -> Any:
 
 
 def about(workdir: Workdir) -> dict[str, Any]:
-    """What a model card tells of the moving average: its corpus, and the numbers of sedd-report."""
-    found: dict[str, Any] = {"corpus": workdir.config.data.corpus, "numbers": []}
+    """What a model card tells of the moving average: its corpus, and the numbers of sedd-report.
+
+    Without the numbers, and with a warning, where summary.json is not as sedd-report writes it.
+    """
+    found = {"weights": "ema", "corpus": workdir.config.data.corpus, "numbers": []}
     summary = workdir.folder / SUMMARY
-    if not summary.is_file():
-        return found
-    heldout = json.loads(summary.read_text(encoding="utf-8"))["heldout"]
+    if summary.is_file():
+        try:
+            found["numbers"] = _numbers(summary)
+        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            log.warning(
+                "%s is left out, it is not as sedd-report writes it (%s); run that again",
+                repr(str(summary)),
+                reason,
+            )
+    return found
+
+
+def _numbers(summary: Path) -> list[dict[str, str]]:
+    heldout, numbers = load_json(summary.read_bytes(), repr(str(summary)))["heldout"], []
     how = (
         f"upper bound, {heldout['passes']} noise levels a block, {heldout['blocks']} blocks of "
         f"split {heldout['split']!r}, step {heldout['step']}, seed {heldout['seed']}"
@@ -109,8 +127,8 @@ def about(workdir: Workdir) -> dict[str, Any]:
     for unit in ("bits_per_character", "nats_per_token"):
         value, error = (heldout[unit][key] for key in ("bound", "bound_standard_error"))
         number = {"name": unit.replace("_", " "), "value": f"{value:.3f} +- {error:.3f}"}
-        found["numbers"].append({**number, "how": how})
-    return found
+        numbers.append({**number, "how": how})
+    return numbers
 
 
 class Moments(NamedTuple):
@@ -198,8 +216,7 @@ def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     """The config with {"data.records": ...} set; ValueError for a key or value that is none."""
     config = config.copy_and_resolve_references()
     for key, value in changes.items():
-        if key not in configuration.RULES:
-            raise ValueError(f"unknown config key {key}; known: {', '.join(configuration.RULES)}")
+        configuration.check_value(key, value)
         section, dot, name = key.rpartition(".")
         target = config[section] if dot else config
         with target.ignore_type():

@@ -17,7 +17,7 @@ from sedd_jax.data.documents import Documents, prepare_documents
 from sedd_jax.data.prepare import prepare
 from sedd_jax.data.published import PUBLISHED, file_sha256, open_published
 from sedd_jax.data.records import Records, open_records
-from sedd_jax.data.tokenizers import make_tokenizer
+from sedd_jax.data.tokenizers import make_tokenizer, named_tokenizer
 
 CORPORA = ("pydoc", "text", *sorted(PUBLISHED))
 READ = 4096  # documents taken from the files at once
@@ -109,7 +109,10 @@ def make_records(
         detokenizer=detokenizer,
         progress=progress,
     )
-    made = make_tokenizer(tokenizer, tokenizer_path, corpus)
+    if Path(tokenizer).is_file():
+        made = named_tokenizer(tokenizer)
+    else:
+        made = make_tokenizer(tokenizer, tokenizer_path, corpus)
     prepare(corpus, made, length, folder, form=form, workers=workers, progress=progress)
     shutil.rmtree(own, ignore_errors=True)
     return open_records(folder)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 import numpy as np
 
@@ -269,10 +269,8 @@ class GPT2(Subwords):
         tokenizer = cls(*subwords.read_gpt2(path))._as_published(path)
         try:
             tokenizer.encode("a")  # builds the library's object, so that faults show now
-        except Exception as error:  # the Rust library raises plain Exception
-            raise ValueError(
-                f"the merges at {path!r} do not fit the vocabulary: {error}; download both again"
-            ) from error
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
         from tokenizers.pre_tokenizers import ByteLevel
 
         missing = set(ByteLevel.alphabet()) - set(tokenizer.vocab)
@@ -289,7 +287,13 @@ class GPT2(Subwords):
 
         vocab = {token: i for i, token in enumerate(self.vocab)}
         merges = [tuple(line.split(" ")) for line in self.merges]
-        return ByteLevelBPETokenizer(vocab, merges, add_prefix_space=False)
+        try:
+            return ByteLevelBPETokenizer(vocab, merges, add_prefix_space=False)
+        except Exception as error:  # the Rust library raises plain Exception
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"the merges do not fit the vocabulary: {reason}; get both again"
+            ) from error
 
     def _decode_run(self, ids: np.ndarray) -> str:
         return self._library.decode(ids.tolist(), skip_special_tokens=False)
@@ -536,18 +540,36 @@ def tokenizer_from_dict(d: dict[str, Any]) -> Tokenizer:
     """Rebuilds the tokenizer whose `to_dict` gave `d`."""
     if not isinstance(d, dict) or "name" not in d:
         raise ValueError(f"{_shorten(repr(d))} names no tokenizer; give what to_dict returned")
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != "name"}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != "name"}
+    cls = _lookup(d["name"])
+    kinds = {field.name: field.type for field in fields(cls)}
+    for key in values.keys() & kinds.keys():
+        if not _is_of(values[key], kinds[key]):
+            raise ValueError(
+                f"{key} {_shorten(repr(values[key]))} does not fit tokenizer {d['name']!r}; give "
+                "what to_dict returned"
+            )
     try:
-        return _lookup(d["name"])(**fields)
+        return cls(**values)
     except TypeError as error:
         raise ValueError(
-            f"keys {sorted(fields)} do not fit tokenizer {d['name']!r}; give what to_dict returned"
+            f"keys {_shorten(repr(sorted(values)))} do not fit tokenizer {d['name']!r}; give what "
+            "to_dict returned"
         ) from error
 
 
-def _lookup(name: str) -> type[Tokenizer]:
-    if name not in TOKENIZERS:
-        raise ValueError(f"unknown tokenizer {name!r}; known: {', '.join(sorted(TOKENIZERS))}")
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a value is a str, an int, or a tuple[str, ...], as the field's type says."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(type(v) is get_args(kind)[0] for v in value)
+    return type(value) is kind
+
+
+def _lookup(name: Any) -> type[Tokenizer]:
+    if not isinstance(name, str) or name not in TOKENIZERS:
+        raise ValueError(
+            f"unknown tokenizer {_shorten(repr(name))}; known: {', '.join(sorted(TOKENIZERS))}"
+        )
     return TOKENIZERS[name]
 
 

@@ -61,10 +61,10 @@ def stratified(key: jax.Array, index: jax.Array, passes: int) -> jax.Array:
     return (jnp.arange(passes)[:, None] + u) / passes
 
 
-def check_passes(passes: int) -> None:
+def check_passes(passes: int, name: str = "passes") -> None:
     """ValueError unless the passes can be compared in pairs."""
     if passes < 2 or passes % 2:
-        raise ValueError(f"passes {passes} must be an even number of at least 2")
+        raise ValueError(f"{name} {passes} must be an even number of at least 2")
 
 
 def _pairs_variance(values: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ def bound(
     that it matters less which tokens a pass happens to noise.
     """
     check_passes(passes)
-    check_passes(tail_passes)
+    check_passes(tail_passes, "tail_passes")
     key_places, key_passes, key_tail = jax.random.split(key, 3)
     counted = jnp.ones(x0.shape, bool) if is_token is None else is_token
 

@@ -107,6 +107,8 @@ def sample(
     """
     if isinstance(steps, int) and steps < 1:
         raise ValueError(f"steps {steps} is below 1; give at least 1")
+    if isinstance(begin, int) and begin > 0 and x is None:
+        raise ValueError(f"begin {begin} needs x, the state at that step")
     index = jnp.arange(shape[0]) if index is None else index
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     key_limit, key_steps, key_last = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
