@@ -105,26 +105,39 @@ class Checkpoints:
         self._manager.close()
 
     def newest(self, items: tuple[str, ...] = ITEMS) -> int | None:
-        """The newest step whose items are what was sealed; None if there is none.
+        """The newest step whose items are what was sealed; None if there is no checkpoint.
 
         One that is not is passed over with a warning, and by a writer put into the folder
-        quarantine beside the checkpoints, so that its number is free again.
+        quarantine beside the checkpoints, so that its number is free again. ValueError, and nothing
+        is moved, if there are checkpoints and none is sound: training must not begin anew over them.
         """
+        damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self.folder / str(step)
             faults = [fault_of(folder / item, _about(step, item)) for item in items]
             fault = next(filter(None, faults), None)
             if fault is None:
-                return step
+                break
+            damaged[step] = fault
+        else:
+            if damaged:
+                step, fault = next(iter(damaged.items()))
+                raise ValueError(
+                    f"none of the checkpoints {', '.join(map(str, damaged))} in "
+                    f"{str(self.folder)!r} is sound ({step}: {fault}); put a copy of one in its "
+                    "place, or move the folder away to begin anew"
+                )
+            return None
+        for number, fault in damaged.items():
             log.warning(
                 "checkpoint %d in %r is damaged: %s; taking the one before",
-                step,
+                number,
                 str(self.folder),
                 fault,
             )
             if not self._read_only:
-                self._put_aside(folder)
-        return None
+                self._put_aside(self.folder / str(number))
+        return step
 
     def _put_aside(self, folder: Path) -> None:
         quarantine = self.folder.with_name("quarantine")

@@ -148,10 +148,21 @@ def test_damage_to_the_average_alone_is_seen_by_who_reads_it_alone(folder):
 def test_no_sound_checkpoint_at_all_is_one_line(folder):
     for step in STEPS:
         flip(largest(folder / str(step) / "ema"))
-    with Checkpoints(folder, read_only=True) as reader:
-        assert reader.newest() is None
+    for read_only in (True, False):
+        with Checkpoints(folder, read_only=read_only) as checkpoints:
+            for call in (checkpoints.newest, lambda c=checkpoints: c.restore_ema(shape().ema)):
+                with says("none of the checkpoints 8, 4 in", "is sound (8: ema/", "to begin anew"):
+                    call()
+    # Nothing was moved, and training does not begin anew over them.
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["4", "8"]
+    assert not (folder.parent / "quarantine").exists()
+
+
+def test_a_folder_without_checkpoints_has_none(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.newest() is None
         with says("no checkpoint in"):
-            reader.restore_ema(shape().ema)
+            checkpoints.restore_ema(shape().ema)
 
 
 def test_what_is_put_aside_twice_is_kept_twice(folder):
