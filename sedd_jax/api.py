@@ -38,10 +38,11 @@ SHORTEST = 16  # tokens of the smallest bucket
 class SEDD:
     """A network with its weights, its process and its tokenizer.
 
-    Batches and lengths are rounded up to powers of two (a batch to no more than batch_size, a length
-    to no more than the model's) and filled up with padding that nothing attends to. Each such bucket compiles once; another prompt,
-    seed or number of steps does not. A sample depends on the seed and its number alone: the first
-    of four is the first of one, up to the rounding of matrix products.
+    Batches and lengths are rounded up to powers of two (a batch to no more than batch_size, a
+    length to no more than the model's) and filled up with padding that nothing attends to. Each
+    such bucket compiles once; another prompt, seed or number of steps does not. A sample depends on
+    the seed and its number alone: the first of four is the first of one, up to the rounding of
+    matrix products.
     """
 
     network: Transformer
@@ -109,25 +110,23 @@ class SEDD:
         batch_size samples are drawn at once. progress shows a bar of network calls.
 
         Options: steps=128, each a network call, and one more for the denoiser; seed=0;
-        predictor="tweedie", "euler" or "none" (the denoiser alone); draw="exact" or "float32_gumbel", the original's;
-        t_min=1e-5, the time of the denoising. ValueError, before any work, for what cannot be meant.
+        predictor="tweedie", "euler" or "none" (the denoiser alone); draw="exact" or
+        "float32_gumbel", the original's; t_min=1e-5, the time of the denoising. ValueError, before
+        any work, for what cannot be meant.
         """
         options = _Sampling(**options)
         _check("num_samples", num_samples, 1, 2**31 - 1)
         _check("batch_size", batch_size, 1, 2**31 - 1)
         known = self._known(num_samples, length, known)
         marks = _marks(options.steps, 20) if progress else [options.steps]
-        starts = range(0, num_samples, batch_size)
-        total = len(starts) * options.steps
-        found = []
+        total = -(-num_samples // batch_size) * options.steps
+        found, before = [], 0
         with tqdm(desc="sample", unit=" steps", total=total, disable=not progress) as bar:
-            for start in starts:
-                rows = slice(start, start + batch_size)
-                part = Known(known.tokens[rows], known.is_known[rows])
-                states = self._run(part, start, marks, options, batch_size)
-                for before, (mark, x) in zip([0, *marks], states):
-                    bar.update(mark - before)
-                found.append(x)
+            for step, x, _ in self._states(known, marks, options, batch_size):
+                bar.update(step - before)
+                before = step % options.steps  # the next batch begins at 0
+                if step == options.steps:
+                    found.append(x)
         return np.concatenate(found)
 
     def stream(
@@ -159,11 +158,8 @@ class SEDD:
 
         def states():  # so that bad input is refused at the call, not at the first state
             marks = [0, *_marks(options.steps, updates)]
-            for start in range(0, num_samples, batch_size):
-                rows = slice(start, start + batch_size)
-                part = Known(known.tokens[rows], known.is_known[rows])
-                for step, x in self._run(part, start, marks, options, batch_size):
-                    yield State(step, options.steps, x, part.is_known, self.tokenizer)
+            for step, x, is_known in self._states(known, marks, options, batch_size):
+                yield State(step, options.steps, x, is_known, self.tokenizer)
 
         return states()
 
@@ -222,38 +218,39 @@ class SEDD:
             )
         return Known(np.where(is_known, tokens, 0).astype(np.int32), is_known)
 
-    def _run(
-        self,
-        known: Known,
-        first: int,
-        marks: Sequence[int],
-        options: "_Sampling",
-        batch_size: int,
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """(step, state int32 [N, L]) at every mark, the last of which is steps: the samples.
+    def _states(
+        self, known: Known, marks: Sequence[int], options: "_Sampling", batch_size: int
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """(step, state int32 [N, L], is_known [N, L]) at every mark, batch after batch.
 
-        first is the number of the first row among all samples.
+        The last mark is steps: the samples.
         """
-        count, length = known.tokens.shape
-        rows, width = self._bucket(count, length, batch_size)
-        known = jax.tree.map(lambda a: _fill(a, rows, width), known)
-        index = np.arange(first, first + rows, dtype=np.int32)
-        batch = (index, np.zeros((rows, width), np.int32), known, _is_token(rows, [length], width))
-        index, x, known, is_token = self._put(batch)
-        for begin, end in pairwise([0, *marks]):
-            x = self._sample(
-                self.params,
-                jax.random.key(options.seed),
-                index,
-                x,
-                *(np.int32(n) for n in (begin, end, options.steps)),
-                np.float32(options.t_min),
-                known,
-                is_token,
-                predictor=options.predictor,
-                draw=options.draw,
+        num_samples, length = known.tokens.shape
+        for first in range(0, num_samples, batch_size):
+            part = jax.tree.map(lambda a, first=first: a[first : first + batch_size], known)
+            count = len(part.tokens)
+            rows, width = self._rows(count, batch_size), self._width(length)
+            batch = (
+                np.arange(first, first + rows, dtype=np.int32),  # numbers among all samples
+                np.zeros((rows, width), np.int32),
+                jax.tree.map(lambda a, rows=rows, width=width: _fill(a, rows, width), part),
+                _is_token(rows, [length], width),
             )
-            yield end, np.asarray(x)[:count, :length]
+            index, x, filled, is_token = self._put(batch)
+            for begin, end in pairwise([0, *marks]):
+                x = self._sample(
+                    self.params,
+                    jax.random.key(options.seed),
+                    index,
+                    x,
+                    *(np.int32(n) for n in (begin, end, options.steps)),
+                    np.float32(options.t_min),
+                    filled,
+                    is_token,
+                    predictor=options.predictor,
+                    draw=options.draw,
+                )
+                yield end, np.asarray(x)[:count, :length], part.is_known
 
     @functools.cached_property
     def _sample(self):
@@ -305,12 +302,12 @@ class SEDD:
                 )
         buckets: dict[int, list[int]] = {}
         for number, row in enumerate(rows):
-            buckets.setdefault(self._bucket(1, len(row), 1)[1], []).append(number)
+            buckets.setdefault(self._width(len(row)), []).append(number)
         key, numbers, found = jax.random.key(seed), [], []
         for width, members in buckets.items():
             for start in range(0, len(members), batch_size):
                 part = members[start : start + batch_size]
-                count, _ = self._bucket(len(part), width, batch_size)
+                count = self._rows(len(part), batch_size)
                 filled = [*part, *part[:1] * (count - len(part))]
                 tokens = np.concatenate([_fill(rows[n][None], 1, width) for n in filled])
                 is_token = _is_token(count, [len(rows[n]) for n in filled], width)
@@ -417,15 +414,14 @@ class SEDD:
         """A text for each row of int32 [B, L]; masked positions show as ░."""
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
 
-    def _bucket(self, count: int, length: int, most: int) -> tuple[int, int]:
-        """The rows and the width that a batch of count rows of `length` tokens is filled up to.
-
-        No more rows than `most`, but as many as the mesh shares evenly.
-        """
+    def _rows(self, count: int, most: int) -> int:
+        """What a batch of count rows is filled up to: no more than `most`, unless the mesh needs it."""
         parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
-        rows = min(1 << (count - 1).bit_length(), most)
-        width = max(SHORTEST, 1 << (length - 1).bit_length())
-        return -(-rows // parts) * parts, min(width, self.length)
+        return -(-min(_power_of_two(count), most) // parts) * parts
+
+    def _width(self, length: int) -> int:
+        """What rows of `length` tokens are filled up to."""
+        return min(max(SHORTEST, _power_of_two(length)), self.length)
 
     def _put(self, batch: Any) -> Any:
         """A tree of numpy arrays where the weights are: placed otherwise, jit would compile twice."""
@@ -469,6 +465,11 @@ def _ids(name: str, values: Any) -> np.ndarray:
     if not np.issubdtype(found.dtype, np.integer):
         raise ValueError(f"{name} of dtype {found.dtype} are no whole numbers; give integers")
     return found
+
+
+def _power_of_two(least: int) -> int:
+    """The smallest one that is at least this."""
+    return 1 << (least - 1).bit_length()
 
 
 def _marks(steps: int, updates: int) -> list[int]:

@@ -108,8 +108,9 @@ class Checkpoints:
         """The newest step whose items are what was sealed; None if there is no checkpoint.
 
         One that is not is passed over with a warning, and by a writer put into the folder
-        quarantine beside the checkpoints, so that its number is free again. ValueError, and nothing
-        is moved, if there are checkpoints and none is sound: training must not begin anew over them.
+        quarantine beside the checkpoints, so that its number is free again. ValueError, and
+        nothing is moved, if there are checkpoints and none is sound: training must not begin anew
+        over them.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -137,6 +138,15 @@ class Checkpoints:
             )
             if not self._read_only:
                 self._put_aside(self.folder / str(number))
+        return step
+
+    def needed(self, items: tuple[str, ...] = ITEMS) -> int:
+        """`newest`; ValueError where there is none."""
+        step = self.newest(items)
+        if step is None:
+            raise ValueError(
+                f"no checkpoint in {str(self.folder)!r}; train first, or name another workdir"
+            )
         return step
 
     def _put_aside(self, folder: Path) -> None:
@@ -186,11 +196,7 @@ class Checkpoints:
 
     def restore_ema(self, shape: Any) -> tuple[int, Any]:
         """(step, moving average) of the newest checkpoint, reading nothing else."""
-        step = self.newest(("ema",))
-        if step is None:
-            raise ValueError(
-                f"no checkpoint in {str(self.folder)!r}; train first, or name another workdir"
-            )
+        step = self.needed(("ema",))
         return step, self._restore(step, ema=shape)["ema"]
 
     def _restore(self, step: int, **shapes: Any):

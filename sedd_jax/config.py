@@ -188,6 +188,19 @@ def check(config: ConfigDict) -> None:
     make_schedule(config)
 
 
+def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """The config with {"data.records": ...} set; ValueError for a key or value that is none."""
+    config = config.copy_and_resolve_references()
+    for key, value in values.items():
+        check_value(key, value)
+        section, dot, name = key.rpartition(".")
+        target = config[section] if dot else config
+        with target.ignore_type():  # JSON may hold 20 where the config has 20.0
+            target[name] = value
+    check(config)
+    return config
+
+
 def differences(saved: ConfigDict, config: ConfigDict) -> list[str]:
     """Phrases "key: saved -> now" for the keys that a resumed run may not change."""
     before, now = dict(flatten(saved)), dict(flatten(config))

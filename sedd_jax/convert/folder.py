@@ -140,18 +140,11 @@ def _read_ours(file: Path) -> dict[str, Any]:
 
 def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[str, ...]]:
     """(config, notices): ours as it was written, keys that are newer as configs/base.py has them."""
-    config, known = base.get_config(), {}
-    for key, value in configuration.flatten(values):
+    known = dict(configuration.flatten(values))
+    for key in known:
         if key not in configuration.RULES:
             raise ValueError(f"unknown config key {key[:60]!r} in {where}; update sedd_jax")
-        configuration.check_value(key, value)
-        known[key] = value
-        section, dot, name = key.rpartition(".")
-        target = config[section] if dot else config
-        # JSON may hold 20 where base has 20.0.
-        with target.ignore_type():
-            target[name] = value
-    configuration.check(config)
+    config = configuration.with_values(base.get_config(), known)
     missing = [key for key in configuration.RULES if key not in known]
     told = ", ".join(f"{key} {dict(configuration.flatten(config))[key]!r}" for key in missing)
     return config, ((f"{where} lacks these, taken as {told}",) if missing else ())

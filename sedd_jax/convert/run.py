@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from ml_collections import ConfigDict
 
+from sedd_jax import config as configuration
 from sedd_jax.convert import names, original, torch_files, workdir
 from sedd_jax.convert.folder import check_tokenizer
 from sedd_jax.convert.placing import appearing, check_new
@@ -92,7 +93,7 @@ def import_run(
     notices = list(run.notices)
     config = run.config
     config.data.tokenizer = tokenizer.name
-    config = workdir.with_changes(config, changes or {})
+    config = configuration.with_values(config, changes or {})
     check_tokenizer(tokenizer, run.vocab_size, source)
     sizes = names.sizes_of(config, run.vocab_size)
 

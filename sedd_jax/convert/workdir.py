@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,10 +57,7 @@ def read_state(workdir: Workdir) -> TrainState:
     """The newest checkpoint's whole train state, on one device."""
     shape = _placed(_shape(workdir.config, workdir.tokenizer.vocab_size))
     with Checkpoints(workdir.folder / CHECKPOINTS, read_only=True) as checkpoints:
-        step = checkpoints.newest()
-        if step is None:
-            raise ValueError(f"no sound checkpoint in {str(checkpoints.folder)!r}; train first")
-        return checkpoints.restore(step, shape)
+        return checkpoints.restore(checkpoints.needed(), shape)
 
 
 def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
@@ -210,16 +206,3 @@ def write_workdir(
         with Checkpoints(part / CHECKPOINTS) as checkpoints:
             checkpoints.save(int(train_state.step), train_state)
             checkpoints.wait()
-
-
-def with_changes(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """The config with {"data.records": ...} set; ValueError for a key or value that is none."""
-    config = config.copy_and_resolve_references()
-    for key, value in changes.items():
-        configuration.check_value(key, value)
-        section, dot, name = key.rpartition(".")
-        target = config[section] if dot else config
-        with target.ignore_type():
-            target[name] = value
-    configuration.check(config)
-    return config
