@@ -242,12 +242,3 @@ def _leaves(tree: Any) -> dict[str, str]:
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
-
-
-def with_shardings(shape: Any, shardings: Any) -> Any:
-    """A tree of shapes, each leaf with its sharding."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shape,
-        shardings,
-    )

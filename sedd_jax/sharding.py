@@ -87,6 +87,15 @@ def tree_shardings(tree, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def with_shardings(shape: Any, shardings: Any) -> Any:
+    """A tree of shapes, each leaf with its sharding."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shape,
+        shardings,
+    )
+
+
 def batch_parts(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -14,9 +14,10 @@ import jax
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import data, evaluate, sharding, state
-from sedd_jax.checkpoint import Checkpoints, with_shardings
+from sedd_jax import data, evaluate, sharding
+from sedd_jax.checkpoint import Checkpoints
 from sedd_jax.models.head import make_score_fn
+from sedd_jax.program import make_program
 from sedd_jax.progress import Report, Signals, write_text
 
 log = logging.getLogger(__name__)
@@ -38,31 +39,14 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     records = prepare_data(config, workdir)
     claim_workdir(config, workdir, records)
 
-    graph = configuration.make_graph(config, records.tokenizer.vocab_size)
-    schedule = configuration.make_schedule(config)
-    model = configuration.make_model(config, graph)
-    optimizer = configuration.make_optimizer(config)
-    key_init, key_train, key_eval = jax.random.split(jax.random.key(config.seed), 3)
-
-    def fresh():
-        return state.init(configuration.init_params(config, model, key_init), optimizer)
-
-    shape = jax.eval_shape(fresh)
-    shardings = sharding.tree_shardings(shape, mesh)
-    train_step = state.on_mesh(
-        state.make_train_step(
-            configuration.make_loss_fn(config, model, graph, schedule),
-            optimizer,
-            decay=config.optimizer.ema_decay,
-            microbatches=config.train.microbatches,
-        ),
-        shape,
-        mesh,
-    )
+    program = make_program(config, records.tokenizer.vocab_size, mesh)
+    keys = program.keys
     bound_fn = evaluate.make_bound_fn(
-        lambda params, is_token: make_score_fn(model, params, graph, is_token=is_token),
-        graph,
-        schedule,
+        lambda params, is_token: make_score_fn(
+            program.network, params, program.graph, is_token=is_token
+        ),
+        program.graph,
+        program.schedule,
         t_min=config.objective.t_min,
     )
     heldout = data.read_blocks(records, config.data.heldout_split, config.evaluate.blocks)
@@ -71,7 +55,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         return evaluate.corpus_bound(
             bound_fn,
             ema,
-            key_eval,
+            keys["evaluate"],
             heldout,
             passes=config.evaluate.passes,
             batch_size=config.evaluate.batch_size,
@@ -87,11 +71,11 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         )
         found = checkpoints.newest()
         if found is None:
-            train_state = jax.jit(fresh, out_shardings=shardings)()
+            train_state = program.start()
         else:
-            train_state = checkpoints.restore(found, with_shardings(shape, shardings))
+            train_state = checkpoints.restore(found, program.shape)
         step = int(train_state.step)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(shape.params))
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(program.shape.params))
         log.info(
             "%s parameters, %s blocks of %d tokens, mesh %s; %s",
             f"{parameters:,}",
@@ -116,7 +100,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
 
         while step < config.train.steps and not stop.asked:
             batch = sharding.put_batch(next(batches), mesh)
-            train_state, metrics = train_step(train_state, batch, key_train)
+            train_state, metrics = program.train_step(train_state, batch, keys["train"])
             step += 1
             report.collect(metrics)
             if step % config.train.log_every == 0 or step == config.train.steps:

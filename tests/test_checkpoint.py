@@ -12,8 +12,8 @@ import optax
 import pytest
 from conftest import REPOSITORY, says
 
-from sedd_jax import state
-from sedd_jax.checkpoint import ITEMS, SEAL, Checkpoints, with_shardings
+from sedd_jax import sharding, state
+from sedd_jax.checkpoint import ITEMS, SEAL, Checkpoints
 
 STEPS = (4, 8)
 
@@ -28,7 +28,7 @@ def state_of(step: int) -> state.TrainState:
 def shape():
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     found = jax.eval_shape(lambda: state_of(0))
-    return with_shardings(found, jax.tree.map(lambda leaf: device, found))
+    return sharding.with_shardings(found, jax.tree.map(lambda leaf: device, found))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ FLOORS = {
     1: ("kernels", "diffusion", "data", "sharding"),
     2: ("models", "state"),
     3: ("config", "checkpoint"),
-    4: ("convert", "evaluate"),
+    4: ("convert", "evaluate", "program"),
     5: (
         "train",
         "progress",

@@ -176,7 +176,9 @@ def _start(model: _Model, target: Path, changes: Mapping[str, Any]) -> _Model:
     """A workdir at step 0 whose parameters are the model's: training it further."""
     if model.tokenizer is None:
         raise ValueError(_NO_TOKENIZER)
-    config = configuration.with_values(model.config, {"data.tokenizer": model.tokenizer.name, **changes})
+    config = configuration.with_values(
+        model.config, {"data.tokenizer": model.tokenizer.name, **changes}
+    )
     params = model.params
     train_state = workdir.new_state(config, model.vocab_size, params=params, ema=params)
     workdir.write_workdir(

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax import sharding, state
-from sedd_jax.checkpoint import Checkpoints, with_shardings
+from sedd_jax.checkpoint import Checkpoints
 from sedd_jax.convert.placing import appearing, check_new
 from sedd_jax.convert.weights import load_json
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
@@ -83,7 +83,7 @@ def _shape(config: ConfigDict, vocab_size: int) -> TrainState:
 
 
 def _placed(shape: Any, mesh: Mesh | None = None) -> Any:
-    return with_shardings(shape, shardings(shape, mesh))
+    return sharding.with_shardings(shape, shardings(shape, mesh))
 
 
 def shardings(tree: Any, mesh: Mesh | None) -> Any:

@@ -1,0 +1,103 @@
+"""The compiled part of an experiment: what a config means on a mesh, from shapes alone.
+
+Nothing here allocates: training calls what it finds here, the dry run compiles it for machines that
+are not there.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from sedd_jax import config as configuration
+from sedd_jax import sharding, state
+from sedd_jax.data import Blocks
+from sedd_jax.diffusion.graphs import Graph
+from sedd_jax.diffusion.schedules import Schedule
+from sedd_jax.models.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The parts of one config over one mesh; shapes and shardings of the state included."""
+
+    config: ConfigDict
+    mesh: Mesh
+    graph: Graph
+    schedule: Schedule
+    network: Transformer
+    optimizer: optax.GradientTransformation
+    shape: state.TrainState  # of jax.ShapeDtypeStruct, each with its sharding
+    train_step: Any  # jitted (state, Blocks, key) -> (state, metrics); the state is donated
+
+    def fresh(self) -> state.TrainState:
+        """The state before the first step; a pure function of the config's seed."""
+        return _fresh(self.config, self.network, self.optimizer)
+
+    @property
+    def keys(self) -> dict[str, jax.Array]:
+        """The run's keys by use; never drawn from twice."""
+        return _keys(self.config)
+
+    def start(self) -> state.TrainState:
+        """`fresh`, placed on the mesh."""
+        return jax.jit(self.fresh, out_shardings=self.shardings)()
+
+    @property
+    def shardings(self) -> Any:
+        """Where each leaf of the state lives."""
+        return jax.tree.map(lambda leaf: leaf.sharding, self.shape)
+
+    @property
+    def batch_shape(self) -> Blocks:
+        """Shapes and shardings of the global batch of one step."""
+        shape = (self.config.train.batch_size, self.config.data.length)
+        rows = NamedSharding(self.mesh, sharding.BATCH)
+        is_token = None
+        if self.config.data.form == "padded":
+            is_token = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows)
+        return Blocks(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows), is_token)
+
+    def lower(self):
+        """The train step, traced and lowered for the mesh's devices: .compile() is next."""
+        key = jax.eval_shape(lambda: self.keys["train"])
+        return self.train_step.lower(self.shape, self.batch_shape, key)
+
+
+def make_program(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Program:
+    """The program of a checked config for vocab_size clean tokens; ValueError if it does not fit the
+    mesh."""
+    configuration.check_mesh(config, mesh)
+    graph = configuration.make_graph(config, vocab_size)
+    schedule = configuration.make_schedule(config)
+    network = configuration.make_model(config, graph)
+    optimizer = configuration.make_optimizer(config)
+    shape = jax.eval_shape(lambda: _fresh(config, network, optimizer))
+    shape = sharding.with_shardings(shape, sharding.tree_shardings(shape, mesh))
+    train_step = state.on_mesh(
+        state.make_train_step(
+            configuration.make_loss_fn(config, network, graph, schedule),
+            optimizer,
+            decay=config.optimizer.ema_decay,
+            microbatches=config.train.microbatches,
+        ),
+        shape,
+        mesh,
+    )
+    return Program(config, mesh, graph, schedule, network, optimizer, shape, train_step)
+
+
+def _keys(config: ConfigDict) -> dict[str, jax.Array]:
+    uses = ("init", "train", "evaluate")
+    return dict(zip(uses, jax.random.split(jax.random.key(config.seed), len(uses))))
+
+
+def _fresh(
+    config: ConfigDict, network: Transformer, optimizer: optax.GradientTransformation
+) -> state.TrainState:
+    params = configuration.init_params(config, network, _keys(config)["init"])
+    return state.init(params, optimizer)
