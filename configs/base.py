@@ -52,7 +52,8 @@ def get_config():
     config.model.cond_dim = 128  # width of the noise level's embedding
     config.model.dropout = 0.1  # probability
     config.model.dtype = "bfloat16"  # of the matrix products: float32 or bfloat16
-    config.model.remat = False  # make activations again in the backward pass: less memory, slower
+    config.model.remat = "none"  # made again in the backward pass, which takes less memory and more
+    # time: none, elementwise (all but the products with weights), blocks (all)
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 3e-4
@@ -71,6 +72,7 @@ def get_config():
     config.train.log_every = 50  # steps
     config.train.eval_every = 5000  # steps
     config.train.max_skipped = 50  # steps skipped in a row, for loss or gradient not finite
+    config.train.stuck_seconds = 3600  # without a step, batch or save: the process ends; 0: never
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = 10_000  # steps
@@ -86,6 +88,12 @@ def get_config():
     config.sample.steps = 128
     config.sample.t_min = 1e-5  # time of the final denoising
     config.sample.draw = "exact"  # exact, or float32_gumbel: the original's, rare tokens underdrawn
+    config.sample.every = 0  # steps of training between samples in WORKDIR/samples; 0: none
+    config.sample.count = 4  # of them
+
+    config.profile = ml_collections.ConfigDict()
+    config.profile.start = 0  # first step of the profile in WORKDIR/profile
+    config.profile.steps = 0  # steps profiled; 0: none
 
     config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1  # devices the batch is split over; -1: all that are left
@@ -99,4 +107,40 @@ def with_uniform_noise(config):
     config.graph.name = "uniform"
     config.graph.scale_by_sigma = False
     config.schedule.name = "geometric"
+    return config
+
+
+# Machines, and how 512 blocks of 1024 tokens are cut on them: devices, then for SEDD small and for
+# medium fsdp (devices that share the state; the others copy it), microbatches, remat. Cloud names
+# count cores for v4 and v5p, two a chip, and chips for v5e and v6e; a chip is a device. A100s are
+# taken to have 40 GB. Estimates, see on_hardware.
+HARDWARE = {
+    "a100x8": (8, (1, 4, "none"), (1, 8, "none")),
+    "a100x16": (16, (1, 2, "none"), (1, 4, "none")),
+    "h100x8": (8, (1, 2, "none"), (1, 4, "none")),
+    "v4-64": (32, (1, 1, "none"), (1, 2, "none")),
+    "v5e-16": (16, (1, 4, "none"), (4, 8, "blocks")),
+    "v5e-64": (64, (1, 1, "none"), (4, 2, "none")),
+    "v5e-256": (256, (1, 1, "none"), (4, 1, "none")),
+    "v5p-64": (32, (1, 1, "none"), (1, 1, "none")),
+    "v6e-64": (64, (1, 1, "none"), (1, 1, "none")),
+}
+
+
+def on_hardware(config, hardware):
+    """config as HARDWARE cuts it, as in --config=openwebtext_small.py:v5e-64; "" leaves it alone.
+
+    Expected memory: see docs/scaling.md. Microbatches draw their noise apart, so they belong to the
+    experiment; the mesh may change when a run is resumed (--config.mesh.data=-1 fits it to any).
+    """
+    if not hardware:
+        return config
+    if hardware not in HARDWARE:
+        raise ValueError(f"unknown hardware {hardware!r}; known: {', '.join(HARDWARE)}")
+    devices, small, medium = HARDWARE[hardware]
+    fsdp, microbatches, remat = medium if config.model.blocks > 12 else small
+    config.mesh.data = devices // fsdp
+    config.mesh.fsdp = fsdp
+    config.train.microbatches = microbatches
+    config.model.remat = remat
     return config

@@ -4,12 +4,12 @@ Zero-shot perplexity in the paper: LAMBADA 42.77, WikiText2 31.04, PTB 87.12, Wi
 1BW 61.19.
 """
 
-from sedd_jax.configs import openwebtext_small
+from sedd_jax.configs import base, openwebtext_small
 
 
-def get_config():
+def get_config(hardware=""):
     config = openwebtext_small.get_config()
     config.model.hidden_size = 1024
     config.model.blocks = 24
     config.model.heads = 16
-    return config
+    return base.on_hardware(config, hardware)

@@ -7,5 +7,5 @@ Zero-shot perplexity in the paper: LAMBADA 51.28, WikiText2 38.93, PTB 102.28, W
 from sedd_jax.configs import base, openwebtext_medium
 
 
-def get_config():
-    return base.with_uniform_noise(openwebtext_medium.get_config())
+def get_config(hardware=""):
+    return base.with_uniform_noise(openwebtext_medium.get_config(hardware))

@@ -8,8 +8,8 @@ perplexity LAMBADA 50.92, WikiText2 41.84, PTB 114.24, WikiText103 40.62, 1BW 79
 from sedd_jax.configs import base
 
 
-def get_config():
+def get_config(hardware=""):
     config = base.get_config()
     config.data.corpus = "openwebtext"
     config.data.heldout_fraction = 0.0125  # of the pages; the corpus has no split of its own
-    return config
+    return base.on_hardware(config, hardware)

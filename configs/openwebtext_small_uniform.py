@@ -7,5 +7,5 @@ Zero-shot perplexity in the paper: LAMBADA 65.40, WikiText2 50.27, PTB 140.12, W
 from sedd_jax.configs import base, openwebtext_small
 
 
-def get_config():
-    return base.with_uniform_noise(openwebtext_small.get_config())
+def get_config(hardware=""):
+    return base.with_uniform_noise(openwebtext_small.get_config(hardware))

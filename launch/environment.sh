@@ -1,6 +1,7 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: makes the virtual environment and installs the package for CPU.
 # VENV names the environment's folder (default .venv), PYTHON the interpreter (default python3).
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 VENV=${VENV:-.venv}
 export JAX_PLATFORMS=cpu
 # Huge pages for XLA's buffers: a fifth off a CPU training step, which otherwise takes its time to

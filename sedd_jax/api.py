@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from sedd_jax import convert, data, evaluate, sharding
+from sedd_jax import convert, data, evaluate, processes, sharding
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion import samplers
 from sedd_jax.diffusion.graphs import Graph
@@ -69,6 +69,13 @@ class SEDD:
     def score_fn(self) -> ScoreFn:
         """(xt [B, L], sigma [B, 1]) -> Scores: the seam that losses and samplers take."""
         return make_score_fn(self.network, self.params, self.graph)
+
+    def with_params(self, params: Any) -> "SEDD":
+        """The same network with other weights, placed as these; nothing is compiled again."""
+        other = dataclasses.replace(self, params=params)
+        for name in ("_sample", "bound_fn"):
+            other.__dict__[name] = getattr(self, name)
+        return other
 
     # --- sampling
 
@@ -250,7 +257,7 @@ class SEDD:
                     predictor=options.predictor,
                     draw=options.draw,
                 )
-                yield end, np.asarray(x)[:count, :length], part.is_known
+                yield end, processes.fetch(x)[:count, :length], part.is_known
 
     @functools.cached_property
     def _sample(self):
@@ -314,8 +321,9 @@ class SEDD:
                 blocks, index = self._put(
                     (data.Blocks(tokens, is_token), np.array(filled, np.int32))
                 )
-                drawn = self._bound_fn(self.params, key, blocks, index, passes=passes)
-                found.append(jax.tree.map(lambda a, part=part: np.asarray(a)[: len(part)], drawn))
+                drawn = self.bound_fn(self.params, key, blocks, index, passes=passes)
+                drawn = processes.fetch(drawn)
+                found.append(jax.tree.map(lambda a, part=part: a[: len(part)], drawn))
                 numbers += part
         order = np.argsort(numbers)
         return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *found)
@@ -349,7 +357,7 @@ class SEDD:
 
         def one_round(r: int) -> evaluate.CorpusBound:
             return evaluate.corpus_bound(
-                self._bound_fn,
+                self.bound_fn,
                 self.params,
                 jax.random.fold_in(key, r),
                 blocks,
@@ -366,7 +374,9 @@ class SEDD:
         return evaluate.bound_until(one_round, target_standard_error, most, tokens=blocks.count)
 
     @functools.cached_property
-    def _bound_fn(self) -> evaluate.BoundFn:
+    def bound_fn(self) -> evaluate.BoundFn:
+        """Jitted (params, key, Blocks, index, *, passes) -> Bound, for `evaluate.corpus_bound`."""
+
         def score_fn(params, is_token):
             return make_score_fn(self.network, params, self.graph, is_token=is_token)
 
@@ -426,7 +436,7 @@ class SEDD:
     def _put(self, batch: Any) -> Any:
         """A tree of numpy arrays where the weights are: placed otherwise, jit would compile twice."""
         if self.mesh is not None:
-            return sharding.put_batch(batch, self.mesh)
+            return sharding.put_whole(batch, self.mesh)
         return jax.device_put(batch, jax.tree.leaves(self.params)[0].sharding)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
-from sedd_jax import sharding
+from sedd_jax import processes, sharding
 from sedd_jax.data.published import file_sha256
 from sedd_jax.state import TrainState
 
@@ -112,6 +112,14 @@ class Checkpoints:
         nothing is moved, if there are checkpoints and none is sound: training must not begin anew
         over them.
         """
+        if self._read_only:
+            return self._newest(items)
+        # Every process restores what process 0 has found sound, and none before it is put aside.
+        step = processes.leader(lambda: self._newest(items))
+        self._manager.reload()
+        return step
+
+    def _newest(self, items: tuple[str, ...]) -> int | None:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self.folder / str(step)
@@ -154,7 +162,6 @@ class Checkpoints:
         quarantine.mkdir(exist_ok=True)
         taken = sum(1 for path in quarantine.iterdir() if path.name.split("-")[0] == folder.name)
         folder.rename(quarantine / (f"{folder.name}-{taken + 1}" if taken else folder.name))
-        self._manager.reload()
 
     def save(self, step: int, state: TrainState) -> None:
         """Start writing state as this step's checkpoint, unless it is there already.

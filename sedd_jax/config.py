@@ -17,14 +17,15 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sedd_jax.configs import base
 from sedd_jax.data import CORPORA, FORMS, TOKENIZERS, WINDOWS
 from sedd_jax.diffusion.graphs import GRAPHS, Graph
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.samplers import DRAWS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
 from sedd_jax.models.head import make_score_fn
-from sedd_jax.models.transformer import Transformer
-from sedd_jax.sharding import batch_parts
+from sedd_jax.models.transformer import REMAT, Anywhere, Transformer
+from sedd_jax.sharding import OnMesh, batch_parts
 from sedd_jax.state import LossFn
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -93,7 +94,7 @@ RULES: dict[str, Rule] = {
     "model.cond_dim": _whole(1),
     "model.dropout": _DECAY,
     "model.dtype": _one_of(DTYPES),
-    "model.remat": _TRUTH,
+    "model.remat": _one_of(REMAT),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _whole(0),
     "optimizer.b1": _DECAY,
@@ -108,6 +109,7 @@ RULES: dict[str, Rule] = {
     "train.log_every": _whole(1),
     "train.eval_every": _whole(1),
     "train.max_skipped": _whole(1),
+    "train.stuck_seconds": _whole(0),
     "checkpoint.every": _whole(1),
     "checkpoint.keep": _whole(1),
     "evaluate.blocks": _whole(1),
@@ -117,6 +119,10 @@ RULES: dict[str, Rule] = {
     "sample.steps": _whole(1),
     "sample.t_min": _INSIDE,
     "sample.draw": _one_of(DRAWS),
+    "sample.every": _whole(0),
+    "sample.count": _whole(1),
+    "profile.start": _whole(0),
+    "profile.steps": _whole(0),
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
@@ -129,11 +135,13 @@ MAY_CHANGE = (
     "train.log_every",
     "train.eval_every",
     "train.max_skipped",
+    "train.stuck_seconds",
     "data.path",
     "data.records",
     "data.tokenizer_path",
+    "model.remat",
 )
-MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh")
+MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh", "profile")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -201,15 +209,18 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
+def may_change(key: str) -> bool:
+    """Whether a run may be resumed with another value of the key."""
+    return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE_SECTIONS
+
+
 def differences(saved: ConfigDict, config: ConfigDict) -> list[str]:
     """Phrases "key: saved -> now" for the keys that a resumed run may not change."""
     before, now = dict(flatten(saved)), dict(flatten(config))
     return [
         f"{key}: {before.get(key)!r} -> {now.get(key)!r}"
         for key in {**before, **now}
-        if before.get(key) != now.get(key)
-        and key not in MAY_CHANGE
-        and key.split(".")[0] not in MAY_CHANGE_SECTIONS
+        if before.get(key) != now.get(key) and not may_change(key)
     ]
 
 
@@ -221,12 +232,18 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """The config of `to_json`; ValueError if the text is not one."""
     values = json.loads(text)
-    sections = {key.split(".")[0] for key in RULES}
+    sections = {key.split(".")[0] for key in RULES if not may_change(key)}
     if not isinstance(values, dict) or not sections <= set(values):
         raise ValueError(
             f"{' '.join(text.split())[:60]!r} is no config of sedd_jax; give the folder of a run"
         )
-    return ConfigDict(values)
+    config = ConfigDict(values)
+    # Keys that are newer than the run, and change nothing that it has done, are as by default.
+    for key, value in flatten(base.get_config()):
+        section, _, name = key.rpartition(".")
+        if may_change(key) and name not in config.get(section, {}):
+            config.setdefault(section, ConfigDict())[name] = value
+    return config
 
 
 def _make(table: Mapping[str, type], section: ConfigDict, **given: Any) -> Any:
@@ -258,15 +275,18 @@ def make_schedule(config: ConfigDict) -> Schedule:
     return _make(SCHEDULES, config.schedule)
 
 
-def make_model(config: ConfigDict, graph: Graph) -> Transformer:
-    """The network for the graph's states."""
+def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Transformer:
+    """The network for the graph's states, its activations kept with their rows on the mesh."""
     fields = {**config.model.to_dict(), "dtype": DTYPES[config.model.dtype]}
+    if mesh is not None:
+        fields["place"] = OnMesh(mesh)
     return Transformer(dim=graph.dim, **fields)
 
 
 def init_params(config: ConfigDict, model: Transformer, key: jax.Array) -> Any:
     """Fresh float32 parameters."""
     tokens = jnp.zeros((1, config.data.length), jnp.int32)
+    model = model.clone(place=Anywhere())  # one row is not split
     return model.init(key, tokens, jnp.zeros((1, 1)), deterministic=True)["params"]
 
 

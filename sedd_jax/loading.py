@@ -143,7 +143,7 @@ def _assemble(config, params, tokenizer: Tokenizer, dtype: str | None, **rest: A
         config.model.dtype = dtype
     graph = configuration.make_graph(config, tokenizer.vocab_size)
     return SEDD(
-        network=configuration.make_model(config, graph),
+        network=configuration.make_model(config, graph, rest.get("mesh")),
         params=params,
         graph=graph,
         schedule=configuration.make_schedule(config),

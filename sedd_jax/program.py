@@ -5,6 +5,7 @@ are not there.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import sharding, state
+from sedd_jax import flops, sharding, state
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.schedules import Schedule
@@ -62,8 +63,24 @@ class Program:
             is_token = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows)
         return Blocks(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows), is_token)
 
-    def lower(self):
-        """The train step, traced and lowered for the mesh's devices: .compile() is next."""
+    @functools.cached_property
+    def flops(self) -> int:
+        """Operations of one training step of the model, all devices; see flops.training_flops."""
+        config = self.config
+        loss_fn = configuration.make_loss_fn(config, self.network, self.graph, self.schedule)
+        rows = config.train.batch_size // config.train.microbatches
+        part = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), self.batch_shape
+        )
+        each = flops.training_flops(loss_fn, self.shape.params, self.keys["train"], part)
+        return config.train.microbatches * each
+
+    def compile(self) -> jax.stages.Compiled:
+        """The train step's executable, (state, Blocks, key) -> (state, metrics)."""
+        return self.lower().compile()
+
+    def lower(self) -> jax.stages.Lowered:
+        """The train step, traced and lowered for the mesh's devices."""
         key = jax.eval_shape(lambda: self.keys["train"])
         return self.train_step.lower(self.shape, self.batch_shape, key)
 
@@ -74,7 +91,7 @@ def make_program(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Program:
     configuration.check_mesh(config, mesh)
     graph = configuration.make_graph(config, vocab_size)
     schedule = configuration.make_schedule(config)
-    network = configuration.make_model(config, graph)
+    network = configuration.make_model(config, graph, mesh)
     optimizer = configuration.make_optimizer(config)
     shape = jax.eval_shape(lambda: _fresh(config, network, optimizer))
     shape = sharding.with_shardings(shape, sharding.tree_shardings(shape, mesh))

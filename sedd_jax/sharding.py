@@ -5,12 +5,14 @@ pattern is found in its path, so parameters, their moving average and the optimi
 follow the same rule.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,7 +56,21 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             "set one size to -1 to fit it to them"
         )
     kinds = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=kinds)
+    slices = 1
+    if devices[0].platform == "tpu":
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=kinds)
+    # Between slices is the data centre's network, slower than a slice's own links: only the
+    # gradients of data parallelism cross it.
+    if shape[0] % slices:
+        raise ValueError(
+            f"mesh data={shape[0]} does not divide over {slices} TPU slices; fsdp and tensor stay "
+            f"inside a slice, so make data a multiple of {slices}"
+        )
+    inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
+    places = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    return Mesh(places, AXES, axis_types=kinds)
 
 
 def path_name(path) -> str:
@@ -101,7 +117,39 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def put_whole(batch: Any, mesh: Mesh) -> Any:
+    """The global batch, a tree of numpy arrays that every process holds, as arrays over the mesh."""
+    rows = NamedSharding(mesh, BATCH)
+    return jax.tree.map(
+        lambda a: jax.make_array_from_callback(a.shape, rows, lambda part, a=a: a[part]), batch
+    )
+
+
 def put_batch(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of the global batch, a tree of numpy arrays, as arrays over the mesh."""
     rows = NamedSharding(mesh, BATCH)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(rows, a), batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """Where the network's arrays live on a mesh; see models.transformer.Anywhere.
+
+    Without it the compiler, which sees parameters split along the hidden size, splits the
+    activations so too, and adds up those of the whole batch.
+    """
+
+    mesh: Mesh
+
+    @property
+    def parts(self) -> int:
+        """Over how many devices the rows of a batch are split."""
+        return batch_parts(self.mesh)
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """x, [B, ...], split as the batch is, and along no other axis."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, BATCH))
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """x on every device: gathered once, not in every block of positions that uses it."""
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))

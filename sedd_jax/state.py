@@ -1,8 +1,8 @@
 """The train state and the one train step.
 
 The step is a pure function (state, batch, key) -> (state, metrics), jitted over a mesh by
-`on_mesh`. It knows neither objective nor network: `loss_fn(params, key, batch)` gives nats per
-sequence, [B].
+`on_mesh`. It knows neither objective nor network: `loss_fn(params, key, batch)` gives the objective's
+`Loss`: nats per sequence, [B], and what is only looked at.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from sedd_jax import sharding
+from sedd_jax.diffusion.losses import Loss
 
-LossFn = Callable[[Any, jax.Array, Any], jax.Array]
+LossFn = Callable[[Any, jax.Array, Any], Loss]
 
 
 @flax.struct.dataclass
@@ -77,15 +78,22 @@ def make_train_step(
         def accumulate(total, index_and_part):
             index, part = index_and_part
             key_part = jax.random.fold_in(key, index)
-            one = jax.value_and_grad(lambda p: loss_fn(p, key_part, part).mean())(params)
-            return jax.tree.map(lambda t, g: t + g / microbatches, total, one), None
+
+            def mean(params):
+                found = loss_fn(params, key_part, part)
+                return found.nats.mean(), found.log_z
+
+            (loss, log_z), grads = jax.value_and_grad(mean, has_aux=True)(params)
+            total = jax.tree.map(lambda t, g: t + g / microbatches, total, (loss, grads))
+            return total, log_z
 
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
         parts = (jnp.arange(microbatches), jax.tree.map(split, batch))
-        return jax.lax.scan(accumulate, zeros, parts)[0]
+        (loss, grads), log_z = jax.lax.scan(accumulate, zeros, parts)
+        return loss, grads, None if log_z is None else log_z.mean()
 
     def train_step(state: TrainState, batch, key: jax.Array):
-        loss, grads = gradients(state.params, jax.random.fold_in(key, state.step), batch)
+        loss, grads, log_z = gradients(state.params, jax.random.fold_in(key, state.step), batch)
         grad_norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -114,6 +122,8 @@ def make_train_step(
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
         }
+        if log_z is not None:
+            metrics["log_z"] = log_z
         return state, metrics
 
     return train_step

@@ -1,24 +1,26 @@
 """The experiment, told from the config to the last checkpoint.
 
 A run's folder (workdir) holds config.json, tokenizer.json, data.json (what the data is), records/ (the packed corpus, unless
-data.records names another place), checkpoints/, metrics.jsonl and tensorboard/.
+data.records names another place), checkpoints/, metrics.jsonl, tensorboard/, and samples/ and profile/
+where they were asked for.
 """
 
 import contextlib
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
+from sedd_jax import __version__, data, evaluate, processes, sharding
 from sedd_jax import config as configuration
-from sedd_jax import data, evaluate, sharding
+from sedd_jax.api import SEDD
 from sedd_jax.checkpoint import Checkpoints
-from sedd_jax.models.head import make_score_fn
 from sedd_jax.program import make_program
-from sedd_jax.progress import Report, Signals, write_text
+from sedd_jax.progress import Profile, Report, Signals, Watchdog, write_text
 
 log = logging.getLogger(__name__)
 
@@ -26,64 +28,60 @@ log = logging.getLogger(__name__)
 def train(config: ConfigDict, workdir: str | Path) -> int:
     """Train until config.train.steps, resuming from workdir's newest checkpoint if there is one.
 
-    Returns the step reached: fewer than asked for if SIGINT or SIGTERM came, after which a
-    checkpoint is written; a second signal ends at once. ValueError before any work for what the
-    config, the corpus or the workdir cannot give; TrainingStopped for loss or gradient that is
-    not finite config.train.max_skipped times in a row.
+    Returns the step reached: fewer than asked for if SIGINT or SIGTERM came to any process, after
+    which a checkpoint is written; a second signal ends at once. ValueError, on every process, before
+    any work for what the config, the corpus or the workdir cannot give; TrainingStopped for loss or
+    gradient that is not finite config.train.max_skipped times in a row.
     """
+    processes.check_same("config", dict(configuration.flatten(config)))
+    processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
     configuration.check(config)
     workdir = Path(workdir)
     mesh = sharding.make_mesh(config.mesh)
     configuration.check_mesh(config, mesh)
-    check_workdir(config, workdir)
-    records = prepare_data(config, workdir)
-    claim_workdir(config, workdir, records)
+    processes.together(lambda: check_workdir(config, workdir))
+    processes.check_shared(workdir)
+    records = processes.leader_first(lambda: prepare_data(config, workdir))
+    processes.together(lambda: claim_workdir(config, workdir, records))
 
     program = make_program(config, records.tokenizer.vocab_size, mesh)
-    keys = program.keys
-    bound_fn = evaluate.make_bound_fn(
-        lambda params, is_token: make_score_fn(
-            program.network, params, program.graph, is_token=is_token
-        ),
-        program.graph,
-        program.schedule,
-        t_min=config.objective.t_min,
-    )
+    key_train = program.keys["train"]
     heldout = data.read_blocks(records, config.data.heldout_split, config.evaluate.blocks)
-
-    def heldout_bound(ema, should_stop) -> evaluate.CorpusBound | None:
-        return evaluate.corpus_bound(
-            bound_fn,
-            ema,
-            keys["evaluate"],
-            heldout,
-            passes=config.evaluate.passes,
-            batch_size=config.evaluate.batch_size,
-            t_min=config.objective.t_min,
-            mesh=mesh,
-            should_stop=should_stop,
-        )
+    model = SEDD(
+        network=program.network,
+        params=program.shape.ema,
+        graph=program.graph,
+        schedule=program.schedule,
+        tokenizer=records.tokenizer,
+        length=config.data.length,
+        config=config,
+        step=None,
+        mesh=mesh,
+    )
 
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(Signals())
+        signals = stack.enter_context(Signals())
+        votes = processes.Votes(lambda: signals.asked, mesh)
+        watchdog = stack.enter_context(Watchdog(config.train.stuck_seconds))
         checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
         )
+
+        def must_stop() -> bool:
+            watchdog.alive()
+            return votes()
+
         found = checkpoints.newest()
         if found is None:
             train_state = program.start()
         else:
             train_state = checkpoints.restore(found, program.shape)
         step = int(train_state.step)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(program.shape.params))
-        log.info(
-            "%s parameters, %s blocks of %d tokens, mesh %s; %s",
-            f"{parameters:,}",
-            f"{records.counts(config.data.train_split)['blocks']:,}",
-            records.length,
-            dict(mesh.shape),
-            f"resuming at step {step}" if step else "starting; compiling the first step",
-        )
+        report = stack.enter_context(Report(program, records, workdir, step))
+        report.began(found)
+        with report.clock("compile"):
+            train_step = program.compile()
+        report.compiled(train_step)
         batches = data.train_batches(
             records,
             seed=config.seed,
@@ -95,28 +93,69 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             windows=config.data.windows,
         )
         stack.callback(batches.close)
-        tokens = records.tokens_per_block(config.data.train_split)
-        report = stack.enter_context(Report(config, workdir, step, tokens))
+        profile = stack.enter_context(Profile(config.profile, workdir))
 
-        while step < config.train.steps and not stop.asked:
-            batch = sharding.put_batch(next(batches), mesh)
-            train_state, metrics = program.train_step(train_state, batch, keys["train"])
+        def every(steps: int) -> bool:
+            return step % steps == 0 or step == config.train.steps
+
+        while step < config.train.steps and not must_stop():
+            profile.before(step)
+            with report.clock("input"):
+                batch = sharding.put_batch(next(batches), mesh)
+            train_state, metrics = train_step(train_state, batch, key_train)
             step += 1
             report.collect(metrics)
-            if step % config.train.log_every == 0 or step == config.train.steps:
+            if every(config.train.log_every):
                 report.train(step)
-            if step % config.checkpoint.every == 0 or step == config.train.steps:
-                checkpoints.save(step, train_state)  # in the background, while evaluating
-            if step % config.train.eval_every == 0 or step == config.train.steps:
-                with report.pause():
-                    total = heldout_bound(train_state.ema, lambda: stop.asked)
+            if every(config.checkpoint.every):
+                with report.clock(
+                    "checkpoint"
+                ):  # until it is copied: the rest is in the background
+                    checkpoints.save(step, train_state)
+            if every(config.train.eval_every):
+                with report.clock("evaluate"):
+                    total = evaluate.corpus_bound(
+                        model.bound_fn,
+                        train_state.ema,
+                        program.keys["evaluate"],
+                        heldout,
+                        passes=config.evaluate.passes,
+                        batch_size=config.evaluate.batch_size,
+                        t_min=config.objective.t_min,
+                        mesh=mesh,
+                        should_stop=must_stop,
+                    )
                 if total is not None:
                     report.heldout(step, total.per(heldout.count))
-        checkpoints.save(step, train_state)
-        checkpoints.wait()
+            if config.sample.every and every(config.sample.every):
+                with report.clock("sample"):
+                    texts = draw_texts(model.with_params(train_state.ema), must_stop)
+                if texts is not None:
+                    report.samples(step, texts)
+        with report.clock("checkpoint"):
+            checkpoints.save(step, train_state)
+            checkpoints.wait()
     if step < config.train.steps:
-        log.warning("stopped by a signal at step %d; run the same command to go on", step)
+        log.info("stopped by a signal at step %d; run the same command to go on", step)
     return step
+
+
+def draw_texts(model: SEDD, must_stop: Callable[[], bool]) -> list[str] | None:
+    """config.sample.count samples as text; None if must_stop() turned true before the end."""
+    wanted = model.config.sample
+    state = None
+    for state in model.stream(
+        num_samples=wanted.count,
+        batch_size=wanted.count,
+        steps=wanted.steps,
+        predictor=wanted.predictor,
+        draw=wanted.draw,
+        t_min=wanted.t_min,
+        seed=model.config.seed,
+    ):
+        if must_stop():
+            return None
+    return state.texts
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -131,7 +170,9 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             )
     elif workdir.exists():
         # A start that was interrupted leaves these, and nothing else.
-        ours = re.compile(r"records|\.records\.\w+|(config|tokenizer|data)\.json(\.part)?")
+        ours = re.compile(
+            r"records|\.records\.\w+|\.seen-by-all-\S+|(config|tokenizer|data)\.json(\.part)?"
+        )
         if not workdir.is_dir() or not all(ours.fullmatch(p.name) for p in workdir.iterdir()):
             raise ValueError(
                 f"workdir {str(workdir)!r} is not empty and holds no run; choose a new folder"

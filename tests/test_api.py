@@ -56,7 +56,7 @@ def test_twenty_mixed_calls_compile_once_a_bucket(tiny_run, compiled, capsys):
         print(f"\n20 mixed calls compiled {dict(compiled)}")
     assert first and compiled == first
     assert model._sample._cache_size() == 4
-    assert model._bound_fn._cache_size() == 2
+    assert model.bound_fn._cache_size() == 2
 
 
 def test_a_sample_is_the_same_alone_and_among_others(model):

@@ -412,9 +412,9 @@ def test_the_commands_are_there_as_processes(tiny_run):
 
 
 def test_a_config_is_found_by_path_and_by_name():
-    by_name, workdir = cli.parse_config("sedd-train", ["--config=text8", "--workdir=x"])
+    by_name, workdir, *_ = cli.parse_train("sedd-train", ["--config=text8", "--workdir=x"])
     path = command_line("x")[0].replace("quickstart", cli._find_config("--config=text8")[9:])
-    by_path, _ = cli.parse_config("sedd-train", [path, "--workdir=x", "--config.seed=3"])
+    by_path, *_ = cli.parse_train("sedd-train", [path, "--workdir=x", "--config.seed=3"])
     assert str(workdir) == "x"
     assert (by_name.seed, by_path.seed) == (0, 3)
     by_name.seed = 3

@@ -17,6 +17,7 @@ from sedd_jax import convert, state
 from sedd_jax.cli import convert_command, train_command
 from sedd_jax.convert import names, workdir
 from sedd_jax.data import make_tokenizer
+from sedd_jax.diffusion.losses import Loss
 
 torch = pytest.importorskip("torch", minversion="2.10", reason="torch >= 2.10 is not installed")
 both_graphs = pytest.mark.parametrize("graph", GRAPHS)
@@ -147,7 +148,7 @@ def test_a_step_after_import_is_torchs_step(carried):
 
     def loss_fn(params, key, batch):  # its gradient is `gradient`, whatever the parameters
         products = jax.tree.map(lambda p, g: jnp.sum(p * g), params, gradient)
-        return jnp.broadcast_to(sum(jax.tree.leaves(products)), batch.shape)
+        return Loss(jnp.broadcast_to(sum(jax.tree.leaves(products)), batch.shape), None)
 
     optimizer = configuration.make_optimizer(config)
     train_step = state.make_train_step(loss_fn, optimizer, decay=o.ema_decay)

@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sedd_jax"
 FLOORS = {
-    1: ("kernels", "diffusion", "data", "sharding"),
+    1: ("kernels", "diffusion", "data", "devices", "flops", "processes", "sharding"),
     2: ("models", "state"),
     3: ("config", "checkpoint"),
     4: ("convert", "evaluate", "program"),
     5: (
         "train",
         "progress",
+        "dry_run",
         "trajectory",
         "api",
         "loading",

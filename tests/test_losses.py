@@ -25,14 +25,14 @@ def test_the_mean_of_the_loss_is_the_integral_over_times_and_noise(name, schedul
     t_min, draws = 0.02, 100_000
     x0 = np.array([0, 2], np.int32)
     cost = jax.jit(
-        lambda t, xt: dwdse_at(t, xt, jnp.tile(x0, (len(xt), 1)), score_fn, graph, schedule)
+        lambda t, xt: dwdse_at(t, xt, jnp.tile(x0, (len(xt), 1)), score_fn, graph, schedule).nats
     )
     mean = dense.integral(graph, schedule, x0, cost, t_min) / (1.0 - t_min)
 
     @jax.jit
     def draw(key):
         batch = jnp.tile(x0, (draws, 1))
-        return dwdse(key, batch, score_fn, graph, schedule, t_min=t_min, times=TIMES[times])
+        return dwdse(key, batch, score_fn, graph, schedule, t_min=t_min, times=TIMES[times]).nats
 
     loss = np.asarray(draw(jax.random.key(0)), np.float64)
     assert loss.shape == (draws,)
@@ -51,7 +51,8 @@ def test_the_loss_is_the_sum_over_tokens_of_slope_times_score_entropy(name):
     sigma = schedule.sigma(t)
     value = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0).value
     expected = schedule.dsigma_dt(t)[:, 0] * value.sum(axis=1)
-    np.testing.assert_allclose(dwdse_at(t, xt, x0, score_fn, graph, schedule), expected, rtol=1e-5)
+    found = dwdse_at(t, xt, x0, score_fn, graph, schedule)
+    np.testing.assert_allclose(found.nats, expected, rtol=1e-5)
 
 
 @graphs
@@ -64,7 +65,7 @@ def test_the_exact_score_has_the_smallest_expected_loss(name):
         @jax.jit
         def cost(t, xt, x0):
             batch = jnp.broadcast_to(x0, xt.shape)
-            return dwdse_at(t, xt, batch, score_fn, graph, schedule)
+            return dwdse_at(t, xt, batch, score_fn, graph, schedule).nats
 
         parts = [
             dense.integral(graph, schedule, x0, lambda t, xt, x0=x0: cost(t, xt, x0), 1e-3)
@@ -104,7 +105,7 @@ def test_zero_logits_cost_log_vocab_size_under_absorbing():
     x0 = jax.random.randint(jax.random.key(1), (batch, length), 0, vocab_size)
     keys = jax.random.split(jax.random.key(2), 400)
     draw = jax.jit(
-        jax.vmap(lambda k: dwdse(k, x0, score_fn, graph, LogLinear(), times=stratified_times))
+        jax.vmap(lambda k: dwdse(k, x0, score_fn, graph, LogLinear(), times=stratified_times).nats)
     )
     loss = np.asarray(draw(keys)).mean(axis=1)
     error = loss.std() / len(loss) ** 0.5
@@ -140,7 +141,9 @@ def test_stratified_times_shrink_the_variance_of_a_batch():
     spread = {}
     for name, times in TIMES.items():
         mean = jax.jit(
-            jax.vmap(lambda k, t=times: dwdse(k, x0, score_fn, graph, schedule, times=t).mean())
+            jax.vmap(
+                lambda k, t=times: dwdse(k, x0, score_fn, graph, schedule, times=t).nats.mean()
+            )
         )
         spread[name] = float(mean(jax.random.split(jax.random.key(0), 500)).var())
     assert spread["stratified"] < 0.9 * spread["independent"]

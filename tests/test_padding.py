@@ -44,7 +44,7 @@ def test_scores_and_loss_of_a_padded_row_are_those_of_the_row_alone(parts):
     xt = graph.perturb(jax.random.key(1), x0, sigma)
     score_fn = make_score_fn(model, params, graph, is_token=is_token)
     scores = score_fn(xt, sigma).log_score()
-    losses = dwdse_at(t, xt, x0, score_fn, graph, LogLinear(), is_token=is_token)
+    losses = dwdse_at(t, xt, x0, score_fn, graph, LogLinear(), is_token=is_token).nats
     other = make_score_fn(model, params, graph)(xt, sigma).log_score()
     for i, length in enumerate(LENGTHS):
         row = slice(i, i + 1)
@@ -52,7 +52,7 @@ def test_scores_and_loss_of_a_padded_row_are_those_of_the_row_alone(parts):
         shown, clean = xt[row, :length], x0[row, :length]
         expected = alone(shown, sigma[row]).log_score()
         np.testing.assert_allclose(scores[row, :length], expected, atol=2e-5)
-        loss = dwdse_at(t[row], shown, clean, alone, graph, LogLinear())
+        loss = dwdse_at(t[row], shown, clean, alone, graph, LogLinear()).nats
         np.testing.assert_allclose(losses[row], loss, rtol=1e-5)
         if length < 8:  # without the mask the padding is read
             assert np.abs(other[row, :length] - expected).max() > 1e-3
@@ -67,7 +67,7 @@ def test_the_gradient_of_the_loss_does_not_see_the_padding(parts):
         def loss(params):
             score_fn = make_score_fn(model, params, graph, is_token=blocks.is_token)
             x0, is_token = blocks
-            return dwdse_at(t, xt, x0, score_fn, graph, LogLinear(), is_token=is_token).mean()
+            return dwdse_at(t, xt, x0, score_fn, graph, LogLinear(), is_token=is_token).nats.mean()
 
         return jax.grad(loss)(params)
 

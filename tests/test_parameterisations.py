@@ -88,7 +88,7 @@ def test_loss_is_that_of_the_exact_score_and_its_gradient_is_finite():
     schedule = LogLinear(1e-3)
 
     def loss(score_fn):
-        return dwdse(jax.random.key(2), x0, score_fn, GRAPH, schedule)
+        return dwdse(jax.random.key(2), x0, score_fn, GRAPH, schedule).nats
 
     losses = [compiled_quickly(lambda fn=fn: loss(fn))() for fn in (SCORE_FN, EXACT)]
     np.testing.assert_allclose(*losses, rtol=1e-4)

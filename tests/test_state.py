@@ -9,6 +9,7 @@ import pytest
 from sedd_jax import config as configuration
 from sedd_jax import sharding, state
 from sedd_jax.data import Blocks
+from sedd_jax.diffusion.losses import Loss
 
 BIG = {"model.hidden_size": 32, "model.heads": 4, "train.batch_size": 16}
 
@@ -86,7 +87,7 @@ def test_microbatches_average_their_gradients_and_draw_their_own_noise(tiny_conf
     def loss_fn(params, key, x0):
         seen.append(x0.shape)
         noise = jax.random.normal(key, (x0.shape[0],))
-        return jnp.sum(x0, axis=-1) * params["w"] + params["w"] * noise
+        return Loss(jnp.sum(x0, axis=-1) * params["w"] + params["w"] * noise, None)
 
     optimizer = optax.sgd(1.0)
     x0 = jnp.arange(8.0).reshape(8, 1)
@@ -115,7 +116,8 @@ def test_microbatches_average_their_gradients_and_draw_their_own_noise(tiny_conf
 
 def test_every_step_draws_new_noise_from_the_same_key():
     step = state.make_train_step(
-        lambda params, key, x0: params["w"] * jax.random.normal(key, (4,)), optax.sgd(0.0)
+        lambda params, key, x0: Loss(params["w"] * jax.random.normal(key, (4,)), None),
+        optax.sgd(0.0),
     )
     current = state.init({"w": jnp.ones(())}, optax.sgd(0.0))
     first, metrics_1 = step(current, jnp.zeros((4, 1)), jax.random.key(0))
@@ -129,7 +131,7 @@ def test_a_step_that_is_not_finite_changes_only_the_counters(fault):
     slope = {"loss": jnp.nan, "gradient": 1e25}[fault]
 
     def loss_fn(params, key, x0):
-        return jnp.where(x0[:, 0] < 0, slope, 2.0) * params["w"].sum()
+        return Loss(jnp.where(x0[:, 0] < 0, slope, 2.0) * params["w"].sum(), None)
 
     optimizer = optax.adam(0.1)
     step = jax.jit(state.make_train_step(loss_fn, optimizer, decay=0.5))

@@ -99,7 +99,7 @@ def test_remat_changes_neither_outputs_nor_gradients():
 
         return jax.value_and_grad(loss)(params)
 
-    plain, remade = cost(network()), cost(network(remat=True))
+    plain, remade = cost(network()), cost(network(remat="blocks"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remade)
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(plain))
 

@@ -21,12 +21,13 @@ from sedd_jax.diffusion.scores import Scores, Sigma, Tokens
 class ScoreEntropy(NamedTuple):
     """Score entropy per token, before the weight dsigma/dt; float32 [B, L] each.
 
-    normalised is the same for the scores rescaled to the total that the true ones have; None where
-    the graph fixes no total.
+    normalised is the same for the scores rescaled to the total that the true ones have, and log_z
+    the log of how far they are from it, 0 where there are none; None where the graph fixes no total.
     """
 
     value: jax.Array
     normalised: jax.Array | None
+    log_z: jax.Array | None
 
 
 class Probe(NamedTuple):
@@ -243,6 +244,7 @@ class Absorbing(_Kernels):
         return ScoreEntropy(
             value=jnp.where(is_masked, (z_minus_1 - log_q) / odds, 0.0),
             normalised=jnp.where(is_masked, (log_z - log_q) / odds, 0.0),
+            log_z=jnp.where(is_masked, log_z, 0.0),
         )
 
     def _reveal(self, scores, xt, log_chance, kernel, *noise) -> Law:
@@ -360,7 +362,7 @@ class Uniform(_Kernels):
     def score_entropy(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> ScoreEntropy:
         """Score entropy of every token, [B, L]."""
         value = lift(self.token_score_entropy, scores.log_score(), sigma, xt, x0)
-        return ScoreEntropy(value, normalised=None)
+        return ScoreEntropy(value, normalised=None, log_z=None)
 
     def _table(self, kernel, scores, xt, *noise) -> Law:
         return Table(lambda: lift(kernel, scores.log_score(), xt, *noise))

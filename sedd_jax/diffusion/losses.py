@@ -1,5 +1,7 @@
 """Training objectives: nats per sequence from a score function and clean tokens. Imports jax only."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,15 @@ def stratified_times(key: jax.Array, batch_size: int, t_min: float) -> jax.Array
 TIMES = {"independent": independent_times, "stratified": stratified_times}
 
 
+class Loss(NamedTuple):
+    """What an objective finds."""
+
+    nats: jax.Array  # per sequence, float32 [B]: what training minimises
+    log_z: (
+        jax.Array | None
+    )  # float32 []: mean of graphs.ScoreEntropy's over the tokens that have one
+
+
 def dwdse(
     key: jax.Array,
     x0: Tokens,
@@ -37,8 +48,8 @@ def dwdse(
     t_min: float = 1e-3,
     times=independent_times,
     is_token: jax.Array | None = None,
-) -> jax.Array:
-    """Diffusion-weighted denoising score entropy, nats per sequence, float32 [B].
+) -> Loss:
+    """Diffusion-weighted denoising score entropy, nats per sequence.
 
     Lou et al. 2024, Theorem 3.6 and Algorithm 1: dsigma/dt times the score entropy of xt ~
     p_sigma(t)(. | x0), summed over L, at one time t for each sequence. is_token, bool [B, L],
@@ -59,12 +70,19 @@ def dwdse_at(
     schedule: Schedule,
     *,
     is_token: jax.Array | None = None,
-) -> jax.Array:
+) -> Loss:
     """The same at given times [B, 1] and noised tokens [B, L]."""
     sigma = schedule.sigma(t)
-    entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0).value
+    entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
     counted = True if is_token is None else is_token
-    return jnp.sum(schedule.dsigma_dt(t) * entropy, axis=-1, where=counted)
+    log_z = entropy.log_z
+    if log_z is not None:
+        has_one = (log_z != 0.0) & counted
+        log_z = jnp.sum(log_z, where=has_one) / jnp.maximum(jnp.sum(has_one), 1)
+    return Loss(
+        jnp.sum(schedule.dsigma_dt(t) * entropy.value, axis=-1, where=counted),
+        None if log_z is None else jax.lax.stop_gradient(log_z),
+    )
 
 
 OBJECTIVES = {"dwdse": dwdse}

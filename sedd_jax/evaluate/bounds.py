@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from sedd_jax import sharding
+from sedd_jax import processes, sharding
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
@@ -101,8 +101,8 @@ def corpus_bound(
         rows = np.minimum(index, count - 1)
         batch = (jax.tree.map(lambda a, rows=rows: a[rows], blocks), index)
         if mesh is not None:
-            batch = sharding.put_batch(batch, mesh)
-        results.append(jax.device_get(bound_fn(params, key, *batch, passes=passes)))
+            batch = sharding.put_whole(batch, mesh)
+        results.append(processes.fetch(bound_fn(params, key, *batch, passes=passes)))
 
     def add_up(*values):
         return float(np.concatenate(values)[:count].sum(dtype=np.float64))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sedd_jax.kernels import precision
 
-# Elements of one block of logits: 64 MiB of float32.
+# Elements of one block of logits on a device: 64 MiB of float32.
 BLOCK_ELEMENTS = 2**24
 
 

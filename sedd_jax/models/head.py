@@ -20,6 +20,7 @@ class HeadScores:
     xt: Tokens  # int32 [B, L]
     log_scale: jax.Array  # float32 [B, 1]
     vocab_size: int  # clean tokens: the first rows of the head
+    parts: int = 1  # devices that share the rows
 
     def log_score(self) -> jax.Array:
         """The whole table, float32 [B, L, D]; 0 at y = x_l."""
@@ -31,15 +32,23 @@ class HeadScores:
         hidden, weight, bias = self.output
         return hidden, weight[: self.vocab_size], bias[: self.vocab_size]
 
+    @property
+    def _block_elements(self) -> int:
+        return vocab_reduce.BLOCK_ELEMENTS * self.parts  # a block's share of each device
+
     def total_and_pick(self, targets: Tokens) -> tuple[jax.Array, jax.Array]:
         """Log of the sum of scores over clean y != x_l, and log-score at clean targets, [B, L]."""
-        total, pick = vocab_reduce.total_and_pick(*self._clean_head(), self.xt, targets)
+        total, pick = vocab_reduce.total_and_pick(
+            *self._clean_head(), self.xt, targets, self._block_elements
+        )
         pick = jnp.where(targets == self.xt, 0.0, pick - self.log_scale)
         return total - self.log_scale, pick
 
     def total_and_draw(self, keys: jax.Array) -> tuple[jax.Array, Tokens]:
         """Log of the same sum, and a clean token drawn in proportion to its score, [B, L]."""
-        total, token = vocab_reduce.total_and_draw(keys, *self._clean_head(), self.xt)
+        total, token = vocab_reduce.total_and_draw(
+            keys, *self._clean_head(), self.xt, self._block_elements
+        )
         return total - self.log_scale, token
 
 
@@ -61,6 +70,6 @@ def make_score_fn(
         output = model.apply(
             {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
         )
-        return HeadScores(output, xt, graph.log_scale(sigma), graph.vocab_size)
+        return HeadScores(output, xt, graph.log_scale(sigma), graph.vocab_size, model.place.parts)
 
     return score_fn

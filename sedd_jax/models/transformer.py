@@ -6,7 +6,8 @@ MASK. Parameters are float32. `dtype` is the dtype of the matrix products; the r
 layer norms and the modulation stay in float32.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,6 +20,30 @@ FREQUENCIES = 256
 MLP_RATIO = 4
 ROTARY_BASE = 10_000.0
 LAYER_NORM_EPSILON = 1e-5
+
+
+# What the backward pass makes again: nothing; each block, all but the products with its weights,
+# or all of it. Less memory each, and more time: blocks costs a third more operations.
+REMAT = {
+    "none": None,
+    "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "blocks": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Anywhere:
+    """Where arrays live: wherever the compiler puts them. sharding.OnMesh says it for a mesh."""
+
+    parts: int = 1  # over which the rows of a batch are split
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """An activation, [B, ...]."""
+        return x
+
+    def whole(self, x: jax.Array) -> jax.Array:
+        """A table of tokens that every row uses."""
+        return x
 
 
 class Output(NamedTuple):
@@ -67,6 +92,7 @@ class Modulation(nn.Module):
 
     count: int
     size: int
+    place: Any
 
     @nn.compact
     def __call__(self, conditioning):
@@ -74,7 +100,7 @@ class Modulation(nn.Module):
         dense = nn.Dense(
             self.count * self.size, kernel_init=zeros, precision=Precision.HIGHEST, name="linear"
         )
-        out = dense(conditioning)
+        out = self.place.rows(dense(conditioning))
         return jnp.split(out, self.count, axis=-1)
 
 
@@ -85,9 +111,11 @@ class Block(nn.Module):
     dropout: float
     dtype: jnp.dtype
     deterministic: bool
+    place: Any
 
     @nn.compact
     def __call__(self, x, conditioning, lengths):
+        x = self.place.rows(x)
         size = x.shape[-1]
         linear = {
             "dtype": self.dtype,
@@ -104,9 +132,9 @@ class Block(nn.Module):
             branch = nn.Dropout(self.dropout, deterministic=self.deterministic)(branch)
             return gate[:, None] * branch.astype(jnp.float32)
 
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(6, size, name="modulation")(
-            conditioning
-        )
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
+            6, size, self.place, name="modulation"
+        )(conditioning)
 
         h = modulate(norm("norm_1")(x), shift_1, scale_1)
         qkv = nn.DenseGeneral(
@@ -121,7 +149,7 @@ class Block(nn.Module):
         h = nn.Dense(MLP_RATIO * size, bias_init=_torch_bias(size), name="up", **linear)(h)
         h = nn.gelu(h, approximate=True)
         h = nn.Dense(size, bias_init=_torch_bias(MLP_RATIO * size), name="down", **linear)(h)
-        return x + drop(h, gate_2), None
+        return self.place.rows(x + drop(h, gate_2)), None
 
 
 class Transformer(nn.Module):
@@ -138,7 +166,8 @@ class Transformer(nn.Module):
     cond_dim: int
     dropout: float
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"  # of REMAT
+    place: Any = Anywhere()
 
     @nn.compact
     def __call__(
@@ -154,7 +183,7 @@ class Transformer(nn.Module):
         table = (self.dim, self.hidden_size)
 
         embedding = self.param("embedding", rows, table)
-        x = embedding[tokens]
+        x = self.place.rows(self.place.whole(embedding)[tokens])
 
         def linear(name, fan_in):
             bias_init = _torch_bias(fan_in)
@@ -168,9 +197,11 @@ class Transformer(nn.Module):
 
         conditioning = linear("sigma_1", FREQUENCIES)(sigma_embedding(sigma))
         conditioning = linear("sigma_2", self.cond_dim)(nn.silu(conditioning))
-        conditioning = nn.silu(conditioning)
+        conditioning = self.place.rows(nn.silu(conditioning))
 
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -179,15 +210,15 @@ class Transformer(nn.Module):
             length=self.blocks,
         )
         lengths = None if is_token is None else is_token.sum(axis=-1, dtype=jnp.int32)
-        x, _ = scanned(self.heads, self.dropout, self.dtype, deterministic, name="blocks")(
-            x, conditioning, lengths
-        )
+        x, _ = scanned(
+            self.heads, self.dropout, self.dtype, deterministic, self.place, name="blocks"
+        )(x, conditioning, lengths)
 
         norm = nn.LayerNorm(
             epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, name="norm"
         )
-        shift, scale = Modulation(2, self.hidden_size, name="modulation")(conditioning)
-        hidden = modulate(norm(x), shift, scale).astype(self.dtype)
+        shift, scale = Modulation(2, self.hidden_size, self.place, name="modulation")(conditioning)
+        hidden = self.place.rows(modulate(norm(x), shift, scale).astype(self.dtype))
         weight = self.param("head_weight", zeros, table)
         bias = self.param("head_bias", zeros, (self.dim,))
-        return Output(hidden, weight, bias)
+        return Output(hidden, self.place.whole(weight), bias)

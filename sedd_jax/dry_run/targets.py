@@ -1,0 +1,163 @@
+"""The machines that a program can be compiled for without having them: v5e:4x4, a100:16, cpu:8."""
+
+import dataclasses
+import math
+import re
+from importlib import metadata, resources
+from typing import Any
+
+CPU_MOST = 512  # devices: threads of one process
+GPUS_PER_NODE = 8
+GPUS = {"a100": "a100_80gb.textproto", "h100": "h100_80gb.textproto"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """The slices that one generation of TPU has; docs.cloud.google.com/tpu/docs."""
+
+    shapes: tuple[str, ...]  # all there are on a plane; on a torus of three, the small ones
+    most: int  # chips of one slice
+    options: tuple[tuple[str, Any], ...] = ()  # of libtpu's topology
+
+    @property
+    def words(self) -> str:
+        """The rule for a shape."""
+        listed = ", ".join(self.shapes)
+        if self.most <= 256:
+            return f"one of {listed}"
+        return (
+            f"one of {listed}, or AxBxC with A <= B <= C, each a multiple of 4, and at most "
+            f"{self.most} chips"
+        )
+
+    def has(self, shape: str) -> bool:
+        """Whether there is a slice of this shape."""
+        sides = [int(side) for side in shape.split("x")]
+        cubes = (
+            self.most > 256
+            and len(sides) == 3
+            and sides == sorted(sides)
+            and all(side and side % 4 == 0 for side in sides)
+            and math.prod(sides) <= self.most
+        )
+        return shape in self.shapes or cubes
+
+
+_PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
+TPUS = {
+    # Both cores of a chip are one device, as on the machines of the cloud.
+    "v4": Generation(_TORUS, 4096, (("chip_config_name", "megacore"),)),
+    "v5e": Generation(_PLANE, 256),
+    "v5p": Generation(_TORUS, 6144),
+    "v6e": Generation(_PLANE, 256),
+}
+EXAMPLES = "v5e:4x4, v5e:16x16*2 (2 slices), v5p:4x8x8, a100:16 (2 nodes of 8), cpu:8"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A machine by name; `count` devices on `platform`."""
+
+    name: str
+    platform: str  # tpu, cuda or cpu
+    kind: str  # v5e, a100, cpu
+    shape: str  # 4x4; of GPUs 1xNODESxGPUS
+    count: int  # devices of all slices
+    slices: int = 1
+
+    def topology(self):
+        """jax's description of it; what the compiler lacks to give it is a ValueError.
+
+        Only in a process that was started with `environment`.
+        """
+        from jax.experimental import topologies
+
+        if self.platform == "cpu":
+            raise AssertionError("a CPU describes itself: jax.devices()")
+        if self.platform == "cuda":
+            text = (resources.files(__package__) / "targets" / GPUS[self.kind]).read_text()
+            given = {"target_config": text, "topology": self.shape}
+            return topologies.get_topology_desc(platform="cuda", **given)
+        given = dict(TPUS[self.kind].options)
+        if self.slices > 1:
+            given["num_slices"] = self.slices
+        if self.shape == "1x1":
+            given["chips_per_host_bounds"] = [1, 1, 1]
+        name = f"{self.kind}:{self.shape}"
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **given)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What must be set before jax starts: no accelerator is looked for, none is needed."""
+        common = {"JAX_PLATFORMS": "cpu"}
+        if self.platform == "tpu":
+            return common | {
+                "TPU_SKIP_MDS_QUERY": "1",
+                "TPU_WORKER_HOSTNAMES": "localhost",
+                "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: the topology is given by name
+                "TPU_LOG_DIR": "disabled",
+                "TPU_STDERR_LOG_LEVEL": "3",
+                "TPU_MIN_LOG_LEVEL": "3",
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # its lock file allows one process else
+            }
+        if self.platform == "cpu":
+            return common | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={self.count}"}
+        return common | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+
+    @property
+    def packages(self) -> str:
+        """What compiling for it needs beside jax; empty for the CPU."""
+        gpu = "jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12"
+        return {"cpu": "", "tpu": "libtpu", "cuda": gpu}[self.platform]
+
+    @property
+    def command(self) -> str:
+        """How to get them, in the version that fits jax; works without the accelerator."""
+        version = metadata.version("jax")
+        return {
+            "cpu": "",
+            "tpu": f'pip install "jax[tpu]=={version}"',
+            "cuda": f"pip install jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} "
+            "nvidia-cuda-nvcc-cu12",
+        }[self.platform]
+
+
+def parse_target(text: str) -> Target:
+    """The machine named v5e:4x4, v5e:16x16*2, a100:16 or cpu:8; ValueError if there is none such."""
+    kind, colon, rest = text.partition(":")
+    known = ("cpu", *GPUS, *TPUS)
+    if kind not in known or not colon:
+        raise ValueError(
+            f"unknown target {text!r}; give one of {', '.join(known)} with its size: {EXAMPLES}"
+        )
+    if kind in TPUS:
+        return _tpu(text, kind, rest)
+    if not re.fullmatch("[1-9][0-9]{0,4}", rest):
+        raise ValueError(f"target {text!r}: {rest!r} is no number of devices, like {kind}:8")
+    count = int(rest)
+    if kind == "cpu":
+        if count > CPU_MOST:
+            raise ValueError(f"target {text!r}: at most {CPU_MOST} CPU devices")
+        return Target(text, "cpu", kind, str(count), count)
+    if count > GPUS_PER_NODE and count % GPUS_PER_NODE:
+        raise ValueError(
+            f"target {text!r}: {count} GPUs are no whole number of nodes of {GPUS_PER_NODE}; "
+            f"give 1 to {GPUS_PER_NODE}, or a multiple of {GPUS_PER_NODE}"
+        )
+    nodes = -(-count // GPUS_PER_NODE)
+    return Target(text, "cuda", kind, f"1x{nodes}x{min(count, GPUS_PER_NODE)}", count)
+
+
+def _tpu(text: str, kind: str, rest: str) -> Target:
+    match = re.fullmatch(r"([1-9]\d{0,3}(?:x[1-9]\d{0,3})+)(?:\*([1-9]\d{0,2}))?", rest)
+    if match is None or not TPUS[kind].has(match[1]):
+        # libtpu itself accepts shapes that no machine has.
+        raise ValueError(
+            f"target {text!r}: {kind} has no slice {rest!r}; give {TPUS[kind].words}; "
+            "several slices as SHAPE*2"
+        )
+    shape, slices = match[1], int(match[2] or 1)
+    chips = math.prod(int(side) for side in shape.split("x"))
+    return Target(text, "tpu", kind, shape, chips * slices, slices)

@@ -1,0 +1,268 @@
+"""Several processes as one: joining them, and what they must agree on. Imports jax only.
+
+Every process runs the same program on its own devices. What one of them sees alone (a signal, a
+missing file, a config that differs) is told to all here, so that all go on or all stop at the same
+place: a process that stops alone leaves the others waiting in the next collective for ever.
+"""
+
+import collections
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+T = TypeVar("T")
+
+
+class Job(NamedTuple):
+    """How to find the other processes. All None: from the environment, if it is a cluster's."""
+
+    coordinator: str | None = None  # HOST:PORT of process 0
+    process_count: int | None = None
+    process_index: int | None = None
+    coordinator_bind: str | None = None  # ADDRESS:PORT process 0 listens on; None: all addresses
+    join_timeout: int = 60  # seconds until a missing coordinator or process is an error
+    heartbeat: int = 100  # seconds until a dead process ends the others
+
+
+def check(job: Job) -> None:
+    """ValueError for a job that cannot be joined."""
+    named = (job.coordinator, job.process_count, job.process_index)
+    if any(x is not None for x in named):
+        if any(x is None for x in named):
+            raise ValueError(
+                f"coordinator {job.coordinator!r}, process_count {job.process_count} and "
+                f"process_index {job.process_index} go together; give all three, or none to take "
+                "them from SLURM's or the TPU's environment"
+            )
+        if not 0 <= job.process_index < job.process_count:
+            raise ValueError(
+                f"process_index {job.process_index} is not in [0, {job.process_count}), the "
+                "process_count; number the processes from 0"
+            )
+        _check_address("coordinator", job.coordinator)
+    if job.coordinator_bind is not None:
+        _check_address("coordinator_bind", job.coordinator_bind)
+    for name in ("join_timeout", "heartbeat"):
+        if getattr(job, name) < 1:
+            raise ValueError(f"{name} {getattr(job, name)} is below 1; give seconds")
+
+
+def _check_address(name: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError(f"{name} {address!r} is no HOST:PORT; for example 10.0.0.2:8476")
+
+
+def cluster() -> str | None:
+    """The kind of cluster that the environment tells of: slurm, tpu, or None for a plain machine."""
+    environment = os.environ
+    # Inside srun, that is: a batch script's own shell has the other names, and is one process.
+    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return "slurm"
+    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] in ("", "tpu"):
+        # A worker of Kubernetes is told its peers; a Cloud TPU machine has the chips' device files.
+        if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
+            return "tpu"
+        if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
+            return "tpu" if importlib.util.find_spec("libtpu") else None
+    return None
+
+
+def join(job: Job) -> None:
+    """Join the other processes, before anything touches a device; nothing on a plain machine.
+
+    The process ends with one line and exit status 1 if the coordinator, or one of the others, is
+    not there within join_timeout seconds. A process that dies later ends the others after
+    `heartbeat` seconds.
+    """
+    check(job)
+    kind = None if job.coordinator is not None else cluster()
+    if job.coordinator is None and kind is None:
+        return
+    where = f"the coordinator at {job.coordinator}" if job.coordinator else f"the {kind} cluster"
+    with _ended_after(
+        job.join_timeout,
+        f"cannot join {where} within {job.join_timeout} s: it did not answer, or not every process "
+        "came; start all processes within that time, check that they reach HOST:PORT, or raise "
+        "--join_timeout",
+    ):
+        jax.distributed.initialize(
+            job.coordinator,
+            job.process_count,
+            job.process_index,
+            # Explicit processes have the devices that they see; SLURM's share a machine's.
+            local_device_ids=None if kind else [],
+            coordinator_bind_address=job.coordinator_bind,
+            initialization_timeout=job.join_timeout + 60,
+            heartbeat_timeout_seconds=job.heartbeat,
+        )
+        # The first collective: the devices find each other here, or not at all.
+        gather_text("")
+    # jax has put a handler of its own there, which only notes that the signal came.
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _ended_after(seconds: float, words: str) -> Iterator[None]:
+    """End the process with words and exit status 1 if what is inside takes longer.
+
+    From a thread, because jax does not come back from a join that fails: it aborts the process with
+    a stack trace of its own.
+    """
+
+    def end():
+        print(f"sedd_jax: error: {words}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def is_alone() -> bool:
+    """Whether there is one process."""
+    return jax.process_count() == 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what all would."""
+    return jax.process_index() == 0
+
+
+def gather_text(text: str) -> list[str]:
+    """Every process's text, in order; all must call it at the same place."""
+    if jax.process_count() == 1:
+        return [text]
+    mine = text.encode("utf-8")
+    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+    padded = np.zeros(max(1, int(sizes.max())), np.uint8)
+    padded[: len(mine)] = np.frombuffer(mine, np.uint8)
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode("utf-8") for row, size in zip(rows, sizes)]
+
+
+def leader_first(action: Callable[[], T]) -> T:
+    """action() on process 0, and when it is done there on the others; errors as in `together`."""
+    first = jax.process_index() == 0
+    result = together(lambda: action() if first else None)
+    return together(lambda: result if first else action())
+
+
+def together(action: Callable[[], T]) -> T:
+    """action() on every process. A ValueError or OSError of one is raised on all of them."""
+    error, result = None, None
+    try:
+        result = action()
+    except (ValueError, OSError) as raised:
+        error = raised
+    told = gather_text("" if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    for index, words in enumerate(told):
+        if words:
+            raise ValueError(f"process {index}: {words}")
+    return result
+
+
+def leader(action: Callable[[], T]) -> T:
+    """action() on process 0 alone; its result, something that JSON holds, on every process."""
+    result = together(lambda: action() if jax.process_index() == 0 else None)
+    return json.loads(gather_text(json.dumps(result))[0])
+
+
+def check_same(what: str, values: Mapping[str, Any]) -> None:
+    """ValueError on every process if one has other values than process 0."""
+    first, *others = (json.loads(t) for t in gather_text(json.dumps(dict(values), default=str)))
+    for index, other in enumerate(others, start=1):
+        different = [k for k in {**first, **other} if first.get(k) != other.get(k)]
+        if different:
+            lines = [f"{k} {first.get(k)!r} and {other.get(k)!r}" for k in different[:5]]
+            raise ValueError(
+                f"processes 0 and {index} disagree on the {what}: {'; '.join(lines)}; start all "
+                "processes with the same command and versions"
+            )
+
+
+def check_shared(folder: Path, seconds: float = 30.0) -> None:
+    """ValueError on every process if one does not see what process 0 writes into folder."""
+    if jax.process_count() == 1:
+        return
+    name = leader(lambda: f".seen-by-all-{os.getpid()}-{time.time_ns()}")
+
+    def write():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+    def look():
+        end = time.monotonic() + seconds  # a network's file system may show a file late
+        while not (folder / name).exists():
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{str(folder)!r} is not shared: process {jax.process_index()} on "
+                    f"{socket.gethostname()} does not see what process 0 writes there; name a "
+                    "folder that all machines mount"
+                )
+            time.sleep(0.1)
+
+    leader(write)
+    try:
+        together(look)
+    finally:
+        leader(lambda: (folder / name).unlink())
+
+
+def fetch(tree: Any) -> Any:
+    """A tree of arrays over the mesh as whole numpy arrays, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+class Votes:
+    """Whether any process was asked to stop, the same answer at the same call on every process.
+
+    A call starts a sum over the devices and reads that of two calls before: the answer costs no
+    wait, because by then the devices have it.
+    """
+
+    LATE = 2
+
+    def __init__(self, asked: Callable[[], bool], mesh: Mesh):
+        self._asked, self._stop = asked, False
+        self._single = jax.process_count() == 1
+        self._rows = NamedSharding(mesh, P(mesh.axis_names))
+        self._count = mesh.size
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))
+        self._pending: collections.deque[jax.Array] = collections.deque()
+
+    def __call__(self) -> bool:
+        if self._single:
+            return self._asked()
+        if not self._stop:
+            vote = np.array([self._asked()])
+            votes = jax.make_array_from_callback((self._count,), self._rows, lambda _: vote)
+            self._pending.append(self._any(votes))
+            if len(self._pending) > self.LATE:
+                self._stop = bool(self._pending.popleft())
+        return self._stop
