@@ -259,7 +259,12 @@ def make_graph(config: ConfigDict, vocab_size: int) -> Graph:
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
-    """ValueError if the mesh cannot split the batch."""
+    """ValueError if the mesh cannot split the batch or the heads."""
+    if config.model.heads % mesh.shape["tensor"]:
+        raise ValueError(
+            f"config.model.heads {config.model.heads} is not divisible by the mesh's "
+            f"tensor={mesh.shape['tensor']}; change one of them"
+        )
     parts = batch_parts(mesh)
     rows = config.train.batch_size // config.train.microbatches
     if rows % parts:

@@ -20,7 +20,8 @@ def parts(config, *, devices=None, mesh=None, loss_fn=None):
         section, name = key.split(".")
         config[section][name] = value
     graph = configuration.make_graph(config, 27)
-    model = configuration.make_model(config, graph)
+    mesh = sharding.make_mesh(mesh or {"data": -1, "fsdp": 1, "tensor": 1}, devices)
+    model = configuration.make_model(config, graph, mesh)
     optimizer = configuration.make_optimizer(config)
     loss_fn = loss_fn or configuration.make_loss_fn(
         config, model, graph, configuration.make_schedule(config)
@@ -37,7 +38,6 @@ def parts(config, *, devices=None, mesh=None, loss_fn=None):
         )
         return state.init(params, optimizer)
 
-    mesh = sharding.make_mesh(mesh or {"data": -1, "fsdp": 1, "tensor": 1}, devices)
     shape = jax.eval_shape(fresh)
     begun = jax.jit(fresh, out_shardings=sharding.tree_shardings(shape, mesh))()
     x0 = np.asarray(jax.random.randint(jax.random.key(1), (16, 32), 0, 27))
@@ -53,14 +53,27 @@ def losses(config, steps=5, **kwargs):
     return np.array(found), current
 
 
-MESHES = [{"data": 8, "fsdp": 1, "tensor": 1}, {"data": 2, "fsdp": 2, "tensor": 2}]
+MESHES = [
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"data": 8, "fsdp": 1, "tensor": 1},
+    {"data": 1, "fsdp": 8, "tensor": 1},
+    {"data": 2, "fsdp": 1, "tensor": 4},
+]
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Losses and last state of 20 steps on one device, by the config's microbatches."""
+    return {}
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-def test_eight_devices_give_the_losses_of_one_with_the_same_noise(tiny_config, mesh):
+def test_eight_devices_give_the_losses_of_one_with_the_same_noise(tiny_config, mesh, one_device):
     tiny_config.train.microbatches = 2
-    one, state_one = losses(tiny_config, devices=jax.devices()[:1])
-    many, state_many = losses(tiny_config, mesh=mesh)
+    if not one_device:
+        one_device["found"] = losses(tiny_config, steps=20, devices=jax.devices()[:1])
+    one, state_one = one_device["found"]
+    many, state_many = losses(tiny_config, steps=20, mesh=mesh)
     np.testing.assert_allclose(many, one, rtol=1e-5)
     assert np.ptp(one) > 1.0  # the noise differs from step to step
     for a, b in zip(jax.tree.leaves(state_one.params), jax.tree.leaves(state_many.params)):
@@ -68,7 +81,7 @@ def test_eight_devices_give_the_losses_of_one_with_the_same_noise(tiny_config, m
 
 
 def test_parameters_moments_and_average_live_where_the_rules_say(tiny_config):
-    step, current, x0, mesh = parts(tiny_config, mesh=MESHES[1])
+    step, current, x0, mesh = parts(tiny_config, mesh=MESHES[0])
     current, _ = step(current, x0, jax.random.key(7))
     leaves = jax.tree_util.tree_leaves_with_path(current)
     split = 0
@@ -160,7 +173,9 @@ def test_the_average_follows_the_originals_warm_up():
 
 
 def test_the_average_is_the_weighted_mean_of_the_parameters():
-    step = state.make_train_step(lambda p, key, x: -p["w"] * x[:, 0], optax.sgd(1.0), decay=0.9999)
+    step = state.make_train_step(
+        lambda p, key, x: Loss(-p["w"] * x[:, 0], None), optax.sgd(1.0), decay=0.9999
+    )
     current = state.init({"w": jnp.zeros(())}, optax.sgd(1.0))
     average = 0.0
     for n in range(1, 6):

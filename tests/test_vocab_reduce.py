@@ -10,7 +10,7 @@ from sedd_jax.kernels import vocab_reduce
 from sedd_jax.kernels.vocab_reduce import total_and_draw, total_and_pick
 
 BATCH, LENGTH, SIZE, VOCAB = 2, 7, 5, 11
-# One position a block, two with a ragged last one, seven, everything at once.
+# One position a block (also for two: 7 is not even), three with a ragged last one, everything at once.
 BLOCKS = [1, 2 * BATCH * VOCAB, 3 * BATCH * VOCAB + 1, LENGTH * BATCH * VOCAB, 2**24]
 blocks = pytest.mark.parametrize("block_elements", BLOCKS)
 

@@ -98,6 +98,10 @@ def _over_blocks(block: Callable, block_elements: int, vocab: int, *arrays: jax.
     size = max(1, block_elements // (batch * vocab))
     if size >= length:
         return block(*arrays)
+    # Blocks of one size if up to twice as many make that possible: a rest is a second program, and
+    # on several devices a second sum of the head's gradient.
+    least = -(-length // size)
+    size = next((length // n for n in range(least, 2 * least + 1) if length % n == 0), size)
     whole = length // size * size
 
     def split(a):
