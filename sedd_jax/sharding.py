@@ -69,7 +69,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"inside a slice, so make data a multiple of {slices}"
         )
     inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
-    places = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    places = mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
+    )
     return Mesh(places, AXES, axis_types=kinds)
 
 

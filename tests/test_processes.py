@@ -1,6 +1,7 @@
 """Several processes on this machine: what they agree on, how they stop, die and come back.
 
 Every process has several simulated CPU devices and finds the others through the loopback address.
+SEDD_KILLS=20 pytest -m long tests/test_processes.py kills 20 times.
 """
 
 import json
@@ -141,7 +142,13 @@ PHASES = {
 }
 
 
-@pytest.mark.parametrize("phase", PHASES)
+# One of each is run always; the others take minutes.
+long = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "phase", [pytest.param(name, marks=() if name == "train" else long) for name in PHASES]
+)
 def test_a_signal_to_one_process_stops_all_with_one_checkpoint(tmp_path, whole, phase):
     has_begun, changes = PHASES[phase]
     workdir = tmp_path / "run"
@@ -156,6 +163,7 @@ def test_a_signal_to_one_process_stops_all_with_one_checkpoint(tmp_path, whole, 
         continued(workdir, whole)
 
 
+@long
 @pytest.mark.parametrize("seed", range(int(os.environ.get("SEDD_KILLS", "1"))))
 def test_a_killed_process_ends_the_other_and_the_run_goes_on_bit_equal(tmp_path, whole, seed):
     workdir = tmp_path / "run"
@@ -174,6 +182,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_bit_equal(tmp_path,
     continued(workdir, whole)
 
 
+@long
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_run_goes_on_as_another_number_of_processes_on_the_same_examples(tmp_path, whole, count):
     workdir = tmp_path / "run"
@@ -201,6 +210,7 @@ def test_only_process_0_writes_what_all_would(whole):
     assert len(list((whole / "tensorboard").iterdir())) == 1
 
 
+@long
 def test_a_damaged_checkpoint_is_passed_over_by_all_processes_alike(tmp_path, whole):
     workdir = tmp_path / "run"
     shutil.copytree(whole, workdir)
@@ -230,7 +240,9 @@ DISAGREEMENTS = {
 }
 
 
-@pytest.mark.parametrize("case", DISAGREEMENTS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=() if name == "config" else long) for name in DISAGREEMENTS]
+)
 def test_what_only_one_process_can_see_is_an_error_on_every_process(tmp_path, monkeypatch, case):
     each, message = DISAGREEMENTS[case]
     monkeypatch.chdir(tmp_path)
@@ -277,6 +289,7 @@ def test_a_stuck_process_writes_its_stacks_and_ends(tmp_path):
     assert "in stuck_here" in done.stderr
 
 
+@long
 def test_a_stopped_process_ends_the_whole_group(tmp_path):
     """SIGSTOP: a host that is there and does nothing."""
     with Group(tmp_path / "run", train__stuck_seconds=15) as group:

@@ -25,10 +25,16 @@ def restored(workdir):
 
     folder = workdir / "checkpoints"
     step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
-    items = ocp.StandardCheckpointer()
-    return step, [
-        items.restore((folder / str(step) / item).absolute()) for item in ("train", "ema")
-    ]
+    items, here = ocp.StandardCheckpointer(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def read(place):
+        shape = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+            dict(items.metadata(place).item_metadata),
+        )
+        return items.restore(place, shape)
+
+    return step, [read((folder / str(step) / item).absolute()) for item in ("train", "ema")]
 
 
 def assert_bit_equal(a, b):

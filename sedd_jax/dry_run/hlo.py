@@ -17,6 +17,7 @@ KINDS = (
     "collective-permute",
     "collective-broadcast",
 )
+BETWEEN_SLICES = "between slices"
 _KIND = re.compile(rf" ({'|'.join(sorted(KINDS, key=len, reverse=True))})(-start)?\(")
 _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(
@@ -32,7 +33,9 @@ class Collective:
     """Collectives of one kind over the same mesh axes in one step."""
 
     kind: str
-    axes: tuple[str, ...]  # of the mesh; and "2 of 16 devices" where they fill only a part
+    # Of the mesh; and "256 of 512 devices" where a group fills only a part, as in one of two
+    # slices; or "between slices".
+    axes: tuple[str, ...]
     count: int  # executed in a step
     bytes: int  # of their results on one device, in a step; a reduce-scatter's operands
     shapes: tuple[str, ...]  # bf16[768,3072] and so on, the different ones
@@ -159,6 +162,12 @@ def _reduce_scatters(name: str, bodies: dict[str, list[str]]) -> bool:
 
 
 def _collective(line: str, mesh: Mapping[str, int], scatters: bool) -> _Found | None:
+    sent = re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', line)
+    if sent and " send(" in line:
+        # Between TPU slices hosts do it, over the data centre's network.
+        dtype, shape = _ARRAY.findall(line.split(" = ", 1)[1])[0]
+        kind = sent[1].lower().replace("_", "-")
+        return _Found(kind, (BETWEEN_SLICES,), _bytes(dtype, shape), (f"{dtype}[{shape}]",))
     match = _KIND.search(line)
     if match is None or " = " not in line[: match.start() + 1]:
         return None
