@@ -72,7 +72,8 @@ def get_config():
     config.train.log_every = 50  # steps
     config.train.eval_every = 5000  # steps
     config.train.max_skipped = 50  # steps skipped in a row, for loss or gradient not finite
-    config.train.stuck_seconds = 3600  # without a step, batch or save: the process ends; 0: never
+    config.train.stuck_seconds = 3600  # without a step, batch or save (compiling counts):
+    # the process ends; 0: never
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = 10_000  # steps

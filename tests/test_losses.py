@@ -167,3 +167,35 @@ def test_times_and_noise_come_from_different_keys(name):
     x0 = jnp.zeros((4, 2), jnp.int32)
     dwdse(seen[0], x0, score_fn, graph, LogLinear(), times=times)
     assert len({tuple(jax.random.key_data(key).tolist()) for key in seen}) == 3
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.25, 3.0])
+def test_log_z_is_the_log_of_the_factor_by_which_the_scores_are_too_large(factor):
+    graph, schedule = Absorbing(3), LogLinear()
+    exact = dense.exact_score_fn(graph, LAW)
+
+    def score_fn(xt, sigma):
+        return DenseScores(exact(xt, sigma).log_score() + jnp.log(factor), xt, 3)
+
+    x0 = jnp.array([[0, 2], [1, 1], [2, 0]])
+    t = jnp.array([[0.3], [0.8], [0.6]])
+    xt = jnp.array([[3, 3], [1, 3], [3, 0]])
+    found = dwdse_at(t, xt, x0, score_fn, graph, schedule)
+    np.testing.assert_allclose(found.log_z, np.log(factor), atol=1e-5)
+    # Padding has none, and a batch without a masked token has none: 0.
+    is_token = jnp.array([[True, False], [True, True], [True, True]])
+    one = dwdse_at(t, xt, x0, score_fn, graph, schedule, is_token=is_token)
+    np.testing.assert_allclose(one.log_z, np.log(factor), atol=1e-5)
+    assert dwdse_at(t, x0, x0, score_fn, graph, schedule).log_z == 0.0
+
+
+def test_uniform_noise_has_no_log_z():
+    graph = GRAPHS["uniform"](3)
+    found = dwdse(
+        jax.random.key(0),
+        jnp.zeros((2, 2), jnp.int32),
+        dense.exact_score_fn(graph, LAW),
+        graph,
+        LogLinear(),
+    )
+    assert found.log_z is None

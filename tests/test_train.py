@@ -119,6 +119,42 @@ def test_a_finished_run_leaves_its_config_metrics_events_and_checkpoints(tiny_ru
         assert checkpoints.newest() == 8
 
 
+def test_metrics_tell_where_the_time_went_and_how_far_the_scores_are_from_their_total(tiny_run):
+    rows = [json.loads(row) for row in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    phases = ("compile", "input", "checkpoint", "evaluate")
+    spent = {name: last[f"{name}_seconds"] for name in phases}
+    assert all(seconds > 0 for seconds in spent.values())
+    assert 0 < last["goodput"] < 1
+    assert last["goodput"] * last["seconds"] + sum(spent.values()) == pytest.approx(
+        last["seconds"], rel=0.05, abs=0.1
+    )
+    assert np.isfinite(last["log_z"])
+    assert "mfu" not in last  # a CPU has no peak that is known
+
+
+def test_samples_and_a_profile_are_kept_where_they_are_asked_for(tmp_path, tiny_config):
+    tiny_config.train.steps = 4
+    tiny_config.sample.every, tiny_config.sample.steps, tiny_config.sample.count = 2, 3, 8
+    tiny_config.profile.start, tiny_config.profile.steps = 1, 2
+    assert train(tiny_config, tmp_path / "run") == 4
+    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == ["2.txt", "4.txt"]
+    text = (tmp_path / "run/samples/4.txt").read_text()
+    assert text.count("--- ") >= 8 and "░" not in text
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+
+
+def test_a_config_from_before_a_key_was_there_still_resumes(tiny_run, tiny_config):
+    values = json.loads((tiny_run / "config.json").read_text())
+    del values["profile"], values["train"]["stuck_seconds"], values["sample"]["every"]
+    older = configuration.from_json(json.dumps(values))
+    configuration.check(older)
+    assert configuration.differences(older, tiny_config) == []
+    del values["model"]["hidden_size"]  # what says which model it is has no default
+    with pytest.raises(ValueError, match="hidden_size is missing"):
+        configuration.check(configuration.from_json(json.dumps(values)))
+
+
 def test_a_finished_run_started_again_does_nothing(tiny_run, tiny_config):
     before = restored(tiny_run)
     assert train(tiny_config, tiny_run) == 8
