@@ -178,7 +178,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_bit_equal(tmp_path,
         statuses = group.finish(seconds=100)
         # It may have come too late for one that was done.
         assert -signal.SIGKILL in statuses or statuses == [0, 0]
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 90  # joining has a minute by itself
     continued(workdir, whole)
 
 
