@@ -106,7 +106,7 @@ def compile_row(config: str, target: str, changes: dict) -> dict:
     positions = rows // (estimate.mesh["data"] * estimate.mesh["fsdp"]) * config.data.length
     found = estimate.to_dict()
     found.pop("parameters")
-    tables = hlo.tables(text, estimate.vocab_size, positions)
+    tables = hlo.tables(text, estimate.vocab_size, config.model.hidden_size, positions)
     return found | {"batch_size": config.train.batch_size, "tables": tables}
 
 

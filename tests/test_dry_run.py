@@ -191,7 +191,11 @@ def test_collectives_are_counted_by_the_turns_of_their_loop_and_their_bytes():
 
 def test_a_table_of_the_vocabulary_is_found_in_any_layout():
     text = "f32[4,8,100] bf16[4,8,100] f32[101,32] f32[32,128] f32[4,100] f32[8,8,64]"
-    assert hlo.tables(text, 100, 32) == ["f32[101,32]", "f32[32,128]", "f32[4,8,100]"]
+    assert hlo.tables(text, 100, 16, 32) == ["f32[101,32]", "f32[32,128]", "f32[4,8,100]"]
+
+
+def test_the_embedding_is_no_table_of_logits():
+    assert hlo.tables("f32[100,64] f32[64,4,100]", 100, 64, 32) == ["f32[64,4,100]"]
 
 
 # --- a dry run on CPU

@@ -84,17 +84,20 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
     )
 
 
-def tables(text: str, vocab_size: int, positions: int) -> list[str]:
+def tables(text: str, vocab_size: int, hidden_size: int, positions: int) -> list[str]:
     """The float32 arrays with a number for every token of the vocabulary at every position.
 
     positions is how many one device has at a time; in any layout. A side may be padded, by at
-    most 256.
+    most 256. The embedding and the head, with hidden_size numbers for every token, are none:
+    where positions is hidden_size they cannot be told apart, and none is found.
     """
     found = set()
     for dtype, shape in _ARRAY.findall(text):
         sides = [int(n) for n in shape.split(",") if n]
-        wide = any(vocab_size <= side <= vocab_size + 256 for side in sides)
-        if dtype == "f32" and wide and math.prod(sides) >= positions * vocab_size:
+        others = [
+            math.prod(sides) // side for side in sides if vocab_size <= side <= vocab_size + 256
+        ]
+        if dtype == "f32" and any(n >= positions and n != hidden_size for n in others):
             found.add(f"{dtype}[{shape}]")
     return sorted(found)
 
