@@ -241,8 +241,10 @@ def from_json(text: str) -> ConfigDict:
     # Keys that are newer than the run, and change nothing that it has done, are as by default.
     for key, value in flatten(base.get_config()):
         section, _, name = key.rpartition(".")
-        if may_change(key) and name not in config.get(section, {}):
-            config.setdefault(section, ConfigDict())[name] = value
+        if may_change(key) and section not in config:
+            config[section] = ConfigDict()
+        if may_change(key) and name not in config[section]:
+            config[section][name] = value
     return config
 
 

@@ -67,7 +67,12 @@ def one_device():
     return {}
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "mesh",
+    # One axis alone is in the mixed mesh too.
+    [pytest.param(mesh, marks=pytest.mark.long if 1 in mesh.values() else ()) for mesh in MESHES],
+    ids=str,
+)
 def test_eight_devices_give_the_losses_of_one_with_the_same_noise(tiny_config, mesh, one_device):
     tiny_config.train.microbatches = 2
     if not one_device:
