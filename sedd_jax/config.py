@@ -240,11 +240,12 @@ def from_json(text: str) -> ConfigDict:
     config = ConfigDict(values)
     # Keys that are newer than the run, and change nothing that it has done, are as by default.
     for key, value in flatten(base.get_config()):
-        section, _, name = key.rpartition(".")
-        if may_change(key) and section not in config:
-            config[section] = ConfigDict()
-        if may_change(key) and name not in config[section]:
-            config[section][name] = value
+        if may_change(key):
+            section, _, name = key.rpartition(".")
+            if section not in config:
+                config[section] = ConfigDict()
+            if name not in config[section]:
+                config[section][name] = value
     return config
 
 

@@ -152,7 +152,7 @@ def is_first() -> bool:
 
 def gather_text(text: str) -> list[str]:
     """Every process's text, in order; all must call it at the same place."""
-    if jax.process_count() == 1:
+    if is_alone():
         return [text]
     mine = text.encode("utf-8")
     sizes = multihost_utils.process_allgather(np.int32(len(mine)))
@@ -164,7 +164,7 @@ def gather_text(text: str) -> list[str]:
 
 def leader_first(action: Callable[[], T]) -> T:
     """action() on process 0, and when it is done there on the others; errors as in `together`."""
-    first = jax.process_index() == 0
+    first = is_first()
     result = together(lambda: action() if first else None)
     return together(lambda: result if first else action())
 
@@ -187,7 +187,7 @@ def together(action: Callable[[], T]) -> T:
 
 def leader(action: Callable[[], T]) -> T:
     """action() on process 0 alone; its result, something that JSON holds, on every process."""
-    result = together(lambda: action() if jax.process_index() == 0 else None)
+    result = together(lambda: action() if is_first() else None)
     return json.loads(gather_text(json.dumps(result))[0])
 
 
@@ -206,7 +206,7 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
 
 def check_shared(folder: Path, seconds: float = 30.0) -> None:
     """ValueError on every process if one does not see what process 0 writes into folder."""
-    if jax.process_count() == 1:
+    if is_alone():
         return
     name = leader(lambda: f".seen-by-all-{os.getpid()}-{time.time_ns()}")
 
@@ -234,7 +234,7 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
 
 def fetch(tree: Any) -> Any:
     """A tree of arrays over the mesh as whole numpy arrays, on every process."""
-    if jax.process_count() == 1:
+    if is_alone():
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
@@ -250,7 +250,7 @@ class Votes:
 
     def __init__(self, asked: Callable[[], bool], mesh: Mesh):
         self._asked, self._stop = asked, False
-        self._single = jax.process_count() == 1
+        self._single = is_alone()
         self._rows = NamedSharding(mesh, P(mesh.axis_names))
         self._count = mesh.size
         self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, P()))

@@ -79,9 +79,10 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         step = int(train_state.step)
         report = stack.enter_context(Report(program, records, workdir, step))
         report.began(found)
-        with report.clock("compile"):
-            train_step = program.compile()
-        report.compiled(train_step)
+        if step < config.train.steps:  # a run that is done compiles nothing
+            with report.clock("compile"):
+                train_step = program.compile()
+            report.compiled(train_step)
         batches = data.train_batches(
             records,
             seed=config.seed,
@@ -108,10 +109,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             if every(config.train.log_every):
                 report.train(step)
             if every(config.checkpoint.every):
-                with report.clock(
-                    "checkpoint"
-                ):  # until it is copied: the rest is in the background
-                    checkpoints.save(step, train_state)
+                with report.clock("checkpoint"):
+                    checkpoints.save(step, train_state)  # copied; written in the background
             if every(config.train.eval_every):
                 with report.clock("evaluate"):
                     total = evaluate.corpus_bound(

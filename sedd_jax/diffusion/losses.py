@@ -33,9 +33,8 @@ class Loss(NamedTuple):
     """What an objective finds."""
 
     nats: jax.Array  # per sequence, float32 [B]: what training minimises
-    log_z: (
-        jax.Array | None
-    )  # float32 []: mean of graphs.ScoreEntropy's over the tokens that have one
+    # float32 []: the mean of graphs.ScoreEntropy's over the tokens that have one
+    log_z: jax.Array | None
 
 
 def dwdse(
