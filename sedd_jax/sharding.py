@@ -8,7 +8,7 @@ follow the same rule.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -144,9 +144,9 @@ class OnMesh:
     mesh: Mesh
 
     @property
-    def parts(self) -> int:
-        """Over how many devices the rows of a batch are split."""
-        return batch_parts(self.mesh)
+    def platform(self) -> str:
+        """Of the mesh's devices: those that a program is compiled for may be on another machine."""
+        return self.mesh.devices.flat[0].platform
 
     def rows(self, x: jax.Array) -> jax.Array:
         """x, [B, ...], split as the batch is, and along no other axis."""
@@ -155,3 +155,10 @@ class OnMesh:
     def whole(self, x: jax.Array) -> jax.Array:
         """x on every device: gathered once, not in every block of positions that uses it."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
+
+    def over_rows(self, fn: Callable, rows: Any, whole: Any) -> Any:
+        """fn(rows, whole), each device with its rows; the gradient of whole is summed over them."""
+        split = jax.shard_map(
+            fn, mesh=self.mesh, in_specs=(BATCH, P()), out_specs=BATCH, check_vma=False
+        )
+        return split(rows, whole)

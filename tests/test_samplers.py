@@ -407,11 +407,13 @@ class EvenScores:
         table = jnp.full((*self.xt.shape, self.dim), self.log_each)
         return jnp.where(jnp.arange(self.dim) == self.xt[..., None], 0.0, table)
 
-    def total_and_draw(self, keys):
+    def total(self, where):
+        return jnp.full(self.xt.shape, self.log_each + jnp.log(self.vocab_size))
+
+    def draw(self, keys, where):
         shape = self.xt.shape[1:]
         draw = jax.vmap(lambda key: jax.random.randint(key, shape, 0, self.vocab_size, jnp.int32))
-        token = draw(keys)
-        return jnp.full(self.xt.shape, self.log_each + jnp.log(self.vocab_size)), token
+        return draw(keys)
 
 
 # The rare tokens' probability, each, beside a dominant "stay"; 3.8e8 of them are tried, so 15 draws

@@ -1,4 +1,7 @@
-"""The blocked reductions over the vocabulary against their dense definition."""
+"""The tiled reductions over the vocabulary against their dense definition."""
+
+import functools
+import re
 
 import dense
 import jax
@@ -7,12 +10,22 @@ import numpy as np
 import pytest
 
 from sedd_jax.kernels import vocab_reduce
-from sedd_jax.kernels.vocab_reduce import total_and_draw, total_and_pick
+from sedd_jax.kernels.vocab_reduce import Tile, draw, total_and_pick
 
 BATCH, LENGTH, SIZE, VOCAB = 2, 7, 5, 11
-# One position a block (also for two: 7 is not even), three with a ragged last one, everything at once.
-BLOCKS = [1, 2 * BATCH * VOCAB, 3 * BATCH * VOCAB + 1, LENGTH * BATCH * VOCAB, 2**24]
-blocks = pytest.mark.parametrize("block_elements", BLOCKS)
+# One logit at a time; a ragged last block of positions, of tokens (by 1 and by 3), of both;
+# everything at once; what the platform takes.
+TILES = [Tile(1, 1), Tile(3, VOCAB), Tile(14, 5), Tile(4, 4), None]
+tiles = pytest.mark.parametrize("tile", TILES, ids=str)
+SHAPES = re.compile(r"\b(?:f32|bf16)\[([\d,]+)\]")
+ASKED = ["all", "some", "one", "none"]
+asked = pytest.mark.parametrize("asked", ASKED)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_small(monkeypatch):
+    """So that these sizes too put the positions asked for first."""
+    monkeypatch.setattr(vocab_reduce, "SMALL", 0)
 
 
 @pytest.fixture(scope="module")
@@ -26,41 +39,99 @@ def head():
     excluded[0, :3] = VOCAB, -1, VOCAB + 5
     targets = rng.integers(0, VOCAB, (BATCH, LENGTH)).astype(np.int32)
     targets[1, 0] = excluded[1, 0]
+    targets[1, 1:3] = 0, VOCAB - 1
     return tuple(map(jnp.asarray, (hidden, weight, bias, excluded, targets)))
 
 
-def definition(hidden, weight, bias, excluded, targets):
-    table = jnp.einsum("blc,vc->blv", hidden, weight) + bias
-    others = jnp.where(jnp.arange(VOCAB) == excluded[..., None], -jnp.inf, table)
+def positions(asked):
+    """The positions asked for, bool [B, L], or None for all."""
+    if asked == "all":
+        return None
+    where = np.zeros((BATCH, LENGTH), bool)
+    where[{"some": np.s_[:, 1::2], "one": np.s_[1, 3], "none": np.s_[:0]}[asked]] = True
+    return jnp.asarray(where)
+
+
+def definition(hidden, weight, bias, excluded, targets, where=None):
+    table = jnp.einsum("blc,vc->blv", hidden, weight, precision="highest") + bias
+    others = jnp.where(jnp.arange(len(bias)) == excluded[..., None], -jnp.inf, table)
     pick = jnp.take_along_axis(table, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(others, axis=-1), pick
+    found = jax.nn.logsumexp(others, axis=-1), pick
+    return found if where is None else tuple(jnp.where(where, a, 0.0) for a in found)
 
 
-@blocks
-def test_total_and_pick_equal_the_dense_ones(head, block_elements):
-    total, pick = total_and_pick(*head, block_elements)
-    assert total.shape == pick.shape == (BATCH, LENGTH)
-    assert total.dtype == pick.dtype == jnp.float32
-    for value, exact in zip((total, pick), definition(*head), strict=True):
-        np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-6)
+def answers(reduce, params, *rest):
+    """total, pick, and the gradients of a sum in which each of them has a weight of its own."""
+    slopes = jax.random.normal(jax.random.key(0), (2, *rest[0].shape))
+
+    def loss(params):
+        total, pick = reduce(*params, *rest)
+        return (slopes[0] * total + slopes[1] * pick).sum(), (total, pick)
+
+    gradients, values = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return values, gradients
 
 
-@blocks
-def test_gradients_equal_the_dense_ones(head, block_elements):
+@tiles
+@asked
+def test_values_and_gradients_equal_the_dense_ones(head, tile, asked):
     *params, excluded, targets = head
-    slopes = jax.random.normal(jax.random.key(0), (2, BATCH, LENGTH))
-
-    def cost(reduce):
-        def loss(params):
-            total, pick = reduce(*params, excluded, targets)
-            return (slopes[0] * total + slopes[1] * pick).sum()
-
-        return jax.jit(jax.grad(loss))
-
-    blocked = cost(lambda *args: total_and_pick(*args, block_elements))(params)
-    for value, exact in zip(blocked, cost(definition)(params), strict=True):
+    rest = excluded, targets, positions(asked)
+    values, slopes = answers(lambda *args: total_and_pick(*args, tile=tile), params, *rest)
+    exact_values, exact_slopes = answers(definition, params, *rest)
+    for value, exact in zip(values, exact_values, strict=True):
+        assert value.shape == (BATCH, LENGTH) and value.dtype == jnp.float32
+        np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-6)
+    for value, exact in zip(slopes, exact_slopes, strict=True):
         np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-5)
         assert jnp.isfinite(value).all()
+
+
+@pytest.mark.parametrize("tile", [Tile(4, 4), None], ids=str)
+def test_gradients_of_bfloat16_operands_are_within_a_hundredth(head, tile):
+    hidden, weight, bias, *ids = head
+    params = hidden.astype(jnp.bfloat16), weight, bias
+    rest = *ids, positions("some")
+    _, ours = answers(lambda *args: total_and_pick(*args, tile=tile), params, *rest)
+    _, exact = answers(definition, (hidden, weight, bias), *rest)
+    for value, right in zip(ours, exact, strict=True):
+        error = jnp.linalg.norm(value.astype(jnp.float32) - right) / jnp.linalg.norm(right)
+        assert error < 1e-2
+    assert [value.dtype for value in ours] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
+def test_a_few_logits_are_made_at_once_and_answer_alike(head, monkeypatch):
+    where = positions("some")
+    sorted_ = total_and_pick(*head, where)
+    monkeypatch.setattr(vocab_reduce, "SMALL", 2**18)
+    for value, exact in zip(total_and_pick(*head, where), sorted_, strict=True):
+        np.testing.assert_allclose(value, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_large_logits_stay_finite(head):
+    hidden, weight, bias, excluded, targets = head
+    params = 40.0 * hidden, weight, bias
+    tiled = functools.partial(total_and_pick, tile=Tile(4, 4))
+    (total, _), slopes = answers(tiled, params, excluded, targets)
+    np.testing.assert_allclose(total, definition(*params, excluded, targets)[0], rtol=1e-5)
+    assert all(jnp.isfinite(slope).all() for slope in slopes)
+
+
+def test_a_token_of_bias_minus_infinity_is_in_no_sum_and_has_no_gradient(head):
+    hidden, weight, bias, _, targets = head
+    nothing = jnp.full_like(targets, -1)
+    shut = bias.at[VOCAB - 1].set(-jnp.inf)
+    targets = jnp.minimum(targets, VOCAB - 2)
+
+    def reduce(hidden, weight, bias, targets):
+        return total_and_pick(hidden, weight, bias, nothing, targets, tile=Tile(4, 4))
+
+    _, ours = answers(reduce, (hidden, weight, shut), targets)
+    _, fewer = answers(reduce, (hidden, weight[:-1], bias[:-1]), targets)
+    np.testing.assert_allclose(ours[0], fewer[0], rtol=1e-5, atol=1e-6)
+    for value, exact in zip(ours[1:], fewer[1:], strict=True):
+        np.testing.assert_allclose(value[:-1], exact, rtol=1e-5, atol=1e-6)
+        assert not value[-1].any()
 
 
 def test_an_excluded_id_outside_the_vocabulary_excludes_nothing(head):
@@ -72,32 +143,47 @@ def test_an_excluded_id_outside_the_vocabulary_excludes_nothing(head):
         np.testing.assert_allclose(total, everything, rtol=1e-6)
 
 
-def test_draws_do_not_depend_on_the_block_size(head):
+def test_no_array_has_a_number_for_every_token_at_every_position():
+    # 80 positions and 500 tokens, dimensions that nothing else has.
+    hidden, weight, bias = jnp.zeros((4, 20, 16)), jnp.zeros((500, 16)), jnp.zeros(500)
+    ids, where = jnp.zeros((4, 20), jnp.int32), jnp.zeros((4, 20), bool)
+    tile = Tile(16, 128)
+
+    def cost(params):
+        return sum(a.sum() for a in total_and_pick(*params, ids, ids, where, tile=tile))
+
+    text = jax.jit(jax.grad(cost)).lower((hidden, weight, bias)).compile().as_text()
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in SHAPES.findall(text)]
+    assert 500 * 16 in sizes  # the weights
+    assert max(sizes) < 80 * 500
+
+
+def test_draws_depend_neither_on_the_block_size_nor_on_what_else_is_drawn(head):
     *params, excluded, _ = head
-    draw = jax.jit(total_and_draw, static_argnums=5)
-    sizes = (BLOCKS[0], BLOCKS[1], BLOCKS[-1])
     keys = jax.random.split(jax.random.key(3), BATCH)
-    drawn = [draw(keys, *params, excluded, size) for size in sizes]
-    for total, token in drawn:
-        assert token.dtype == jnp.int32
-        np.testing.assert_array_equal(token, drawn[-1][1])
-        np.testing.assert_allclose(total, definition(*head)[0], rtol=1e-5)
+    whole = np.asarray(draw(keys, *params, excluded))
+    blocked = jax.jit(draw, static_argnames="block")
+    for block in (1, 3):
+        for asked in ASKED[1:]:
+            where = positions(asked)
+            drawn = blocked(keys, *params, excluded, where, block=block)
+            assert drawn.dtype == jnp.int32
+            np.testing.assert_array_equal(drawn, np.where(where, whole, 0))
 
 
-@pytest.mark.parametrize("block_elements", [BLOCKS[1], BLOCKS[-1]])
-def test_tokens_are_drawn_in_proportion_and_never_the_excluded_one(head, block_elements):
+@pytest.mark.parametrize("block", [7_000, None])
+def test_tokens_are_drawn_in_proportion_and_never_the_excluded_one(head, block):
     *params, excluded, _ = head
     many, draws = 5_000, 10
     hidden = jnp.tile(params[0][:1], (many, 1, 1))  # rows of one batch differ in noise alone
 
     @jax.jit
-    def draw(key):
+    def drawn_with(key):
         shut = jnp.tile(excluded[:1], (many, 1))
-        elements = block_elements * many // BATCH
         keys = jax.random.split(key, many)
-        return total_and_draw(keys, hidden, *params[1:], shut, elements)[1]
+        return draw(keys, hidden, *params[1:], shut, block=block)
 
-    drawn = np.concatenate([draw(key) for key in jax.random.split(jax.random.key(0), draws)])
+    drawn = np.concatenate([drawn_with(key) for key in jax.random.split(jax.random.key(0), draws)])
     table = vocab_reduce.logits(*params)[0]
     for place in range(LENGTH):
         others = np.array(jax.nn.softmax(table[place]))
@@ -113,7 +199,7 @@ def test_draws_of_different_places_and_rows_are_independent(head):
     excluded = jnp.full((5_000, 2), VOCAB)
     bias = jnp.where(jnp.arange(VOCAB) < 3, 0.0, -jnp.inf)
     keys = jax.random.split(jax.random.key(0), 5_000)
-    _, token = jax.jit(total_and_draw)(keys, hidden, params[1], bias, excluded)
+    token = jax.jit(draw)(keys, hidden, params[1], bias, excluded)
     for pair in (token, jnp.stack([token[:-1, 0], token[1:, 0]], axis=1)):
         assert dense.p_value(dense.count(pair, 3), np.full(9, 1 / 9)) > dense.P_VALUE
 

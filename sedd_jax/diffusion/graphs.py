@@ -233,14 +233,14 @@ class Absorbing(_Kernels):
         q = score * expm1(sigma) is the conditional law of the clean token and Z its sum, which
         is 1 for the true score.
         """
-        log_total, log_pick = scores.total_and_pick(x0)
+        is_masked = xt == self.mask
+        log_total, log_pick = scores.total_and_pick(x0, is_masked)
         odds = jnp.expm1(sigma)  # p(mask | x0) / p(x0 | x0)
         log_z = log_total + jnp.log(odds)
         log_q = log_pick + jnp.log(odds)
         # expm1 keeps the penalty's digits near Z = 1; its gradient, computed as (Z - 1) + 1, loses
         # those of a small Z.
         z_minus_1 = jnp.where(jnp.abs(log_z) < 0.5, jnp.expm1(log_z), jnp.exp(log_z) - 1.0)
-        is_masked = xt == self.mask
         return ScoreEntropy(
             value=jnp.where(is_masked, (z_minus_1 - log_q) / odds, 0.0),
             normalised=jnp.where(is_masked, (log_z - log_q) / odds, 0.0),
@@ -268,7 +268,7 @@ class Absorbing(_Kernels):
         def clean(log_score, x, sigma):
             return self.tweedie_probabilities(log_score, x, sigma)[: self.vocab_size]
 
-        return self._reveal(scores, xt, jnp.full_like(sigma, jnp.inf), clean, sigma)
+        return self._reveal(scores, xt, None, clean, sigma)
 
 
 @dataclasses.dataclass(frozen=True)

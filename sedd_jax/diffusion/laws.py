@@ -57,7 +57,7 @@ class Reveal:
     scores: Scores
     xt: Tokens
     mask: int
-    log_chance: jax.Array  # float32 [B, 1]; inf reveals with certainty
+    log_chance: jax.Array | None  # float32 [B, 1]; None reveals with certainty
     probabilities: Callable[[], jax.Array]  # -> float32 [B, L, D]
 
     def _log_reveal(self, log_total: jax.Array) -> jax.Array:
@@ -65,16 +65,23 @@ class Reveal:
 
     def draw(self, keys: jax.Array) -> Tokens:
         key_reveal, key_token = jax.vmap(jax.random.split, out_axes=1)(keys)
-        log_total, token = self.scores.total_and_draw(key_token)
-        reveal = jnp.exp(self._log_reveal(log_total))
-        bernoulli = jax.vmap(lambda k, p: jax.random.bernoulli(k, p, mode="high"))
-        is_revealed = bernoulli(key_reveal, reveal)
-        return jnp.where((self.xt == self.mask) & is_revealed, token, self.xt)
+        is_revealed = self.xt == self.mask
+        if self.log_chance is not None:
+            reveal = jnp.exp(self._log_reveal(self.scores.total(is_revealed)))
+            bernoulli = jax.vmap(lambda k, p: jax.random.bernoulli(k, p, mode="high"))
+            is_revealed &= bernoulli(key_reveal, reveal)
+        # Only now, and only for the few that are revealed: noise over the vocabulary is dear.
+        return jnp.where(is_revealed, self.scores.draw(key_token, is_revealed), self.xt)
 
     def log_probability(self, tokens: Tokens) -> jax.Array:
-        log_total, log_pick = self.scores.total_and_pick(tokens)
-        log_reveal = self._log_reveal(log_total)
-        stays = jnp.log(-jnp.expm1(log_reveal))
-        masked = jnp.where(tokens == self.mask, stays, log_reveal + log_pick - log_total)
+        is_masked = self.xt == self.mask
+        log_total, log_pick = self.scores.total_and_pick(tokens, is_masked)
+        masked = log_pick - log_total
+        if self.log_chance is None:
+            masked = jnp.where(tokens == self.mask, -jnp.inf, masked)
+        else:
+            log_reveal = self._log_reveal(log_total)
+            stays = jnp.log(-jnp.expm1(log_reveal))
+            masked = jnp.where(tokens == self.mask, stays, log_reveal + masked)
         unmasked = jnp.where(tokens == self.xt, 0.0, -jnp.inf)
-        return jnp.where(self.xt == self.mask, masked, unmasked)
+        return jnp.where(is_masked, masked, unmasked)

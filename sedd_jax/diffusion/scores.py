@@ -1,4 +1,4 @@
-"""The seam: what one network call knows, asked through three questions. Imports jax only.
+"""The seam: what one network call knows, asked through four questions. Imports jax only.
 
 Losses, samplers and the bound take a `ScoreFn` and never see parameters, a model or a config.
 """
@@ -12,22 +12,27 @@ import jax.numpy as jnp
 
 Tokens = jax.Array  # int32 [B, L]
 Sigma = jax.Array  # float32 [B, 1]: total noise, one value a sequence
+Where = jax.Array | None  # bool [B, L]: the positions asked for; None: all
 
 
 class Scores(Protocol):
     """The ratios p_sigma(y at l) / p_sigma(x_l at l) of one noised batch x.
 
-    Clean tokens are y < vocab_size; the sums and the draw below leave y = x_l out.
+    Clean tokens are y < vocab_size; the sums and the draw below leave y = x_l out. They are asked
+    for some of the positions: at the others the answers are finite and mean nothing.
     """
 
     def log_score(self) -> jax.Array:
         """The whole table, float32 [B, L, D]; 0 at y = x_l."""
 
-    def total_and_pick(self, targets: Tokens) -> tuple[jax.Array, jax.Array]:
-        """Log of the sum of scores over clean y != x_l, and log-score at targets; [B, L] each."""
+    def total(self, where: Where) -> jax.Array:
+        """Log of the sum of scores over clean y != x_l, float32 [B, L]."""
 
-    def total_and_draw(self, keys: jax.Array) -> tuple[jax.Array, Tokens]:
-        """Log of the same sum, and a clean token drawn in proportion to its score; [B, L] each.
+    def total_and_pick(self, targets: Tokens, where: Where) -> tuple[jax.Array, jax.Array]:
+        """The same log sum, and the log-score at targets; [B, L] each."""
+
+    def draw(self, keys: jax.Array, where: Where) -> Tokens:
+        """A clean token y != x_l drawn in proportion to its score, int32 [B, L].
 
         keys has one for each row, [B]: a row's draw does not depend on the rows beside it.
         """
@@ -65,11 +70,12 @@ class DenseScores:
         clean = self.table[..., : self.vocab_size]
         return jnp.where(states == self.xt[..., None], -jnp.inf, clean)
 
-    def total_and_pick(self, targets: Tokens) -> tuple[jax.Array, jax.Array]:
-        log_total = jax.nn.logsumexp(self._others(), axis=-1)
-        pick = jnp.take_along_axis(self.log_score(), targets[..., None], axis=-1)
-        return log_total, pick[..., 0]
+    def total(self, where: Where = None) -> jax.Array:
+        return jax.nn.logsumexp(self._others(), axis=-1)
 
-    def total_and_draw(self, keys: jax.Array) -> tuple[jax.Array, Tokens]:
-        others = self._others()
-        return jax.nn.logsumexp(others, axis=-1), draw_categorical(keys, others)
+    def total_and_pick(self, targets: Tokens, where: Where = None) -> tuple[jax.Array, jax.Array]:
+        pick = jnp.take_along_axis(self.log_score(), targets[..., None], axis=-1)
+        return self.total(where), pick[..., 0]
+
+    def draw(self, keys: jax.Array, where: Where = None) -> Tokens:
+        return draw_categorical(keys, self._others())

@@ -1,15 +1,16 @@
 """Scores answered from the last hidden state, without a table where none is asked for."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graphs import Graph
-from sedd_jax.diffusion.scores import ScoreFn, Tokens
+from sedd_jax.diffusion.scores import ScoreFn, Tokens, Where
 from sedd_jax.kernels import vocab_reduce
-from sedd_jax.models.transformer import Output
+from sedd_jax.models.transformer import Anywhere, Output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class HeadScores:
     xt: Tokens  # int32 [B, L]
     log_scale: jax.Array  # float32 [B, 1]
     vocab_size: int  # clean tokens: the first rows of the head
-    parts: int = 1  # devices that share the rows
+    place: Any = Anywhere()  # where the output lives
+    implementation: str | None = None  # of the reductions; None: the platform's
 
     def log_score(self) -> jax.Array:
         """The whole table, float32 [B, L, D]; 0 at y = x_l."""
@@ -28,28 +30,45 @@ class HeadScores:
         states = jnp.arange(table.shape[-1])
         return jnp.where(states == self.xt[..., None], 0.0, table)
 
-    def _clean_head(self):
+    def _over_rows(self, reduce, *rows: jax.Array):
+        """reduce(hidden, weight, bias, xt, *rows), on each device for the rows it holds."""
         hidden, weight, bias = self.output
-        return hidden, weight[: self.vocab_size], bias[: self.vocab_size]
+        # No score of MASK is asked for: left out so, and not by a copy of the other rows.
+        clean = jnp.where(jnp.arange(len(bias)) < self.vocab_size, bias, -jnp.inf)
 
-    @property
-    def _block_elements(self) -> int:
-        return vocab_reduce.BLOCK_ELEMENTS * self.parts  # a block's share of each device
+        def local(rows, head):
+            hidden, *others = rows
+            return reduce(hidden, *head, *others)
 
-    def total_and_pick(self, targets: Tokens) -> tuple[jax.Array, jax.Array]:
-        """Log of the sum of scores over clean y != x_l, and log-score at clean targets, [B, L]."""
-        total, pick = vocab_reduce.total_and_pick(
-            *self._clean_head(), self.xt, targets, self._block_elements
-        )
+        return self.place.over_rows(local, (hidden, self.xt, *rows), (weight, clean))
+
+    def total(self, where: Where = None) -> jax.Array:
+        """Log of the sum of scores over clean y != x_l, [B, L]."""
+        return self.total_and_pick(jnp.full_like(self.xt, -1), where)[0]
+
+    def total_and_pick(self, targets: Tokens, where: Where = None) -> tuple[jax.Array, jax.Array]:
+        """The same log sum, and log-score at clean targets, [B, L]."""
+
+        def reduce(*rows):
+            return vocab_reduce.total_and_pick(
+                *rows, implementation=self.implementation, platform=self.place.platform
+            )
+
+        total, pick = self._over_rows(reduce, targets, *_given(where))
         pick = jnp.where(targets == self.xt, 0.0, pick - self.log_scale)
         return total - self.log_scale, pick
 
-    def total_and_draw(self, keys: jax.Array) -> tuple[jax.Array, Tokens]:
-        """Log of the same sum, and a clean token drawn in proportion to its score, [B, L]."""
-        total, token = vocab_reduce.total_and_draw(
-            keys, *self._clean_head(), self.xt, self._block_elements
-        )
-        return total - self.log_scale, token
+    def draw(self, keys: jax.Array, where: Where = None) -> Tokens:
+        """A clean token drawn in proportion to its score, [B, L]."""
+
+        def reduce(hidden, weight, bias, xt, keys, *where):
+            return vocab_reduce.draw(keys, hidden, weight, bias, xt, *where)
+
+        return self._over_rows(reduce, keys, *_given(where))
+
+
+def _given(where: Where) -> tuple[jax.Array, ...]:
+    return () if where is None else (where,)
 
 
 def make_score_fn(
@@ -70,6 +89,6 @@ def make_score_fn(
         output = model.apply(
             {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
         )
-        return HeadScores(output, xt, graph.log_scale(sigma), graph.vocab_size, model.place.parts)
+        return HeadScores(output, xt, graph.log_scale(sigma), graph.vocab_size, model.place)
 
     return score_fn

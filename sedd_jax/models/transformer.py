@@ -7,6 +7,7 @@ layer norms and the modulation stay in float32.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -35,7 +36,10 @@ REMAT = {
 class Anywhere:
     """Where arrays live: wherever the compiler puts them. sharding.OnMesh says it for a mesh."""
 
-    parts: int = 1  # over which the rows of a batch are split
+    @property
+    def platform(self) -> str:
+        """Of the devices, as jax names it."""
+        return jax.default_backend()
 
     def rows(self, x: jax.Array) -> jax.Array:
         """An activation, [B, ...]."""
@@ -44,6 +48,11 @@ class Anywhere:
     def whole(self, x: jax.Array) -> jax.Array:
         """A table of tokens that every row uses."""
         return x
+
+    def over_rows(self, fn: Callable, rows: Any, whole: Any) -> Any:
+        """fn(rows, whole) with trees of activations and of what every row uses, row by row: a
+        device computes it for the rows that it holds."""
+        return fn(rows, whole)
 
 
 class Output(NamedTuple):
