@@ -55,6 +55,9 @@ def get_config():
     config.model.remat = "none"  # made again in the backward pass, which takes less memory and more
     # time: none, elementwise (all but the products with weights), blocks (all)
 
+    config.model.attention = "auto"  # what suits the device, or xla, cudnn (GPU), splash (TPU)
+    config.model.head = "auto"  # of the sums over the vocabulary: what suits the device, or xla
+
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 2500  # linear, from 1/2500 of the rate to all of it

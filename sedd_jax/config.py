@@ -23,6 +23,7 @@ from sedd_jax.diffusion.graphs import GRAPHS, Graph
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.samplers import DRAWS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
+from sedd_jax.kernels import attention, vocab_reduce
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import REMAT, Anywhere, Transformer
 from sedd_jax.sharding import OnMesh, batch_parts
@@ -95,6 +96,8 @@ RULES: dict[str, Rule] = {
     "model.dropout": _DECAY,
     "model.dtype": _one_of(DTYPES),
     "model.remat": _one_of(REMAT),
+    "model.attention": _one_of({"auto": None, **attention.FORMS}),
+    "model.head": _one_of({"auto": None, **vocab_reduce.FORMS}),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _whole(0),
     "optimizer.b1": _DECAY,
@@ -140,6 +143,8 @@ MAY_CHANGE = (
     "data.records",
     "data.tokenizer_path",
     "model.remat",
+    "model.attention",
+    "model.head",
 )
 MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh", "profile")
 

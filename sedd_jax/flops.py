@@ -17,16 +17,6 @@ def matmul_flops(fn: Callable, *shapes: Any) -> int:
     return _count(jax.make_jaxpr(fn)(*shapes).jaxpr)
 
 
-def training_flops(loss_fn: Callable, *shapes: Any) -> int:
-    """Operations of one gradient of loss_fn: its forward pass three times.
-
-    The backward pass has two products for each of the forward pass. What rematerialisation makes
-    again is no part of the model's work, and is not counted: the convention of MFU (Chowdhery et
-    al. 2022, appendix B).
-    """
-    return 3 * matmul_flops(loss_fn, *shapes)
-
-
 def _count(jaxpr) -> int:
     return sum(_operations(eqn) for eqn in jaxpr.eqns)
 

@@ -162,3 +162,11 @@ class OnMesh:
             fn, mesh=self.mesh, in_specs=(BATCH, P()), out_specs=BATCH, check_vma=False
         )
         return split(rows, whole)
+
+    def over_heads(self, fn: Callable, heads: Any, rows: Any) -> Any:
+        """fn(heads, rows), each device with its rows and its heads, [B, L, H, K]."""
+        kept = P(("data", "fsdp"), None, "tensor", None)
+        split = jax.shard_map(
+            fn, mesh=self.mesh, in_specs=(kept, BATCH), out_specs=kept, check_vma=False
+        )
+        return split(heads, rows)

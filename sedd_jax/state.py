@@ -70,20 +70,27 @@ def make_train_step(
     loss or gradient is not finite changes nothing but the counters.
     """
 
+    def of_part(params, key, part):
+        """((loss, log_z), gradient) of one microbatch."""
+
+        def mean(params):
+            found = loss_fn(params, key, part)
+            return found.nats.mean(), found.log_z
+
+        return jax.value_and_grad(mean, has_aux=True)(params)
+
     def gradients(params, key, batch):
+        if microbatches == 1:  # no second buffer of the gradient's size
+            (loss, log_z), grads = of_part(params, jax.random.fold_in(key, 0), batch)
+            return loss, grads, log_z
+
         def split(a):
             # Microbatch i takes the rows i, i + A, ...: each device keeps the rows it holds.
             return a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1)
 
         def accumulate(total, index_and_part):
             index, part = index_and_part
-            key_part = jax.random.fold_in(key, index)
-
-            def mean(params):
-                found = loss_fn(params, key_part, part)
-                return found.nats.mean(), found.log_z
-
-            (loss, log_z), grads = jax.value_and_grad(mean, has_aux=True)(params)
+            (loss, log_z), grads = of_part(params, jax.random.fold_in(key, index), part)
             total = jax.tree.map(lambda t, g: t + g / microbatches, total, (loss, grads))
             return total, log_z
 

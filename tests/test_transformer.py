@@ -12,7 +12,7 @@ from sedd_jax.diffusion.graphs import GRAPHS, Absorbing
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.kernels.attention import attention
 from sedd_jax.models.head import HeadScores, make_score_fn
-from sedd_jax.models.transformer import Output, Transformer, rotate, sigma_embedding
+from sedd_jax.models.transformer import Anywhere, Output, Transformer, rotate, sigma_embedding
 
 graphs = pytest.mark.parametrize("name", GRAPHS)
 GPT2 = 50257
@@ -199,7 +199,8 @@ def test_head_scores_answer_as_the_scores_of_their_table(name):
     bias = rng.normal(size=graph.dim).astype(np.float32)
     xt = jnp.tile(jnp.array([VOCAB - 1, graph.dim - 1, 4]), (rows, 1))
     log_scale = graph.log_scale(jnp.full((rows, 1), 0.3))
-    head = HeadScores(Output(*map(jnp.asarray, (hidden, weight, bias))), xt, log_scale, VOCAB)
+    output = Output(*map(jnp.asarray, (hidden, weight, bias)))
+    head = HeadScores(output, xt, log_scale, VOCAB, Anywhere())
 
     table = np.einsum("lc,vc->lv", hidden[0], weight) + bias - np.asarray(log_scale)[0]
     table[np.arange(3), xt[0]] = 0.0

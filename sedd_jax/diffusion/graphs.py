@@ -79,6 +79,9 @@ class Graph(Protocol):
         """A noised copy for the bound over [t_min, 1]; u in [0, 1) is its place among the noise
         levels, float32 [B, 1], uniform over all copies."""
 
+    def asked(self, schedule: Schedule, t_min: float) -> float:
+        """The mean share of the tokens at which the loss asks for scores, t in [t_min, 1]."""
+
     def prior(self, sigma: jax.Array) -> jax.Array:
         """KL(p_sigma(. | x0) || p_base), nats per token, the shape of sigma."""
 
@@ -216,6 +219,11 @@ class Absorbing(_Kernels):
             mean_weight=slope * is_token,
         )
 
+    def asked(self, schedule: Schedule, t_min: float) -> float:
+        """At the masked tokens, 1 - alpha of them."""
+        t = t_min + (1.0 - t_min) * (jnp.arange(1000) + 0.5) / 1000
+        return float(-jnp.expm1(-schedule.sigma(t)).mean())
+
     def prior(self, sigma: jax.Array) -> jax.Array:
         """alpha log V nats per token: p_base spreads the mass alpha = exp(-sigma) that is not yet
         masked evenly over the clean tokens."""
@@ -324,6 +332,10 @@ class Uniform(_Kernels):
         weight = is_token.astype(jnp.float32)
         unit = (1.0 - t_min) * schedule.dsigma_dt(t)
         return Probe(self.perturb(key, x0, sigma), sigma, unit, weight, mean_weight=weight)
+
+    def asked(self, schedule: Schedule, t_min: float) -> float:
+        """At all of them."""
+        return 1.0
 
     def prior(self, sigma: jax.Array) -> jax.Array:
         """KL from alpha 1{x = x0} + (1 - alpha) / V to the uniform law, nats per token."""

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd_jax.kernels import HEADS, choose, product
+from sedd_jax.kernels import HEAD, choose
+from sedd_jax.kernels.products import product, transposed
 
 
 class Tile(NamedTuple):
@@ -58,13 +59,13 @@ def total_and_pick(
     for: elsewhere both are 0 and nothing is spent. None: all of them. The products are of hidden's
     dtype and summed in float32, and so are the gradients of weight and bias.
 
-    implementation is one of HEADS, by default the platform's; platform that of the devices, by
+    implementation is xla or triton, by default the platform's; platform that of the devices, by
     default jax's own; tile the size of the xla form's tiles, for tests.
     """
     platform = platform or jax.default_backend()
     shape, vocab = excluded.shape, weight.shape[0]
     count = excluded.size
-    form = _FORMS[choose(HEADS, implementation, platform)]
+    form = FORMS[choose(HEAD, implementation, platform)]
     if tile is None:
         tile = _fitted(CPU_TILE if platform == "cpu" else TILE, count, vocab)
     if where is not None and count * vocab <= SMALL and form is _xla:
@@ -259,7 +260,10 @@ class _xla:
                 slope += jnp.where(picked, d_pick, 0.0)
                 d_bias += slope.sum(axis=0)
                 slope = slope.astype(hidden.dtype)
-                d_part += product("pv,pc->vc", slope, hidden)
+                if slope.dtype == jnp.float32:
+                    d_part += product("pv,pc->vc", slope, hidden)
+                else:
+                    d_part += product("vp,pc->vc", transposed(slope), hidden)
                 (mine,) = _cut((d_hidden,), i, tile.positions)
                 mine += product("pv,vc->pc", slope, part.weight)
                 (d_hidden,) = _put((d_hidden,), (mine,), i, tile.positions)
@@ -329,4 +333,4 @@ def _put(arrays, parts, i, size):
     )
 
 
-_FORMS = {"xla": _xla}
+FORMS = {"xla": _xla}

@@ -9,8 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.kernels import precision, vocab_reduce
+from sedd_jax.kernels import vocab_reduce
 from sedd_jax.kernels.attention import attention
+from sedd_jax.kernels.products import precision
 
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-5

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.scores import ScoreFn, Tokens, Where
 from sedd_jax.kernels import vocab_reduce
-from sedd_jax.models.transformer import Anywhere, Output
+from sedd_jax.models.transformer import Output
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +21,8 @@ class HeadScores:
     xt: Tokens  # int32 [B, L]
     log_scale: jax.Array  # float32 [B, 1]
     vocab_size: int  # clean tokens: the first rows of the head
-    place: Any = Anywhere()  # where the output lives
-    implementation: str | None = None  # of the reductions; None: the platform's
+    place: Any  # where the output lives: transformer.Anywhere, or sharding.OnMesh
+    implementation: str = "auto"  # of kernels.vocab_reduce
 
     def log_score(self) -> jax.Array:
         """The whole table, float32 [B, L, D]; 0 at y = x_l."""
@@ -89,6 +89,7 @@ def make_score_fn(
         output = model.apply(
             {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
         )
-        return HeadScores(output, xt, graph.log_scale(sigma), graph.vocab_size, model.place)
+        scale = graph.log_scale(sigma)
+        return HeadScores(output, xt, scale, graph.vocab_size, model.place, model.head)
 
     return score_fn

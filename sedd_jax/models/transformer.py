@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.kernels import Precision, precision
-from sedd_jax.kernels.attention import attention
+from sedd_jax.kernels.attention import attention, is_local
+from sedd_jax.kernels.products import Precision, dot_general_for, precision
 
 FREQUENCIES = 256
 MLP_RATIO = 4
@@ -53,6 +53,11 @@ class Anywhere:
         """fn(rows, whole) with trees of activations and of what every row uses, row by row: a
         device computes it for the rows that it holds."""
         return fn(rows, whole)
+
+    def over_heads(self, fn: Callable, heads: Any, rows: Any) -> Any:
+        """fn(heads, rows) with trees of [B, L, H, K] and of [B, ...]: a device computes it for the
+        rows and the heads that it holds."""
+        return fn(heads, rows)
 
 
 class Output(NamedTuple):
@@ -121,6 +126,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     deterministic: bool
     place: Any
+    attention: str
 
     @nn.compact
     def __call__(self, x, conditioning, lengths):
@@ -130,6 +136,7 @@ class Block(nn.Module):
             "dtype": self.dtype,
             "kernel_init": _torch_linear,
             "precision": precision(self.dtype),
+            "dot_general": dot_general_for(self.place.platform),
         }
 
         def norm(name):
@@ -150,7 +157,7 @@ class Block(nn.Module):
             (3, self.heads, size // self.heads), use_bias=False, name="qkv", **linear
         )(h)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, L, H, K]
-        h = attention(rotate(q), rotate(k), v, lengths=lengths)
+        h = self._attend((rotate(q), rotate(k), v), lengths)
         h = nn.DenseGeneral(size, axis=(-2, -1), use_bias=False, name="out", **linear)(h)
         x = x + drop(h, gate_1)
 
@@ -159,6 +166,16 @@ class Block(nn.Module):
         h = nn.gelu(h, approximate=True)
         h = nn.Dense(size, bias_init=_torch_bias(MLP_RATIO * size), name="down", **linear)(h)
         return self.place.rows(x + drop(h, gate_2)), None
+
+    def _attend(self, heads, lengths):
+        how = {"implementation": self.attention, "platform": self.place.platform}
+
+        def attend(heads, lengths):
+            return attention(*heads, lengths=lengths, **how)
+
+        if is_local(heads[0], **how):
+            return self.place.over_heads(attend, heads, lengths)
+        return attend(heads, lengths)
 
 
 class Transformer(nn.Module):
@@ -176,6 +193,8 @@ class Transformer(nn.Module):
     dropout: float
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"  # of REMAT
+    attention: str = "auto"  # of kernels.attention
+    head: str = "auto"  # of kernels.vocab_reduce
     place: Any = Anywhere()
 
     @nn.compact
@@ -220,7 +239,13 @@ class Transformer(nn.Module):
         )
         lengths = None if is_token is None else is_token.sum(axis=-1, dtype=jnp.int32)
         x, _ = scanned(
-            self.heads, self.dropout, self.dtype, deterministic, self.place, name="blocks"
+            self.heads,
+            self.dropout,
+            self.dtype,
+            deterministic,
+            self.place,
+            self.attention,
+            name="blocks",
         )(x, conditioning, lengths)
 
         norm = nn.LayerNorm(
