@@ -158,6 +158,15 @@ def test_rows_from_count_on_are_not_read():
     assert (grads[0][40:] == 0).all()
 
 
+def test_a_block_of_positions_beyond_count_visits_no_token():
+    given, _ = case(*LARGE, 40)
+    given, tile = kernels.Given(*given[:5], given[5][None]), kernels.TOTAL["float32"]
+    for split, visited in ((0, (0, 3)), (1, (3, 5))):  # 5 blocks of 64 tokens, 3 to a part
+        assert kernels._part(given, 39, split, tile, 3) == visited
+        first, last = kernels._part(given, 40, split, tile, 3)
+        assert first == last
+
+
 def test_large_logits_stay_finite():
     given, slopes = case(*LARGE, 70, scale=80.0)
     logits = given[0] @ given[1].T
