@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sedd_jax.dry_run.targets import parse_target
@@ -201,8 +202,7 @@ def test_operands_of_another_or_of_two_dtypes_are_refused():
 def test_under_shard_map_each_device_does_its_positions():
     given, slopes = case(40, *SMALL[1:], 0)
     counts = jnp.asarray([20, 7], jnp.int32)  # one for each device
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = jax.make_mesh((2,), ("x",), axis_types=auto, devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     rows, whole = P("x"), P()
 
     def both(hidden, weight, bias, excluded, targets, counts, d_total, d_pick):
@@ -238,14 +238,16 @@ SIZE, VOCAB, CHANNELS = 2048, 50257, 768
 
 def compile_for(gpu: str, dtype: str) -> None:
     """Compile both directions for one such GPU; run in a process of its own."""
-    sharding = jax.sharding.SingleDeviceSharding(parse_target(f"{gpu}:1").topology().devices[0])
-    array = partial(jax.ShapeDtypeStruct, sharding=sharding)
+    devices = parse_target(f"{gpu}:1").topology().devices
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=devices)
+    array = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
     tokens, real = array((SIZE,), jnp.int32), array((SIZE,), jnp.float32)
     hidden, weight = array((SIZE, CHANNELS), dtype), array((VOCAB, CHANNELS), dtype)
     given = hidden, weight, array((VOCAB,), jnp.float32), tokens, tokens, array((), jnp.int32)
     for function, more in ((kernels.forward, ()), (kernels.backward, (real, real, real))):
-        traced = jax.jit(function).trace(*given, *more)
-        compiled = traced.lower(lowering_platforms=("cuda",)).compile()
+        with jax.set_mesh(mesh):  # by which jax 0.12 knows for what GPU the kernel is
+            traced = jax.jit(function).trace(*given, *more)
+            compiled = traced.lower(lowering_platforms=("cuda",)).compile()
         text, name = compiled.as_text(), function.__name__
         calls = re.findall(r'custom_call_target="([^"]*triton[^"]*)"', text)
         assert len(calls) == (2 if more else 1), (name, calls)
@@ -266,8 +268,16 @@ def test_the_kernels_compile_for_a_gpu_without_a_table_of_logits(gpu, dtype):
             found = None
         if found is None:
             pytest.skip(f"{module} is absent; {parse_target('a100:1').command}")
-    environment = os.environ | parse_target(f"{gpu}:1").environment | {"XLA_FLAGS": ""}
-    subprocess.run([sys.executable, __file__, gpu, dtype], env=environment, check=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, __file__, gpu, dtype],
+        env=os.environ | parse_target(f"{gpu}:1").environment | {"XLA_FLAGS": ""},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    if "NotImplementedError: topology not implemented for cuda" in done.stderr:
+        pytest.skip(f"jax {jax.__version__} describes no GPU where CUDA is absent")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 if __name__ == "__main__":

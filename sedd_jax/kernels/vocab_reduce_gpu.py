@@ -23,7 +23,9 @@ from jax.experimental.pallas import triton
 from sedd_jax.kernels import precision
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # a maximum to start from: -inf - -inf would be NaN
-PROGRAMS = 512  # of one kernel at least, if there are tokens enough: 4 times the cores of an H100
+# Programs of one kernel at least, if there are tokens enough: about 4 for each core of an H100. Where
+# positions are few, the vocabulary is split, and d_hidden's parts are added up: 50 MB at C = 768.
+PROGRAMS = 512
 SMALLEST = 16  # side of the smallest operand of a product
 
 
