@@ -1,4 +1,4 @@
-"""The Triton kernels of the head, interpreted, against the dense definition; and compiled for GPUs."""
+"""The head's Triton kernels: interpreted, against the dense definition, and compiled for GPUs."""
 
 import importlib.util
 import os
@@ -271,6 +271,7 @@ def test_the_kernels_compile_for_a_gpu_without_a_table_of_logits(gpu, dtype):
     done = subprocess.run(
         [sys.executable, __file__, gpu, dtype],
         env=os.environ | parse_target(f"{gpu}:1").environment | {"XLA_FLAGS": ""},
+        check=False,  # what it said decides
         stderr=subprocess.PIPE,
         text=True,
         timeout=300,

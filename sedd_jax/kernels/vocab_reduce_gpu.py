@@ -5,9 +5,10 @@ Pallas's Triton backend is deprecated from jax 0.11, and jax-triton is its docum
 all that stands on it is in this file.
 
 A program makes the logits of a block of positions and a block of tokens on chip, reduces them and
-drops them. The gradient makes them again, once for the gradient of the positions, which a program
-adds up over the tokens, and once for that of the tokens, added up over the positions: no sums by
-atomics, so the same call gives the same bits.
+drops them. The gradient has two kernels, and each makes them again: d_hidden, which a program adds
+up over the tokens, and d_weight, added up over the positions. A program adds up as many channels
+as it has registers for, so the logits are made once for each such group of channels. Nothing is
+added by atomics, whose order varies from call to call.
 """
 
 import dataclasses
@@ -23,8 +24,9 @@ from jax.experimental.pallas import triton
 from sedd_jax.kernels import precision
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # a maximum to start from: -inf - -inf would be NaN
-# Programs of one kernel at least, if there are tokens enough: about 4 for each core of an H100. Where
-# positions are few, the vocabulary is split, and d_hidden's parts are added up: 50 MB at C = 768.
+# Programs of one kernel at least, if there are tokens enough: about 4 for each core of an H100.
+# Where positions are few the vocabulary is split, and d_hidden's parts, about 50 MB at C = 768,
+# are added up after the kernel.
 PROGRAMS = 512
 SMALLEST = 16  # side of the smallest operand of a product
 
@@ -51,7 +53,7 @@ class Tile:
 
 # Nothing was run on a device: no time was measured. What was read off the programs compiled for
 # A100 and H100 at V = 50257, C = 768 (ptxas -v) is that they fit, with at most 32 bytes of a
-# thread's registers spilled, where wider tiles spilled hundreds. A program that keeps all 768
+# thread's registers spilled, where most wider tiles spilled hundreds. A program that keeps all 768
 # channels of its gradient would make the logits once and not twice, but has registers for 32
 # positions only, fewer than the 64 of the H100's matrix instruction.
 TOTAL = {
@@ -294,8 +296,8 @@ def _d_weight_kernel(*refs, tile: Tile):
     for c, total in zip(places, sums, strict=True):
         out = d_weight_ref.at[pl.ds(v, tile.vocab), pl.ds(c, tile.chunk)]
         triton.store(out, total, mask=_inside(v, c, total.shape, given.weight.shape))
-    # Programs that differ in their group alone have the same sum, and store it all.
-    is_token = v + jnp.arange(tile.vocab) < given.weight.shape[0]
+    # Programs that differ in their group alone have the same sum: one stores it.
+    is_token = (v + jnp.arange(tile.vocab) < given.weight.shape[0]) & (group == 0)
     triton.store(d_bias_ref.at[pl.ds(v, tile.vocab)], d_bias, mask=is_token)
 
 
@@ -352,7 +354,7 @@ def _vector(ref, start, size: int):
 
 
 def _matrix(ref, row, rows: int, column, columns: int, last):
-    """ref[row : row + rows, column : column + columns], 0 from row `last` and beyond its columns."""
+    """ref[row : row + rows, column : column + columns]; 0 from row `last` on, or past its columns."""
     mask = _inside(row, column, (rows, columns), (last, ref.shape[1]))
     return triton.load(ref.at[pl.ds(row, rows), pl.ds(column, columns)], mask=mask, other=0)
 
