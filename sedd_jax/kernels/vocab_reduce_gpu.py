@@ -354,7 +354,7 @@ def _vector(ref, start, size: int):
 
 
 def _matrix(ref, row, rows: int, column, columns: int, last):
-    """ref[row : row + rows, column : column + columns]; 0 from row `last` on, or past its columns."""
+    """ref[row : row + rows, column : column + columns], 0 from row `last` and past its columns."""
     mask = _inside(row, column, (rows, columns), (last, ref.shape[1]))
     return triton.load(ref.at[pl.ds(row, rows), pl.ds(column, columns)], mask=mask, other=0)
 
