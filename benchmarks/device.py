@@ -64,9 +64,13 @@ class Bench:
 
     def call(self, worker: Worker, name: str, **arguments: Any) -> Any:
         """A worker's call that ends with the budget."""
-        if self.left <= 0.0:
-            raise Failed("no time left")
-        return worker.call(name, timeout=self.left, **arguments)
+        if self.left > 0.0:
+            try:
+                return worker.call(name, timeout=self.left, **arguments)
+            except Failed:
+                if self.left > 0.0:
+                    raise
+        raise Failed("no time left")
 
     def keep(self, row: dict[str, Any]) -> None:
         """A row is there: tell it and write all of them."""
@@ -215,9 +219,9 @@ def largest(bench: Bench, name: str, side: Side) -> None:
             if not train(bench, name, side, (batch_size,)):
                 return
     else:
-        while batch_size > start // 2 > known[-1]["batch_size"] and bench.left > 0.0:
+        while batch_size // 2 > known[-1]["batch_size"] and bench.left > 0.0:
             batch_size //= 2
-            if batch_size <= known[-1]["batch_size"] or train(bench, name, side, (batch_size,)):
+            if train(bench, name, side, (batch_size,)):
                 return
 
 
