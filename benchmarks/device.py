@@ -1,0 +1,326 @@
+"""Ours and the original's on one accelerator, within a time budget: one command, all the numbers.
+
+    python benchmarks/device.py --against=PATH_OF_THE_ORIGINAL --json=device.json
+    python benchmarks/device.py --sizes=tiny --budget=60  # the rehearsal, on a CPU
+
+What is worth most comes first: the device's ceilings, training at two batch sizes, sampling, then
+the largest batch that fits and longer samples. Each group of rows has a process of its own, which
+has the whole accelerator; a row that does not fit the budget says so. JSON is written after every
+row. Columns and what is timed are those of step_time.py, sample_time.py and memory.py.
+
+The largest batch is a power of two: the first guess is a line through the peaks of the batches
+before it, then it is doubled or halved until one fits and the next does not (or was not tried).
+Samples are whole ones, of 128 and of 1024 steps, since a step of ours may cost less when fewer
+tokens are masked. A 1024-step sample is left out where 1025 of the 128-step sample's steps would
+not fit the budget: the original's steps all cost the same, so its 128-step row tells.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import measure
+from measure import Failed, Side, Worker
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The rows of one size."""
+
+    length: int
+    batches: tuple[int, ...]  # of training
+    most: int  # the largest batch to try
+    sample_batches: tuple[int, ...]  # the last one comes late
+    steps: tuple[int, int]
+    seconds: float  # of a timed turn
+
+
+PLANS = {
+    "tiny": Plan(64, (1, 2), 4, (1, 2, 4), (4, 8), 0.2),
+    "small": Plan(1024, (8, 32), 1024, (1, 16, 64), (128, 1024), 1.5),
+    "medium": Plan(1024, (8, 16), 512, (1, 16, 64), (128, 1024), 1.5),
+}
+
+
+class Bench:
+    """The budget, and the rows so far."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.deadline = time.monotonic() + options.budget
+        self.json, self.dtype = options.json, options.dtype
+        self.ceilings = measure.Ceilings()
+        self.about: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def call(self, worker: Worker, name: str, **arguments: Any) -> Any:
+        """A worker's call that ends with the budget."""
+        if self.left > 0.0:
+            try:
+                return worker.call(name, timeout=self.left, **arguments)
+            except Failed:
+                if self.left > 0.0:
+                    raise
+        raise Failed("no time left")
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """A row is there: tell it and write all of them."""
+        self.rows.append(row)
+        what = " ".join(str(row[key]) for key in ("size", "side", "task", "batch_size"))
+        if "steps" in row:
+            what += f" x {row['steps']} steps"
+        told = row.get("skipped") or f"{measure.seconds(row['seconds'])} a step"
+        print(f"[{self.left:4.0f} s left] {what}: {told}", flush=True)
+        if self.json:
+            found = {
+                "about": self.about,
+                "dtype": self.dtype,
+                "ceilings": self.ceilings.found,
+                "rows": self.rows,
+            }
+            self.json.write_text(json.dumps(found, indent=1))
+
+    def of(self, **wanted: Any) -> Iterator[dict[str, Any]]:
+        """The rows with these values that were measured."""
+        for row in self.rows:
+            if "skipped" not in row and all(row.get(k) == v for k, v in wanted.items()):
+                yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sizes", default="small", help=f"of {', '.join(PLANS)}, commas between")
+    parser.add_argument("--against", type=Path, help="a folder with the original's code")
+    parser.add_argument("--before", type=Path, help="another checkout of ours")
+    parser.add_argument("--budget", type=float, default=460.0, help="seconds for all of it")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--compile", action="store_true", help="the original compiled, not eager")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of ours")
+    parser.add_argument("--env", action="append", default=[], metavar="SIDE:NAME=VALUE")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    unknown = set(options.sizes.split(",")) - set(PLANS)
+    if unknown:
+        raise SystemExit(f"unknown size {', '.join(unknown)}; known: {', '.join(PLANS)}")
+    bench = Bench(options)
+    whole = (("XLA_PYTHON_CLIENT_PREALLOCATE", "true"), ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95"))
+    options.cores = 0
+    sides = [
+        dataclasses.replace(side, environment=whole + side.environment)
+        for side in measure.sides_of(options)
+        if side.kind == "ours" or side.compiled == options.compile
+    ]
+    print(f"sides: {', '.join(side.name for side in sides)}; {options.budget:.0f} s", flush=True)
+    for name in options.sizes.split(","):
+        measure_size(bench, name, sides)
+    print(tables(bench, [side.name for side in sides]))
+
+
+def measure_size(bench: Bench, name: str, sides: list[Side]) -> None:
+    """Every group of rows of a size, for one side after the other."""
+    plan = PLANS[name]
+    few, many = plan.steps
+    *early, late = plan.sample_batches
+    groups = (
+        lambda side: train(bench, name, side, plan.batches),
+        lambda side: sample(bench, name, side, early, few),
+        lambda side: largest(bench, name, side),
+        lambda side: sample(bench, name, side, [late], few),
+        lambda side: sample(bench, name, side, plan.sample_batches, many),
+    )
+    for group in groups:
+        for side in sides:
+            group(side)
+
+
+def open_worker(bench: Bench, name: str, side: Side) -> Worker:
+    """The side's process; the device and its ceilings are asked for the first time."""
+    worker = Worker(side, measure.SIZES[name])
+    if bench.left > 0.0 and side.name not in bench.about:
+        bench.about[side.name] = bench.call(worker, "about")
+        if side.framework not in bench.ceilings.found:
+            bench.ceilings.found[side.framework] = bench.call(worker, "ceilings")
+    return worker
+
+
+def train(bench: Bench, name: str, side: Side, batches: tuple[int, ...]) -> bool:
+    """A row for each batch size, ascending; whether the last one fitted."""
+    fits = False
+    row = {"size": name, "side": side.name, "task": "train"}
+    try:
+        with open_worker(bench, name, side) as worker:
+            for batch_size in batches:
+                row["batch_size"] = batch_size
+                fits = _train_row(bench, worker, dict(row))
+    except Failed as error:
+        bench.keep({"batch_size": "", **row, "skipped": str(error)})
+    return fits
+
+
+def _train_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> bool:
+    plan, size = PLANS[row["size"]], measure.SIZES[row["size"]]
+    batch = {"batch_size": row["batch_size"], "length": plan.length}
+    try:
+        bench.call(worker, "forget_memory")
+        told = bench.call(worker, "start_training", **batch)
+        bench.call(worker, "train", steps=1)
+        one = bench.call(worker, "train", steps=1)["seconds"]
+        count = max(1, math.ceil(plan.seconds / one))
+        turns = [bench.call(worker, "train", steps=count)["seconds"] / count for _ in range(3)]
+        peak = bench.call(worker, "memory")["peak"]
+    except Failed as error:
+        if str(error) != "out of memory":
+            raise
+        bench.keep(row | {"skipped": str(error)})
+        return False
+    seconds = statistics.median(turns)
+    bench.keep(
+        row
+        | {
+            "seconds": seconds,
+            "turns": turns,
+            "tokens_a_second": batch["batch_size"] * plan.length / seconds,
+            "flops_a_second": size.training_flops(**batch) / seconds,
+            "peak_bytes": peak,
+            **told,
+        }
+    )
+    return True
+
+
+def largest(bench: Bench, name: str, side: Side) -> None:
+    """Rows of larger batches, until one fits and its double does not."""
+    plan = PLANS[name]
+    known = list(bench.of(size=name, side=side.name, task="train"))
+    if not known:
+        return
+    start = 2 * known[-1]["batch_size"]
+    memory = bench.about[side.name].get("memory")
+    if memory and len(known) > 1:
+        first, last = known[0], known[-1]
+        slope = (last["peak_bytes"] - first["peak_bytes"]) / (
+            last["batch_size"] - first["batch_size"]
+        )
+        rows = (memory - first["peak_bytes"]) / max(slope, 1.0) + first["batch_size"]
+        start = max(start, 2 ** int(math.log2(max(rows, 1.0))))
+    batch_size = min(start, plan.most)
+    if train(bench, name, side, (batch_size,)):
+        while 2 * batch_size <= plan.most and bench.left > 0.0:
+            batch_size *= 2
+            if not train(bench, name, side, (batch_size,)):
+                return
+    else:
+        while batch_size // 2 > known[-1]["batch_size"] and bench.left > 0.0:
+            batch_size //= 2
+            if train(bench, name, side, (batch_size,)):
+                return
+
+
+def sample(bench: Bench, name: str, side: Side, batches: Any, steps: int) -> None:
+    """A row for each batch size: whole samples of so many steps."""
+    few, _ = PLANS[name].steps
+    row = {"size": name, "side": side.name, "task": "sample", "steps": steps}
+    try:
+        with open_worker(bench, name, side) as worker:
+            for batch_size in batches:
+                row["batch_size"] = batch_size
+                if steps > few:
+                    wanted = {**row, "steps": few}
+                    before = next(bench.of(**wanted), None)
+                    if before is None or before["seconds"] * (steps + 1) > bench.left:
+                        why = f"no time for {steps} steps" if before else f"no row of {few} steps"
+                        bench.keep(row | {"skipped": why})
+                        continue
+                _sample_row(bench, worker, dict(row))
+    except Failed as error:
+        bench.keep({"batch_size": "", **row, "skipped": str(error)})
+
+
+def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> None:
+    plan, size = PLANS[row["size"]], measure.SIZES[row["size"]]
+    batch = {"batch_size": row["batch_size"], "length": plan.length}
+    calls = row["steps"] + 1
+    try:
+        told = bench.call(worker, "start_sampling", **batch, steps=min(row["steps"], plan.steps[0]))
+        turns = []
+        while len(turns) < 3 and sum(turns) * calls < plan.seconds:
+            answer = bench.call(worker, "sample", steps=row["steps"])
+            turns.append(answer["seconds"] / calls)
+    except Failed as error:
+        if str(error) != "out of memory":
+            raise
+        bench.keep(row | {"skipped": str(error)})
+        return
+    seconds = statistics.median(turns)
+    bench.keep(
+        row
+        | {
+            "seconds": seconds,
+            "turns": turns,
+            "steps_a_second": 1.0 / seconds,
+            "tokens_a_second": batch["batch_size"] * plan.length / (calls * seconds),
+            "flops_a_second": size.forward_flops(**batch) / seconds,
+            "compiles": answer["compiles"],
+            "masked": answer["masked"],
+            "peak_bytes": bench.call(worker, "memory")["peak"],
+            **told,
+        }
+    )
+
+
+def tables(bench: Bench, names: list[str]) -> str:
+    """Training, sampling and the ceilings."""
+    rate = bench.ceilings.flops(bench.dtype) if bench.ceilings.found else 0.0
+    devices = {about["device"] for about in bench.about.values()}
+    frameworks = dict.fromkeys(about["framework"] for about in bench.about.values())
+    parts = [f"\n{', '.join(devices)}; {', '.join(frameworks)}; {bench.dtype}"]
+    for task in ("train", "sample"):
+        rows = [row for row in bench.rows if row["task"] == task]
+        order = {id(row): number for number, row in enumerate(rows)}
+        rows.sort(key=lambda row: (row["size"], row.get("steps", 0), order[id(row)]))
+        cells = [_cells(bench, row, rate, names[0]) for row in rows]
+        if cells:
+            parts.append(measure.table(cells))
+    if bench.ceilings.found:
+        parts.append(bench.ceilings.text())
+    return "\n\n".join(parts)
+
+
+def _cells(bench: Bench, row: dict[str, Any], rate: float, ours: str) -> dict[str, str]:
+    cells = {
+        "training" if row["task"] == "train" else "sampling": f"{row['size']} {row['side']}",
+        "batch": str(row["batch_size"]),
+    }
+    if row["task"] == "sample":
+        cells["steps"] = str(row["steps"])
+    if "skipped" in row:
+        return cells | {"a step": row["skipped"]}
+    same = {key: row[key] for key in ("size", "task", "batch_size", "steps") if key in row}
+    base = next(bench.of(side=ours, **same), None)
+    sheet = max((about.get("sheet_flops") or 0.0 for about in bench.about.values()), default=0.0)
+    cells["a step"] = measure.seconds(row["seconds"])
+    cells["to ours"] = f"{row['seconds'] / base['seconds']:.2f}" if base else "-"
+    if row["task"] == "sample":
+        cells["steps/s"] = f"{row['steps_a_second']:.4g}"
+    cells["tokens/s"] = f"{row['tokens_a_second']:,.0f}"
+    cells["TFLOP/s"] = f"{row['flops_a_second'] / 1e12:.3g}"
+    cells["MFU"] = f"{row['flops_a_second'] / rate:.1%}"
+    if sheet and bench.dtype == "bfloat16":
+        cells["of data sheet"] = f"{row['flops_a_second'] / sheet:.1%}"
+    cells["peak"] = measure.bytes_of(row["peak_bytes"])
+    if row.get("compiles"):
+        cells["compiled"] = f"{row['compiles']} times"
+    return cells
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Our side of the benchmarks: the training program, and the sampler of the API.
+
+Lives in a process of its own (worker.py). The checkout is named: `sedd_jax` and `sedd_jax.configs`
+are read from there, whatever is installed.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class Ours:
+    """A checkout's training step and sampler at one size and dtype."""
+
+    def __init__(self, side: dict[str, Any], size: dict[str, Any]):
+        use_checkout(Path(side["path"]))
+        import jax
+
+        from sedd_jax import config, program
+        from sedd_jax.configs import base
+
+        self.jax, self.program, self.configuration = jax, program, config
+        self.device = jax.devices()[0]
+        self.is_accelerator = self.device.platform != "cpu"
+        self.size = size
+        self.values = {
+            "model.hidden_size": size["hidden_size"],
+            "model.blocks": size["blocks"],
+            "model.heads": size["heads"],
+            "model.cond_dim": size["cond_dim"],
+            "model.dropout": size["dropout"],
+            "model.dtype": side["dtype"],
+            **dict(side["values"]),
+        }
+        self.base = base.get_config
+        self.compiles = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, *_: Any, **__: Any) -> None:
+        self.compiles += event.endswith("backend_compile_duration")
+
+    def about(self) -> dict[str, Any]:
+        from sedd_jax import devices
+
+        sheet = devices.device(self.device.device_kind)
+        stats = (self.device.memory_stats() if self.is_accelerator else None) or {}
+        return {
+            "device": self.device.device_kind,
+            "framework": f"jax {self.jax.__version__}",
+            "memory": stats.get("bytes_limit"),
+            "sheet_flops": sheet and sheet.flops,
+        }
+
+    def _config(self, batch_size: int, length: int) -> Any:
+        batch = {"train.batch_size": batch_size, "data.length": length}
+        return self.configuration.with_values(self.base(), {**batch, **self.values})
+
+    # --- training
+
+    def start_training(self, batch_size: int, length: int) -> dict[str, float]:
+        """The state on the device and the compiled step; bytes of the state and as compiled."""
+        from sedd_jax.data import Blocks
+        from sedd_jax.sharding import make_mesh
+
+        jax = self.jax
+        self.state = self.step = None  # of another batch
+        config = self._config(batch_size, length)
+        mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [self.device])
+        program = self.program.make_program(config, self.size["vocab_size"], mesh)
+
+        def start():
+            state = program.fresh()
+            params = self._filled(state.params)
+            return state.replace(params=params, ema=jax.tree.map(jax.numpy.copy, params))
+
+        self.state = jax.jit(start, out_shardings=program.shardings)()
+        drawn = np.random.default_rng(0).integers(
+            self.size["vocab_size"], size=(batch_size, length), dtype=np.int32
+        )
+        rows = program.batch_shape.tokens.sharding
+        self.batch = Blocks(jax.device_put(drawn, rows))
+        self.key = program.keys["train"]
+        self.step = program.compile()
+        memory = self.step.memory_analysis()
+        return {
+            "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)),
+            "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
+            "traced_flops": program.flops,
+        }
+
+    def train(self, steps: int) -> float:
+        """The loss of the last of so many steps, nats per sequence."""
+        for _ in range(steps):
+            self.state, metrics = self.step(self.state, self.batch, self.key)
+        self.jax.block_until_ready(self.state)
+        return float(metrics["loss"])
+
+    # --- sampling
+
+    def start_sampling(self, batch_size: int, length: int) -> None:
+        """A model with random weights."""
+        from sedd_jax.api import SEDD
+
+        config = self._config(batch_size, length)
+        graph = self.configuration.make_graph(config, self.size["vocab_size"])
+        network = self.configuration.make_model(config, graph)
+
+        def start():
+            key = self.jax.random.key(config.seed)
+            return self._filled(self.configuration.init_params(config, network, key))
+
+        self.model = SEDD(
+            network=network,
+            params=self.jax.jit(start)(),
+            graph=graph,
+            schedule=self.configuration.make_schedule(config),
+            tokenizer=None,
+            length=length,
+            config=config,
+            step=None,
+        )
+        self.batch_size, self.seed = batch_size, 0
+
+    def sample(self, steps: int) -> int:
+        """Draw a batch; how many of its tokens are none of the vocabulary's: 0."""
+        self.seed += 1
+        tokens = self.model.sample_tokens(
+            self.batch_size, steps=steps, batch_size=self.batch_size, seed=self.seed
+        )
+        return int((tokens >= self.size["vocab_size"]).sum())
+
+    def _filled(self, params: Any) -> Any:
+        """What starts at zero - head, modulation - drawn instead, so that scores are not trivial."""
+        jax = self.jax
+        leaves, treedef = jax.tree.flatten(params)
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        drawn = [
+            jax.numpy.where((leaf == 0).all(), 0.02 * jax.random.normal(key, leaf.shape), leaf)
+            for key, leaf in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, drawn)
+
+    # --- the device
+
+    def product(self, side: int, dtype: str) -> Any:
+        """A function that multiplies two matrices and waits."""
+        jax, jnp = self.jax, self.jax.numpy
+        a, b = jax.random.normal(jax.random.key(0), (2, side, side)).astype(dtype)
+        precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
+        multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
+        return lambda: multiply(a, b).block_until_ready()
+
+    def increment(self, elements: int) -> Any:
+        """A function that adds 1 to float32 numbers where they are, and waits."""
+        jax, jnp = self.jax, self.jax.numpy
+        x = jnp.zeros(elements, jnp.float32)
+        add = jax.jit(lambda x: x + 1.0, donate_argnums=0)
+
+        def run():
+            nonlocal x
+            x = add(x).block_until_ready()
+
+        return run
+
+    def device_memory(self) -> dict[str, int] | None:
+        """Bytes in use of the accelerator, at most and now; None on a CPU."""
+        found = self.device.memory_stats() if self.is_accelerator else None
+        return found and {"peak": found["peak_bytes_in_use"], "now": found["bytes_in_use"]}
+
+    def forget_device_memory(self) -> None:
+        """jax's allocator keeps its peak."""
+
+
+def use_checkout(path: Path) -> None:
+    """Let `import sedd_jax` and `sedd_jax.configs`, its folder configs/, mean this checkout."""
+    sys.path.insert(0, str(path))
+    folder = path / "configs"
+    spec = importlib.util.spec_from_file_location(
+        "sedd_jax.configs", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["sedd_jax.configs"] = module
+    spec.loader.exec_module(module)
