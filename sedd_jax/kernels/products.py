@@ -36,7 +36,7 @@ def transposed(a: jax.Array) -> jax.Array:
     # XLA folds a transposition into the product, and a CPU's fast products take no left side that
     # is summed over its rows: half as fast as with the copy that is made here.
     def copied(a):
-        return jax.lax.optimization_barrier(a.T)
+        return jax.lax.optimization_barrier(jax.lax.optimization_barrier(a).T)
 
     return jax.lax.platform_dependent(a, cpu=copied, default=lambda a: a.T)
 
@@ -77,7 +77,7 @@ def _matmul_backward(kept, slope):
     if a.shape[1] <= slope.shape[1]:  # the smaller one is transposed
         d_b = product("km,mn->kn", transposed(a), slope)
     else:
-        d_b = product("nm,mk->nk", transposed(slope), a).T
+        d_b = transposed(product("nm,mk->nk", transposed(slope), a))
     return d_a, d_b.astype(b.dtype)
 
 
