@@ -56,7 +56,9 @@ def get_config():
     # time: none, elementwise (all but the products with weights), blocks (all)
 
     config.model.attention = "auto"  # what suits the device, or xla, cudnn (GPU), splash (TPU)
-    config.model.head = "auto"  # of the sums over the vocabulary: what suits the device, or xla
+    config.model.head = (
+        "auto"  # sums over the vocabulary: what suits the device, or xla, triton (GPU)
+    )
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 3e-4
@@ -65,6 +67,8 @@ def get_config():
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
+    config.optimizer.mu_dtype = "float32"  # of the first moments: bfloat16 takes 2 bytes less a
+    # parameter. The second ones stay float32: in bfloat16 a change of 1 - b2 would be rounded away
     config.optimizer.clip_norm = 1.0  # global norm of the gradient
     config.optimizer.ema_decay = 0.9999
 
@@ -92,6 +96,9 @@ def get_config():
     config.sample.steps = 128
     config.sample.t_min = 1e-5  # time of the final denoising
     config.sample.draw = "exact"  # exact, or float32_gumbel: the original's, rare tokens underdrawn
+    config.sample.grid = (
+        "uniform"  # times of the steps: uniform, or cosine: short ones at the start
+    )
     config.sample.every = 0  # steps of training between samples in WORKDIR/samples; 0: none
     config.sample.count = 4  # of them
 

@@ -118,8 +118,9 @@ class SEDD:
 
         Options: steps=128, each a network call, and one more for the denoiser; seed=0;
         predictor="tweedie", "euler" or "none" (the denoiser alone); draw="exact" or
-        "float32_gumbel", the original's; t_min=1e-5, the time of the denoising. ValueError, before
-        any work, for what cannot be meant.
+        "float32_gumbel", the original's; grid="uniform" or "cosine", the times of the steps;
+        t_min=1e-5, the time of the denoising. ValueError, before any work, for what cannot be
+        meant.
         """
         options = _Sampling(**options)
         _check("num_samples", num_samples, 1, 2**31 - 1)
@@ -256,14 +257,28 @@ class SEDD:
                     is_token,
                     predictor=options.predictor,
                     draw=options.draw,
+                    grid=options.grid,
                 )
                 yield end, processes.fetch(x)[:count, :length], part.is_known
 
     @functools.cached_property
     def _sample(self):
-        @functools.partial(jax.jit, static_argnames=("predictor", "draw"))
+        @functools.partial(jax.jit, static_argnames=("predictor", "draw", "grid"))
         def run(
-            params, key, index, x, begin, end, steps, t_min, known, is_token, *, predictor, draw
+            params,
+            key,
+            index,
+            x,
+            begin,
+            end,
+            steps,
+            t_min,
+            known,
+            is_token,
+            *,
+            predictor,
+            draw,
+            grid,
         ):
             return samplers.sample(
                 key,
@@ -276,6 +291,7 @@ class SEDD:
                 known=known,
                 t_min=t_min,
                 draw=samplers.DRAWS[draw],
+                grid=samplers.GRIDS[grid],
                 index=index,
                 begin=begin,
                 end=end,
@@ -448,12 +464,17 @@ class _Sampling:
     seed: int = 0
     predictor: str = "tweedie"
     draw: str = "exact"
+    grid: str = "uniform"
     t_min: float = 1e-5
 
     def __post_init__(self):
         _check("steps", self.steps, 1, 10**6)
         _check("seed", self.seed, 0, 2**32 - 1)
-        for name, table in (("predictor", samplers.PREDICTORS), ("draw", samplers.DRAWS)):
+        for name, table in (
+            ("predictor", samplers.PREDICTORS),
+            ("draw", samplers.DRAWS),
+            ("grid", samplers.GRIDS),
+        ):
             value = getattr(self, name)
             if value not in table:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")

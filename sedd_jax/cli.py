@@ -504,6 +504,7 @@ def _likelihood(name: str, argv: list[str]) -> None:
     _write_json(options.json, result)
 
 
+GRID_HELP = "times of the steps: uniform or cosine (default: the config's)"
 DRAW_HELP = "exact or float32_gumbel, the original's (default: the config's)"
 
 
@@ -513,6 +514,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--scorer_dtype", default="float32", help="float32 or bfloat16")
     add("--predictor", help="tweedie, euler or none (default: the config's)")
     add("--draw", help=DRAW_HELP)
+    add("--grid", help=GRID_HELP)
     add("--batch_size", type=int, default=16, help="texts at once")
     add("--seed", type=int, default=0)
     add("--json", type=_output, help="also write the numbers to this file")
@@ -525,7 +527,7 @@ def _add_samples(parser: argparse.ArgumentParser) -> None:
 
 def _chosen(options: argparse.Namespace, *more: str) -> dict[str, Any]:
     """The options that every evaluation of samples takes, and those named besides."""
-    names = ("batch_size", "seed", "predictor", "draw", *more)
+    names = ("batch_size", "seed", "predictor", "draw", "grid", *more)
     return {"progress": True, **{name: getattr(options, name) for name in names}}
 
 
@@ -626,6 +628,7 @@ def _sample(name: str, argv: list[str]) -> None:
     add("--steps", type=int, help="reverse steps (default: the config's); few make poor text")
     add("--predictor", help="tweedie, euler or none (default: the config's)")
     add("--draw", help=DRAW_HELP)
+    add("--grid", help=GRID_HELP)
     add("--seed", type=int, default=0)
     add("--num_samples", type=int, default=1)
     add("--batch_size", type=int, default=16, help="samples at once")
@@ -664,6 +667,7 @@ def _sample(name: str, argv: list[str]) -> None:
         "steps": ours.steps if options.steps is None else options.steps,
         "predictor": options.predictor or ours.predictor,
         "draw": options.draw or ours.draw,
+        "grid": options.grid or ours.grid,
     }
     is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
     states = model.stream(

@@ -21,7 +21,7 @@ from sedd_jax.configs import base
 from sedd_jax.data import CORPORA, FORMS, TOKENIZERS, WINDOWS
 from sedd_jax.diffusion.graphs import GRAPHS, Graph
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
-from sedd_jax.diffusion.samplers import DRAWS, PREDICTORS
+from sedd_jax.diffusion.samplers import DRAWS, GRIDS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
 from sedd_jax.kernels import attention, vocab_reduce
 from sedd_jax.models.head import make_score_fn
@@ -104,6 +104,7 @@ RULES: dict[str, Rule] = {
     "optimizer.b2": _DECAY,
     "optimizer.eps": _POSITIVE,
     "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.mu_dtype": _one_of(DTYPES),
     "optimizer.clip_norm": _POSITIVE,
     "optimizer.ema_decay": _DECAY,
     "train.steps": _whole(1),
@@ -122,6 +123,7 @@ RULES: dict[str, Rule] = {
     "sample.steps": _whole(1),
     "sample.t_min": _INSIDE,
     "sample.draw": _one_of(DRAWS),
+    "sample.grid": _one_of(GRIDS),
     "sample.every": _whole(0),
     "sample.count": _whole(1),
     "profile.start": _whole(0),
@@ -147,6 +149,10 @@ MAY_CHANGE = (
     "model.head",
 )
 MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh", "profile")
+
+
+# Runs from before these keys did what their defaults say.
+AS_BEFORE = ("optimizer.mu_dtype",)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -245,7 +251,7 @@ def from_json(text: str) -> ConfigDict:
     config = ConfigDict(values)
     # Keys that are newer than the run, and change nothing that it has done, are as by default.
     for key, value in flatten(base.get_config()):
-        if may_change(key):
+        if may_change(key) or key in AS_BEFORE:
             section, _, name = key.rpartition(".")
             if section not in config:
                 config[section] = ConfigDict()
@@ -312,7 +318,14 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
     return optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
-        optax.adamw(learning_rate, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay),
+        optax.adamw(
+            learning_rate,
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            mu_dtype=DTYPES[o.mu_dtype],
+        ),
     )
 
 

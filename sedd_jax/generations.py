@@ -32,8 +32,8 @@ def generative_perplexity(
 ) -> dict[str, Any]:
     """Samples of `length` tokens (the model's, by default), and their numbers under the scorer.
 
-    sampling: steps, predictor, draw and t_min, as SEDD.sample_tokens takes them; what is missing
-    is the config's.
+    sampling: steps, predictor, draw, grid and t_min, as SEDD.sample_tokens takes them; what is
+    missing is the config's.
     """
     sampling = with_defaults(model, sampling)
     drawn = {"length": length, "batch_size": batch_size, "seed": seed}
@@ -137,7 +137,7 @@ def pareto(
 def with_defaults(model: SEDD, sampling: dict[str, Any]) -> dict[str, Any]:
     """Sampling options, those that are None or missing from the model's config."""
     ours = model.config.sample
-    keys = ("steps", "predictor", "draw", "t_min")
+    keys = ("steps", "predictor", "draw", "grid", "t_min")
     return {
         key: ours[key] if sampling.get(key) is None else sampling[key]
         for key in (*keys, *(k for k in sampling if k not in keys))

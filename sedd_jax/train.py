@@ -149,6 +149,7 @@ def draw_texts(model: SEDD, must_stop: Callable[[], bool]) -> list[str] | None:
         steps=wanted.steps,
         predictor=wanted.predictor,
         draw=wanted.draw,
+        grid=wanted.grid,
         t_min=wanted.t_min,
         seed=model.config.seed,
     ):

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 import yaml
 from ml_collections import ConfigDict
 
@@ -179,7 +181,7 @@ def export_run(source: Path, out: Path) -> int:
     parts = {"ema": names.to_original(train_state.ema)}
     if found.count:
         parts |= {
-            "exp_avg": names.to_original(found.mu),
+            "exp_avg": names.to_original(_float32(found.mu)),
             "exp_avg_sq": names.to_original(found.nu),
         }
     with appearing(out) as part:
@@ -190,6 +192,11 @@ def export_run(source: Path, out: Path) -> int:
         model = _state_dict(names.to_original(train_state.params), sizes)
         torch_files.write(part / NEWEST, model, parts, facts)
     return step
+
+
+def _float32(tree: Any) -> Any:
+    """First moments may be kept in bfloat16; the original's are not."""
+    return jax.tree.map(lambda a: np.asarray(a, np.float32), tree)
 
 
 def _yaml(config: dict) -> str:

@@ -77,6 +77,20 @@ def gumbel_argmax(u: jax.Array, probabilities: jax.Array) -> Tokens:
 DRAWS = {"exact": draw_exact, "float32_gumbel": draw_float32_gumbel}
 
 
+def uniform_grid(i: jax.Array, steps: jax.Array, t_min: float) -> jax.Array:
+    """The time before step i of `steps`, from 1 down to t_min: steps of one length."""
+    return 1.0 - i * ((1.0 - t_min) / steps)
+
+
+def cosine_grid(i: jax.Array, steps: jax.Array, t_min: float) -> jax.Array:
+    """Short steps near t = 1, where little is known yet and tokens drawn together fit badly, and
+    longer ones later (Shi et al. 2024, MD4)."""
+    return t_min + (1.0 - t_min) * jnp.cos(0.5 * jnp.pi * i / steps)
+
+
+GRIDS = {"uniform": uniform_grid, "cosine": cosine_grid}
+
+
 def sample(
     key: jax.Array,
     score_fn: ScoreFn,
@@ -89,6 +103,7 @@ def sample(
     known: Known | None = None,
     t_min: float = 1e-5,
     draw: Callable = draw_exact,
+    grid: Callable = uniform_grid,
     index: jax.Array | None = None,
     begin: int | jax.Array = 0,
     end: int | jax.Array | None = None,
@@ -96,7 +111,8 @@ def sample(
 ) -> Tokens:
     """Draw `shape` = (B, L) sequences by `steps` reverse steps from t = 1 to t_min and a denoising.
 
-    One `lax` loop: steps may be traced, so another number of steps does not recompile. Known
+    One `lax` loop over the times of `grid`: steps may be traced, so another number of steps does
+    not recompile. Known
     tokens are put back before every step and after the denoiser. A sample costs steps + 1 network
     calls (none's steps cost nothing). index, int32 [B], are the samples' numbers, 0, 1, ... by
     default: a sample's noise is keyed by its own, not by what else is in the batch.
@@ -116,11 +132,10 @@ def sample(
     start = jax.vmap(lambda k: graph.limit(k, shape[1:]))(key_limit)
     x = clamp(start if x is None else jnp.where(begin == 0, start, x))
     column = jnp.ones((shape[0], 1), jnp.float32)
-    dt = (1.0 - t_min) / steps
 
     def step(i, x):
-        # 1 - i dt, with the last s exactly t_min
-        t, s = 1.0 - i * dt, jnp.where(i + 1 == steps, t_min, 1.0 - (i + 1) * dt)
+        t, s = grid(i, steps, t_min), grid(i + 1, steps, t_min)
+        s = jnp.where(i + 1 == steps, t_min, s)  # exactly
         law = predictor(x, t * column, s * column, score_fn, graph, schedule)
         return clamp(draw(jax.vmap(jax.random.fold_in, (0, None))(key_steps, i), law))
 

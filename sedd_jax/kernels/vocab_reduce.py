@@ -6,6 +6,7 @@ for. The positions asked for are put first, and the loop over them ends where th
 follows their number, exactly and without a capacity that could be too small.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -65,17 +66,16 @@ def total_and_pick(
     platform = platform or jax.default_backend()
     shape, vocab = excluded.shape, weight.shape[0]
     count = excluded.size
-    form = FORMS[choose(HEAD, implementation, platform)]
-    if tile is None:
-        tile = _fitted(CPU_TILE if platform == "cpu" else TILE, count, vocab)
-    if where is not None and count * vocab <= SMALL and form is _xla:
+    name = choose(HEAD, implementation, platform)
+    form = FORMS[name](platform, tile, count, vocab)
+    if where is not None and count * vocab <= SMALL and name == "xla":
         outside = ~where
         where = None
     else:
         outside = None
     asked = None if where is None else _asked_first(where.reshape(-1))
     flat = (hidden.reshape(count, -1), weight, bias, excluded.reshape(-1), targets.reshape(-1))
-    found = _reduced(form, tile, *flat, asked)
+    found = _reduced(form, *flat, asked)
     total, pick = (a.reshape(shape) for a in found)
     if outside is None:
         return total, pick
@@ -151,30 +151,30 @@ def _padded(a: jax.Array, size: int) -> jax.Array:
 # --- the reduction, and its gradient
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _reduced(form, tile, hidden, weight, bias, excluded, targets, asked):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _reduced(form, hidden, weight, bias, excluded, targets, asked):
     """total and pick [N] of hidden [N, C]; 0 for what is not asked for."""
-    return _forward(form, tile, hidden, weight, bias, excluded, targets, asked)[0]
+    return _forward(form, hidden, weight, bias, excluded, targets, asked)[0]
 
 
-def _forward(form, tile, hidden, weight, bias, excluded, targets, asked):
+def _forward(form, hidden, weight, bias, excluded, targets, asked):
     rows, count = _sorted((hidden, excluded, targets), asked)
     hidden_rows, *ids = rows
     cast = weight.astype(hidden.dtype)
-    total, pick = form.forward(tile, hidden_rows, cast, bias, *ids, count)
+    total, pick = form.forward(hidden_rows, cast, bias, *ids, count)
     kept = (hidden, weight, bias, excluded, targets, asked, total)
     if asked is not None:
         total, pick = total[asked.place], pick[asked.place]
     return (total, pick), kept
 
 
-def _backward(form, tile, kept, slopes):
+def _backward(form, kept, slopes):
     hidden, weight, bias, excluded, targets, asked, total = kept
     rows, count = _sorted((hidden, excluded, targets, *slopes), asked)
     hidden_rows, excluded, targets, *slopes = rows
     cast = weight.astype(hidden.dtype)
     d_hidden, d_weight, d_bias = form.backward(
-        tile, hidden_rows, cast, bias, excluded, targets, count, total, *slopes
+        hidden_rows, cast, bias, excluded, targets, count, total, *slopes
     )
     if asked is not None:
         d_hidden = d_hidden[asked.place]
@@ -204,14 +204,21 @@ def _fitted(tile: Tile, count: int, vocab: int) -> Tile:
     return Tile(min(positions, count), tokens)
 
 
-class _xla:
-    """A scan over blocks of tokens, and in it a loop over blocks of positions.
+@dataclasses.dataclass(frozen=True)
+class Xla:
+    """A scan over blocks of tokens, and in it a loop over blocks of positions, in plain JAX.
 
     A block of the weights is cut out once, and its gradient written once.
     """
 
-    @staticmethod
-    def forward(tile, hidden, weight, bias, excluded, targets, count):
+    tile: Tile
+
+    @classmethod
+    def make(cls, platform: str, tile: Tile | None, count: int, vocab: int) -> "Xla":
+        return cls(tile or _fitted(CPU_TILE if platform == "cpu" else TILE, count, vocab))
+
+    def forward(self, hidden, weight, bias, excluded, targets, count):
+        tile = self.tile
         rows = tuple(_padded(a, tile.positions) for a in (hidden, excluded, targets))
 
         def block(carry, part):
@@ -239,8 +246,8 @@ class _xla:
         pick = jnp.where(is_asked, pick, 0.0)
         return total[: len(hidden)], pick[: len(hidden)]
 
-    @staticmethod
-    def backward(tile, hidden, weight, bias, excluded, targets, count, total, d_total, d_pick):
+    def backward(self, hidden, weight, bias, excluded, targets, count, total, d_total, d_pick):
+        tile = self.tile
         whole = (hidden, excluded, targets, total, d_total, d_pick)
         rows = tuple(_padded(a, tile.positions) for a in whole)
 
@@ -333,4 +340,30 @@ def _put(arrays, parts, i, size):
     )
 
 
-FORMS = {"xla": _xla}
+# --- the form of GPU kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Triton:
+    """vocab_reduce_gpu, in a module of its own; interpreted on a CPU."""
+
+    interpret: bool
+
+    @classmethod
+    def make(cls, platform: str, tile: Tile | None, count: int, vocab: int) -> "Triton":
+        if platform == "tpu":
+            raise ValueError("head 'triton' is for GPUs; use 'auto' or 'xla' on a TPU")
+        return cls(interpret=platform == "cpu")
+
+    def forward(self, *rows):
+        from sedd_jax.kernels import vocab_reduce_gpu
+
+        return vocab_reduce_gpu.forward(*rows, interpret=self.interpret)
+
+    def backward(self, *rows):
+        from sedd_jax.kernels import vocab_reduce_gpu
+
+        return vocab_reduce_gpu.backward(*rows, interpret=self.interpret)
+
+
+FORMS = {"xla": Xla.make, "triton": Triton.make}
