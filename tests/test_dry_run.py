@@ -113,7 +113,8 @@ def test_small_costs_what_the_formula_says():
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     counted = make_program(config, 50_257, mesh).flops / (2 * 1024)
     c, blocks, length, vocab = 768, 12, 1024, 50_257
-    matrices = 12 * c * c * blocks + vocab * c
+    # The head at the masked tokens: (1 - 1e-3) t of them, t in [1e-3, 1].
+    matrices = 12 * c * c * blocks + 0.999 * 0.5005 * vocab * c
     attention = 2 * length * c * blocks
     assert counted == pytest.approx(3 * 2 * (matrices + attention), rel=2e-3)
 
@@ -357,6 +358,22 @@ def test_a_tiny_model_compiles_for_tpu(tiny_config):
     assert estimate.device_kind == "TPU v5 lite" and estimate.fits
     assert {(one.kind, one.axes) for one in estimate.collectives} == {("all-reduce", ("data",))}
     assert all(one.is_exact for one in estimate.collectives)
+
+
+@pytest.mark.parametrize(
+    "target, kernel", [("v5e:4x4", "tpu_custom_call"), ("a100:8", "__cudnn$fmha")]
+)
+def test_attention_is_the_devices_kernel_and_keeps_no_square(tiny_config, target, kernel, tmp_path):
+    needs(target)
+    config = meshed(tiny_config, -1, 1, 1)
+    config.train.batch_size, config.data.length, config.evaluate.batch_size = 16, 256, 16
+    config.model.hidden_size, config.model.dtype = 128, "bfloat16"
+    for name in ("auto", "xla"):
+        config.model.attention = name
+        dry_run(config, target, vocab_size=VOCAB, text_file=tmp_path / name)
+        text = (tmp_path / name).read_text()
+        assert (kernel in text) == (name == "auto")
+        assert ("256,256]" in text) == (name == "xla")
 
 
 def test_fsdp_stays_inside_a_slice_and_gradients_cross():

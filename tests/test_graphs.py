@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sedd_jax.diffusion.graphs import GRAPHS, Absorbing, Uniform
+from sedd_jax.diffusion.schedules import Geometric, LogLinear
 from sedd_jax.diffusion.scores import DenseScores
 
 SIGMAS = (1e-5, 1e-3, 0.1, 1.0, 6.9)
@@ -103,6 +104,18 @@ def test_prior_is_the_divergence_from_the_base_law(name, vocab_size, sigma):
     held = p > 0
     divergence = (p[held] * np.log(p[held] / base[held])).sum()
     np.testing.assert_allclose(graph.prior(jnp.float32(sigma)), divergence, rtol=2e-5, atol=1e-9)
+
+
+@graphs
+@pytest.mark.parametrize("schedule", [LogLinear(), Geometric(1e-4, 20.0)])
+def test_the_share_asked_for_is_that_of_the_tokens_with_a_score_entropy(name, schedule):
+    graph, t_min = GRAPHS[name](5), 0.01
+    t = t_min + (1.0 - t_min) * jax.random.uniform(jax.random.key(0), (20_000, 1))
+    x0 = jax.random.randint(jax.random.key(1), t.shape, 0, 5)
+    xt = graph.perturb(jax.random.key(2), x0, schedule.sigma(t))
+    scores = DenseScores(jax.random.normal(jax.random.key(3), (*xt.shape, graph.dim)), xt, 5)
+    has_one = graph.score_entropy(scores, schedule.sigma(t), xt, x0).value != 0.0
+    assert graph.asked(schedule, t_min) == pytest.approx(float(has_one.mean()), abs=0.015)
 
 
 @graphs

@@ -197,7 +197,7 @@ def test_the_error_of_a_whole_sampler_halves_with_twice_the_steps(name, predicto
 
 
 @functools.cache
-def sampler(name, predictor):
+def sampler(name, predictor, grid="uniform"):
     """Draws of DRAWN sequences, a function of the number of steps."""
     graph = GRAPHS[name](3)
     score_fn = dense.exact_score_fn(graph, LAW, one_sigma=True)
@@ -206,16 +206,21 @@ def sampler(name, predictor):
     @jax.jit
     def run(steps):
         shape, key = (DRAWN, 2), jax.random.key(0)
-        return sample(key, score_fn, graph, LogLinear(), shape, steps=steps, predictor=step)
+        times = samplers.GRIDS[grid]
+        return sample(
+            key, score_fn, graph, LogLinear(), shape, steps=steps, predictor=step, grid=times
+        )
 
     return run
 
 
 @graphs
-@pytest.mark.parametrize("predictor", ["tweedie", "euler"])
-def test_a_sampler_with_the_exact_score_draws_from_the_data_distribution(name, predictor):
+@pytest.mark.parametrize(
+    "predictor, grid", [("tweedie", "uniform"), ("euler", "uniform"), ("tweedie", "cosine")]
+)
+def test_a_sampler_with_the_exact_score_draws_from_the_data_distribution(name, predictor, grid):
     # At 64 steps the error of the steps adds about 1 to a chi-square of 8 degrees of freedom.
-    counts = dense.count(sampler(name, predictor)(64), 3)
+    counts = dense.count(sampler(name, predictor, grid)(64), 3)
     assert dense.p_value(counts, LAW) > dense.P_VALUE
 
 
@@ -303,7 +308,8 @@ def test_a_sample_depends_on_its_own_number_and_not_on_the_batch(name, draw):
     assert len(np.unique(together, axis=0)) > 4
 
 
-def test_times_of_the_steps_run_from_one_to_t_min():
+@pytest.mark.parametrize("grid", samplers.GRIDS)
+def test_times_of_the_steps_run_from_one_to_t_min(grid):
     seen = []
 
     def watch(xt, t, s, score_fn, graph, schedule):
@@ -312,14 +318,16 @@ def test_times_of_the_steps_run_from_one_to_t_min():
 
     graph = Absorbing(3)
     score_fn = dense.exact_score_fn(graph, LAW)
-    out = sample(
-        jax.random.key(0), score_fn, graph, LogLinear(), (1, 2), steps=5, predictor=watch, t_min=0.1
-    )
+    how = {"steps": 5, "predictor": watch, "t_min": 0.1, "grid": samplers.GRIDS[grid]}
+    out = sample(jax.random.key(0), score_fn, graph, LogLinear(), (1, 2), **how)
     jax.block_until_ready(out)
     jax.effects_barrier()
     seen.sort(reverse=True)
-    starts = 1 - 0.18 * np.arange(5)
-    np.testing.assert_allclose(seen, np.c_[starts, starts - 0.18], rtol=1e-6)
+    times = {
+        "uniform": 1 - 0.18 * np.arange(6),
+        "cosine": 0.1 + 0.9 * np.cos(np.pi / 2 * np.arange(6) / 5),
+    }[grid]
+    np.testing.assert_allclose(seen, np.c_[times[:-1], times[1:]], rtol=1e-6)
     assert seen[-1][1] == np.float32(0.1)
 
 

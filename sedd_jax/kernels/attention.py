@@ -28,7 +28,8 @@ def attention(
     [L, L] array; by default the platform's if it takes these arrays, and xla otherwise. platform is
     that of the devices, by default jax's own. ValueError if the named one does not take them.
     """
-    name = choose(ATTENTION, implementation, platform or jax.default_backend())
+    platform = platform or jax.default_backend()
+    name = choose(ATTENTION, implementation, platform)
     refused = _REFUSES[name](q)
     if refused and implementation in (None, "auto"):
         name, refused = "xla", None
@@ -37,7 +38,7 @@ def attention(
             f"attention {name!r} takes no {q.dtype} {tuple(q.shape)}: {refused}; "
             "use 'auto' or 'xla'"
         )
-    return FORMS[name](q, k, v, is_causal, lengths)
+    return FORMS[name](q, k, v, is_causal, lengths, platform)
 
 
 def is_local(q: jax.Array, implementation: str | None, platform: str) -> bool:
@@ -46,7 +47,7 @@ def is_local(q: jax.Array, implementation: str | None, platform: str) -> bool:
     return name != "xla" and _REFUSES[name](q) is None
 
 
-def _xla(q, k, v, is_causal, lengths):
+def _xla(q, k, v, is_causal, lengths, platform):
     # This function takes no precision, but what it calls follows the default in force.
     with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
         return jax.nn.dot_product_attention(
@@ -54,14 +55,14 @@ def _xla(q, k, v, is_causal, lengths):
         )
 
 
-def _cudnn(q, k, v, is_causal, lengths):
+def _cudnn(q, k, v, is_causal, lengths, platform):
     both = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
     return jax.nn.dot_product_attention(
         q, k, v, is_causal=is_causal, implementation="cudnn", **both
     )
 
 
-def _splash(q, k, v, is_causal, lengths):
+def _splash(q, k, v, is_causal, lengths, platform):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads = q.shape[1:3]
@@ -70,7 +71,9 @@ def _splash(q, k, v, is_causal, lengths):
     sizes = dict.fromkeys((*names, "block_kv_dkv_compute", "block_q_dq", "block_kv_dq"), block)
     mask = (splash.CausalMask if is_causal else splash.FullMask)((length, length))
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([mask] * heads), block_sizes=splash.BlockSizes(**sizes)
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(**sizes),
+        interpret=platform == "cpu",
     )
     q = q * q.shape[-1] ** -0.5  # a power of 4 at 64: exact in bfloat16
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # [B, H, L, K]
