@@ -35,6 +35,9 @@ def main() -> None:
 
     def turn(worker: Worker) -> dict[str, float]:
         count = steps[worker.side.name]
+        # Not timed: a process that waited for the others' turns finds caches cold and, where the
+        # system takes idle pages back, memory to be fetched.
+        worker.call("train", steps=1)
         answer = worker.call("train", steps=count)
         if not math.isfinite(answer["loss"]):
             raise SystemExit(f"{worker.side.name}: loss {answer['loss']}")

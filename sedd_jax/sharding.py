@@ -144,6 +144,11 @@ class OnMesh:
     mesh: Mesh
 
     @property
+    def is_split(self) -> bool:
+        """Whether arrays may be split over several devices."""
+        return self.mesh.size > 1
+
+    @property
     def platform(self) -> str:
         """Of the mesh's devices: those that a program is compiled for may be on another machine."""
         return self.mesh.devices.flat[0].platform
@@ -158,13 +163,19 @@ class OnMesh:
 
     def over_rows(self, fn: Callable, rows: Any, whole: Any) -> Any:
         """fn(rows, whole), each device with its rows; the gradient of whole is summed over them."""
+        if not self.is_split:
+            return fn(rows, whole)
+        # An axis that is not named is summed over for the gradient of rows, even one of size 1.
+        kept = P(AXES) if self.mesh.shape["tensor"] == 1 else BATCH
         split = jax.shard_map(
-            fn, mesh=self.mesh, in_specs=(BATCH, P()), out_specs=BATCH, check_vma=False
+            fn, mesh=self.mesh, in_specs=(kept, P()), out_specs=kept, check_vma=False
         )
         return split(rows, whole)
 
     def over_heads(self, fn: Callable, heads: Any, rows: Any) -> Any:
         """fn(heads, rows), each device with its rows and its heads, [B, L, H, K]."""
+        if not self.is_split:
+            return fn(heads, rows)
         kept = P(("data", "fsdp"), None, "tensor", None)
         split = jax.shard_map(
             fn, mesh=self.mesh, in_specs=(kept, BATCH), out_specs=kept, check_vma=False

@@ -41,13 +41,14 @@ def transposed(a: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(a, cpu=copied, default=lambda a: a.T)
 
 
-def dot_general_for(platform: str):
+def dot_general_for(platform: str, is_split: bool):
     """What flax's layers take as their dot_general; None for jax's own.
 
     A CPU has fast products that it takes in one order only, and of bfloat16 such that are summed
-    and returned in float32 only: they are rounded afterwards, the gradients' too.
+    and returned in float32 only: they are rounded afterwards, the gradients' too. Not where arrays
+    are split over devices: a flattened kernel would lose its split.
     """
-    return _in_order if platform == "cpu" and _CPU_ADDS_WIDE else None
+    return _in_order if platform == "cpu" and _CPU_ADDS_WIDE and not is_split else None
 
 
 def _in_order(a, b, dimension_numbers, precision=None, preferred_element_type=None):

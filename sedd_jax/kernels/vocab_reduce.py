@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sedd_jax.kernels import HEAD, choose
 from sedd_jax.kernels.products import product, transposed
@@ -318,7 +317,7 @@ def _scan_tokens(block: Callable, carry, tile: Tile, weight, bias):
     if tile.tokens >= vocab:  # no loop, and no copy of the weights
         tokens = jnp.arange(vocab)
         return block(carry, _Part(weight, bias, tokens, tokens >= 0))
-    begins = np.arange(0, vocab, tile.tokens)[::-1]
+    begins = [*range(0, vocab, tile.tokens)][::-1]
 
     def turn(carry, begin):
         start = jnp.minimum(begin, vocab - tile.tokens)

@@ -36,6 +36,8 @@ REMAT = {
 class Anywhere:
     """Where arrays live: wherever the compiler puts them. sharding.OnMesh says it for a mesh."""
 
+    is_split: bool = False  # over several devices
+
     @property
     def platform(self) -> str:
         """Of the devices, as jax names it."""
@@ -136,7 +138,7 @@ class Block(nn.Module):
             "dtype": self.dtype,
             "kernel_init": _torch_linear,
             "precision": precision(self.dtype),
-            "dot_general": dot_general_for(self.place.platform),
+            "dot_general": dot_general_for(self.place.platform, self.place.is_split),
         }
 
         def norm(name):
