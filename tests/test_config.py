@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -215,6 +216,37 @@ def test_only_what_leaves_the_model_alone_may_differ_on_resume():
     now.seed = 5
     lines = configuration.differences(before, now)
     assert sorted(line.split(":")[0] for line in lines) == ["optimizer.learning_rate", "seed"]
+
+
+def test_first_moments_in_bfloat16_are_half_as_large_and_step_almost_alike():
+    steps = {}
+    for dtype in ("float32", "bfloat16"):
+        config = base.get_config()
+        config.optimizer.mu_dtype = dtype
+        optimizer = configuration.make_optimizer(config)
+        params = {"w": jnp.linspace(-1.0, 1.0, 64)}
+        opt_state, moved = optimizer.init(params), jnp.zeros(64)
+        for step in range(20):
+            slope = {"w": jax.random.normal(jax.random.key(step), (64,)) + params["w"]}
+            updates, opt_state = optimizer.update(slope, opt_state, params)
+            moved += updates["w"]
+        steps[dtype] = moved
+        (adam,) = (s for s in jax.tree.leaves(opt_state, is_leaf=_is_adam) if _is_adam(s))
+        assert (adam.mu["w"].dtype, adam.nu["w"].dtype) == (dtype, "float32")
+    exact, near = steps["float32"], steps["bfloat16"]
+    assert 0.0 < jnp.linalg.norm(near - exact) < 1e-2 * jnp.linalg.norm(exact)
+
+
+def _is_adam(node):
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def test_a_run_from_before_the_moments_had_a_dtype_goes_on():
+    config = shipped("quickstart")
+    older = config.to_dict()
+    del older["optimizer"]["mu_dtype"], older["model"]["attention"]
+    again = configuration.from_json(json.dumps(older))
+    assert configuration.differences(again, config) == []
 
 
 def test_the_learning_rate_warms_up_linearly_and_reaches_its_value_at_the_last_warm_up_step():
