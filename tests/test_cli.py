@@ -192,6 +192,7 @@ def test_samples_as_json_lines_are_those_of_the_text_in_any_batches(capsys, tiny
         "steps": 4,
         "predictor": "tweedie",
         "draw": "exact",
+        "grid": "uniform",
         "suffix": "end",
     }
     file = tmp_path / "samples.jsonl"

@@ -15,6 +15,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from sedd_jax.evaluate import scorer as scorers
 from sedd_jax.evaluate.scorer import SCORERS, load_scorer
+from sedd_jax.kernels import vocab_reduce
 from sedd_jax.kernels.attention import attention
 from sedd_jax.models import gpt2
 
@@ -174,9 +175,10 @@ def test_no_table_of_logits_exists(scorer):
     shape = jax.eval_shape(network.init, jax.random.key(0), tokens)["params"]
     run = jax.jit(lambda params, tokens: gpt2.token_nats(network, params, tokens))
     program = run.lower(shape, tokens).as_text()
-    # Of the 15 positions with a next token, 8 fit into a block of 2^24 logits: three blocks of 5.
-    assert "2x5x1048576xf32" in program
-    assert "2x15x1048576" not in program and "2x16x1048576" not in program
+    # The 2 x 15 positions with a next token, and a tile of the tokens at a time.
+    tile = vocab_reduce.CPU_TILE
+    assert f"30x{tile.tokens}xf32" in program
+    assert not re.search(r"(2x15|2x16|30)x1048576xf32", program)
 
 
 def test_bfloat16_is_close_to_float32_and_leaves_the_parameters_alone(scorer, folder):
