@@ -133,6 +133,17 @@ def test_large_logits_stay_finite(head):
     assert all(jnp.isfinite(slope).all() for slope in slopes)
 
 
+def test_what_is_not_asked_for_spoils_no_gradient_however_large_it_is(head):
+    hidden, weight, bias, *ids = head
+    where = positions("some")
+    huge = jnp.where(where[..., None], hidden, 1e4 * hidden)  # exp of these logits is infinite
+    tiled = functools.partial(total_and_pick, tile=Tile(4, 4))
+    _, ours = answers(tiled, (huge, weight, bias), *ids, where)
+    _, exact = answers(tiled, (hidden, weight, bias), *ids, where)
+    for slope, right in zip(ours, exact, strict=True):
+        np.testing.assert_allclose(slope, right, rtol=1e-6, atol=1e-6)
+
+
 def test_a_token_of_bias_minus_infinity_is_in_no_sum_and_has_no_gradient(head):
     hidden, weight, bias, _, targets = head
     nothing = jnp.full_like(targets, -1)

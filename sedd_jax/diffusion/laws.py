@@ -61,6 +61,8 @@ class Reveal:
     probabilities: Callable[[], jax.Array]  # -> float32 [B, L, D]
 
     def _log_reveal(self, log_total: jax.Array) -> jax.Array:
+        if self.log_chance is None:
+            return jnp.zeros_like(log_total)
         return jnp.minimum(self.log_chance + log_total, 0.0)
 
     def draw(self, keys: jax.Array) -> Tokens:
@@ -76,12 +78,8 @@ class Reveal:
     def log_probability(self, tokens: Tokens) -> jax.Array:
         is_masked = self.xt == self.mask
         log_total, log_pick = self.scores.total_and_pick(tokens, is_masked)
-        masked = log_pick - log_total
-        if self.log_chance is None:
-            masked = jnp.where(tokens == self.mask, -jnp.inf, masked)
-        else:
-            log_reveal = self._log_reveal(log_total)
-            stays = jnp.log(-jnp.expm1(log_reveal))
-            masked = jnp.where(tokens == self.mask, stays, log_reveal + masked)
+        log_reveal = self._log_reveal(log_total)
+        stays = jnp.log(-jnp.expm1(log_reveal))
+        masked = jnp.where(tokens == self.mask, stays, log_reveal + log_pick - log_total)
         unmasked = jnp.where(tokens == self.xt, 0.0, -jnp.inf)
         return jnp.where(is_masked, masked, unmasked)

@@ -67,18 +67,14 @@ def total_and_pick(
     count = excluded.size
     name = choose(HEAD, implementation, platform)
     form = FORMS[name](platform, tile, count, vocab)
-    if where is not None and count * vocab <= SMALL and name == "xla":
-        outside = ~where
-        where = None
-    else:
-        outside = None
-    asked = None if where is None else _asked_first(where.reshape(-1))
+    at_once = where is None or (count * vocab <= SMALL and name == "xla")
+    asked = None if at_once else _asked_first(where.reshape(-1))
     flat = (hidden.reshape(count, -1), weight, bias, excluded.reshape(-1), targets.reshape(-1))
     found = _reduced(form, *flat, asked)
     total, pick = (a.reshape(shape) for a in found)
-    if outside is None:
+    if where is None:
         return total, pick
-    return jnp.where(outside, 0.0, total), jnp.where(outside, 0.0, pick)
+    return jnp.where(where, total, 0.0), jnp.where(where, pick, 0.0)
 
 
 def draw(
@@ -257,13 +253,13 @@ class Xla:
                 d_hidden, d_part, d_bias = carry
                 hidden, excluded, targets, total, d_total, d_pick = _cut(rows, i, tile.positions)
                 is_asked = (i * tile.positions + jnp.arange(tile.positions)) < count
-                d_total, d_pick = (jnp.where(is_asked, d, 0.0)[:, None] for d in (d_total, d_pick))
-                table = part.logits(hidden)
-                others = part.is_new & (part.tokens != excluded[:, None])
-                share = jnp.exp(table - jnp.where(is_asked, total, 0.0)[:, None])
-                slope = jnp.where(others, share * d_total, 0.0)
-                picked = part.is_new & (part.tokens == targets[:, None])
-                slope += jnp.where(picked, d_pick, 0.0)
+                # What is not asked for has no total: its share may be infinite.
+                counted = part.is_new & is_asked[:, None]
+                share = jnp.exp(part.logits(hidden) - total[:, None])
+                others = counted & (part.tokens != excluded[:, None])
+                slope = jnp.where(others, share * d_total[:, None], 0.0)
+                picked = counted & (part.tokens == targets[:, None])
+                slope += jnp.where(picked, d_pick[:, None], 0.0)
                 d_bias += slope.sum(axis=0)
                 slope = slope.astype(hidden.dtype)
                 if slope.dtype == jnp.float32:
