@@ -110,8 +110,12 @@ def make_program(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Program:
         state.make_train_step(
             configuration.make_loss_fn(config, network, graph, schedule),
             optimizer,
+            clip_norm=config.optimizer.clip_norm,
             decay=config.optimizer.ema_decay,
             microbatches=config.train.microbatches,
+            tile=state.TILE
+            if network.place.platform == "cpu" and not network.place.is_split
+            else None,
         ),
         shape,
         mesh,

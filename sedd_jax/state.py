@@ -16,6 +16,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from sedd_jax import sharding
 from sedd_jax.diffusion.losses import Loss
+from sedd_jax.kernels.residuals import packed, unpacked
+
+# Numbers of a leaf that a CPU changes at a time: parameters, average, moments and gradient of them
+# stay in its cache, 5 MiB in float32.
+TILE = 2**18
 
 LossFn = Callable[[Any, jax.Array, Any], Loss]
 
@@ -60,14 +65,20 @@ def make_train_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     *,
+    clip_norm: float | None = None,
     decay: float = 0.9999,
     microbatches: int = 1,
+    tile: int | None = None,
 ):
     """One update: (state, batch, key) -> (state, metrics).
 
     batch is a pytree of [B, ...]; B must be divisible by microbatches, whose gradients are
     averaged. key is the run's: every step and microbatch folds its number into it. A step whose
     loss or gradient is not finite changes nothing but the counters.
+
+    clip_norm is the largest global norm of a gradient. Where tile is a number, as many numbers of a
+    leaf are changed at a time: for a CPU, which else goes over all of them for each of parameters,
+    average and moments, with copies. The optimizer must treat each number of a leaf for itself.
     """
 
     def of_part(params, key, part):
@@ -104,22 +115,24 @@ def make_train_step(
         grad_norm = jnp.sqrt(sum(jnp.sum(g * g) for g in jax.tree.leaves(grads)))
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        clip = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / grad_norm)
         ema_updates = state.ema_updates + 1
         keep = ema_decay(ema_updates, decay)
-        ema = jax.tree.map(lambda e, p: e - (1.0 - keep) * (e - p), state.ema, params)
 
-        def guard(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(is_finite, n, o), new, old)
+        def change(grads, params, ema, opt_state):
+            updates, opt_state_after = optimizer.update(clip * grads, opt_state, params)
+            moved = optax.apply_updates(params, updates)
+            averaged = ema - (1.0 - keep) * (ema - moved)
+            return moved, averaged, opt_state_after
 
+        params, ema, opt_state = _leaf_by_leaf(change, is_finite, grads, state, tile)
         skip = jnp.where(is_finite, 0, 1)
         state = TrainState(
             step=state.step + 1,
-            params=guard(params, state.params),
-            opt_state=guard(opt_state, state.opt_state),
-            ema=guard(ema, state.ema),
-            ema_updates=guard(ema_updates, state.ema_updates),
+            params=params,
+            opt_state=opt_state,
+            ema=ema,
+            ema_updates=jnp.where(is_finite, ema_updates, state.ema_updates),
             skipped=state.skipped + skip,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * skip,
         )
@@ -134,6 +147,70 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _leaf_by_leaf(change: Callable, is_wanted: jax.Array, grads: Any, state: TrainState, tile):
+    """(params, ema, opt_state) of change(grads, params, ema, opt_state), called for each leaf with
+    the optimizer's state for it; what they were if it is not wanted."""
+    tree = jax.tree.structure(grads)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(grads)]
+
+    def is_moment(node):  # a tree of arrays like the parameters, and no counter
+        leaves, structure = jax.tree.flatten(node)
+        return structure == tree and [leaf.shape for leaf in leaves] == shapes
+
+    nodes, opt_tree = jax.tree.flatten(state.opt_state, is_leaf=is_moment)
+    moments = [node for node in nodes if is_moment(node)]
+    counters = [node for node in nodes if not is_moment(node)]
+
+    def opt_state_of(moments, counters):
+        moments, counters = iter(moments), iter(counters)
+        return opt_tree.unflatten(next(moments if is_moment(n) else counters) for n in nodes)
+
+    def of_leaf(kept, grad):
+        params, ema, *found = kept
+        params, ema, opt_state = change(grad, params, ema, opt_state_of(found, counters))
+        found = opt_tree.flatten_up_to(opt_state)
+        arrays = [a for a, node in zip(found, nodes, strict=True) if is_moment(node)]
+        others = [a for a, node in zip(found, nodes, strict=True) if not is_moment(node)]
+        return [params, ema, *arrays], others
+
+    columns, others = [], counters
+    kept = (state.params, state.ema, *moments)
+    for grad, *arrays in zip(*map(jax.tree.leaves, (grads, *kept)), strict=True):
+        if tile is None or grad.size < 2 * tile:
+            found = of_leaf(arrays, grad)
+            arrays, others = jax.tree.map(
+                lambda new, old: jnp.where(is_wanted, new, old), found, (arrays, counters)
+            )
+        else:
+            arrays = _in_tiles(lambda *a: of_leaf(*a)[0], is_wanted, arrays, grad, tile)
+        columns.append(arrays)
+    params, ema, *moments = (tree.unflatten(column) for column in zip(*columns, strict=True))
+    return params, ema, opt_state_of(moments, others)
+
+
+def _in_tiles(fn: Callable, is_wanted: jax.Array, arrays: list, grad: jax.Array, tile: int):
+    """The arrays as fn(arrays, grad) gives them, changed in place; as they are if not wanted."""
+    shape, (whole, rest) = grad.shape, divmod(grad.size, tile)
+    grad, *arrays = (packed(a, "cpu").reshape(-1) for a in (grad, *arrays))
+
+    def change(kept, start, length):
+        parts = [jax.lax.dynamic_slice(a, (start,), (length,)) for a in (grad, *kept)]
+        # A branch is computed apart. Without it each array's new values would be computed from the
+        # old ones of all, each time anew, and all that is written be copied first.
+        parts = jax.lax.cond(
+            is_wanted,
+            lambda grad, *parts: fn([unpacked(a) for a in parts], grad),
+            lambda grad, *parts: [unpacked(a) for a in parts],
+            *parts,
+        )
+        pairs = zip(kept, parts, strict=True)
+        return [jax.lax.dynamic_update_slice(a, packed(n, "cpu"), (start,)) for a, n in pairs]
+
+    arrays = jax.lax.fori_loop(0, whole, lambda i, kept: change(kept, i * tile, tile), arrays)
+    arrays = change(arrays, whole * tile, rest)
+    return [unpacked(a).reshape(shape) for a in arrays]
 
 
 def on_mesh(train_step, state_shape: TrainState, mesh: Mesh):

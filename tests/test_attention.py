@@ -8,7 +8,8 @@ from conftest import says
 
 from sedd_jax import sharding
 from sedd_jax.kernels import ATTENTION, HEAD, choose
-from sedd_jax.kernels.attention import attention, is_local
+from sedd_jax.kernels import attention as module
+from sedd_jax.kernels.attention import attention
 from sedd_jax.models.transformer import Anywhere
 
 BATCH, LENGTH, HEADS, SIZE = 2, 256, 2, 64
@@ -32,29 +33,55 @@ def definition(q, k, v, is_causal=False, lengths=None):
     return jnp.einsum("bhlm,bmhk->blhk", weights, v, precision="highest")
 
 
-@pytest.mark.parametrize("name", ["xla", "splash"])
+def answers(attend, heads, weight):
+    """The weighted values and the gradients of their sum."""
+
+    def cost(heads):
+        out = attend(*heads).astype(jnp.float32)
+        return (weight * out).sum(), weight * out
+
+    slopes, value = jax.jit(jax.grad(cost, has_aux=True))(heads)
+    return [np.asarray(a, np.float32) for a in (value, *slopes)]
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [("xla", "float32"), ("xla", "bfloat16"), ("splash", "bfloat16")]
+)
 @pytest.mark.parametrize("is_causal, padded", [(False, False), (False, True), (True, False)])
-def test_values_and_gradients_are_those_of_the_softmax(name, is_causal, padded):
-    heads = operands()
+def test_values_and_gradients_are_those_of_the_softmax(name, dtype, is_causal, padded):
+    heads = operands(jnp.dtype(dtype))
     lengths = jnp.array([LENGTH, 100]) if padded else None
     # What is found at padding means nothing.
     rows = jnp.arange(LENGTH) < (jnp.array([[LENGTH], [100]]) if padded else LENGTH)
     weight = jax.random.normal(jax.random.key(1), heads[0].shape) * rows.reshape(-1, LENGTH, 1, 1)
+    how = {"is_causal": is_causal, "lengths": lengths}
+    ours = answers(lambda *qkv: attention(*qkv, **how, implementation=name), heads, weight)
+    exact = answers(lambda *qkv: definition(*qkv, **how), heads, weight)
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    for found, right in zip(ours, exact, strict=True):
+        assert np.linalg.norm(found - right) < tolerance * np.linalg.norm(right)
 
-    def answers(attend):
-        def cost(heads):
-            out = attend(*heads).astype(jnp.float32)
-            return (weight * out).sum(), weight * out
 
-        return jax.jit(jax.grad(cost, has_aux=True))(heads)
-
-    slopes, value = answers(
-        lambda *qkv: attention(*qkv, is_causal=is_causal, lengths=lengths, implementation=name)
+@pytest.mark.parametrize("tile", [1, 2, 6, 100])
+def test_tiles_of_heads_of_any_size_give_the_same(tile, monkeypatch):
+    length = 8
+    heads = tuple(jax.random.normal(jax.random.key(0), (3, 3, length, 2, 4)))
+    how = {"lengths": jnp.array([8, 1, 5]), "is_causal": True}
+    weight = jnp.arange(length) < how["lengths"][:, None]
+    weight = weight[..., None, None] * jnp.cos(jnp.arange(float(heads[0].size))).reshape(
+        heads[0].shape
     )
-    exact_slopes, exact = answers(lambda *qkv: definition(*qkv, is_causal, lengths))
-    for ours, right in zip((value, *slopes), (exact, *exact_slopes), strict=True):
-        ours, right = (np.asarray(a, np.float32) for a in (ours, right))
-        assert np.linalg.norm(ours - right) < 1e-2 * np.linalg.norm(right)
+    monkeypatch.setitem(module.TILE, "cpu", tile * length**2)
+    ours = answers(lambda *qkv: attention(*qkv, **how), heads, weight)
+    for found, right in zip(ours, answers(lambda *qkv: definition(*qkv, **how), heads, weight)):
+        np.testing.assert_allclose(found, right, atol=1e-5)
+
+
+def test_no_table_of_two_positions_is_kept_for_the_gradient():
+    heads = jax.eval_shape(operands)
+    kept = jax.eval_shape(lambda *heads: jax.vjp(attention, *heads)[1], *heads)
+    sizes = [leaf.shape for leaf in jax.tree.leaves(kept)]
+    assert sizes and not [shape for shape in sizes if shape.count(LENGTH) > 1]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +100,7 @@ def test_what_a_kernel_does_not_take_is_refused_by_name_and_passed_over_by_auto(
         "splash": (operands(jnp.float32), operands(length=100)),
     }
     for platform, name in (("gpu", "cudnn"), ("tpu", "splash")):
-        assert is_local(operands()[0], "auto", platform)
         for heads in wrong[name]:
-            assert not is_local(heads[0], "auto", platform)
             with says(f"attention {name!r} takes no", "use 'auto' or 'xla'"):
                 attention(*heads, implementation=name)
             passed_over = attention(*heads, platform=platform)

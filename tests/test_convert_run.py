@@ -151,7 +151,7 @@ def test_a_step_after_import_is_torchs_step(carried):
         return Loss(jnp.broadcast_to(sum(jax.tree.leaves(products)), batch.shape), None)
 
     optimizer = configuration.make_optimizer(config)
-    train_step = state.make_train_step(loss_fn, optimizer, decay=o.ema_decay)
+    train_step = state.make_train_step(loss_fn, optimizer, clip_norm=o.clip_norm, decay=o.ema_decay)
     after, _ = jax.jit(train_step)(before, jnp.zeros(2), jax.random.key(0))
 
     checkpoint = loaded(carried / "theirs")

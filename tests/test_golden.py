@@ -379,7 +379,12 @@ def train_steps(name: str):
         return dwdse_at(batch["t"][:, None], batch["x"], batch["x0"], score_fn, graph, schedule)
 
     train_step = compiled_quickly(
-        state.make_train_step(loss_fn, optimizer, decay=config.optimizer.ema_decay)
+        state.make_train_step(
+            loss_fn,
+            optimizer,
+            clip_norm=config.optimizer.clip_norm,
+            decay=config.optimizer.ema_decay,
+        )
     )
     train_state, key, steps = state.init(params, optimizer), jax.random.key(0), {}
     for number in numbers:

@@ -27,7 +27,11 @@ def parts(config, *, devices=None, mesh=None, loss_fn=None):
         config, model, graph, configuration.make_schedule(config)
     )
     step = state.make_train_step(
-        loss_fn, optimizer, decay=0.9, microbatches=config.train.microbatches
+        loss_fn,
+        optimizer,
+        clip_norm=config.optimizer.clip_norm,
+        decay=0.9,
+        microbatches=config.train.microbatches,
     )
 
     def fresh():
@@ -143,8 +147,62 @@ def test_every_step_draws_new_noise_from_the_same_key():
     assert metrics_1["loss"] != metrics_2["loss"]
 
 
+@pytest.mark.parametrize("mu_dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("tile", [None, 4, 5])
+def test_a_step_is_optaxs_clip_adamw_and_the_average_in_tiles_of_any_size(tile, mu_dtype):
+    params = {"even": jnp.linspace(-1.0, 1.0, 40).reshape(4, 10), "few": jnp.ones(3)}
+    slopes = jax.tree.map(lambda p: 3.0 * jnp.cos(7.0 * p), params)
+
+    def loss_fn(params, key, scale):
+        products = jax.tree.map(lambda p, s: (p * s).sum(), params, slopes)
+        return Loss(scale[:, 0] * sum(jax.tree.leaves(products)), None)
+
+    optimizer = optax.adamw(0.1, weight_decay=0.2, mu_dtype=mu_dtype)
+    whole = optax.chain(optax.clip_by_global_norm(1.5), optimizer)
+    step = jax.jit(state.make_train_step(loss_fn, optimizer, clip_norm=1.5, decay=0.9, tile=tile))
+    current = state.init(params, optimizer)
+    theirs, their_state, average = params, whole.init(params), params
+    for number in range(1, 4):
+        scale = jnp.full((2, 1), float(number - 2))  # the second gradient is 0
+        current, metrics = step(current, scale, jax.random.key(0))
+        grads = jax.tree.map(lambda s, scale=scale: s * scale[0, 0], slopes)
+        updates, their_state = whole.update(grads, their_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+        keep = (1 + number) / (10 + number)
+        average = jax.tree.map(lambda a, p, k=keep: k * a + (1 - k) * p, average, theirs)
+        np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-6)
+    found = (current.params, current.ema, current.opt_state)
+    expected = (theirs, average, their_state[1])
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    tolerance = 1e-6 if mu_dtype is None else 1e-2
+    for ours, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == right.dtype
+        np.testing.assert_allclose(
+            np.asarray(ours, np.float32), np.asarray(right, np.float32), atol=tolerance
+        )
+
+
+def test_a_tiled_step_needs_no_copy_of_what_it_changes():
+    """XLA on a CPU copies parameters and moments before a step that changes them whole."""
+    size, optimizer = 2**16, optax.adamw(0.1)
+    begun = jax.eval_shape(lambda: state.init({"w": jnp.ones((16, size // 16))}, optimizer))
+
+    def loss_fn(params, key, x):
+        return Loss((params["w"] * x[0]).sum() * jnp.ones(1), None)
+
+    def temporaries(tile):
+        step = state.make_train_step(loss_fn, optimizer, clip_norm=1.0, tile=tile)
+        batch = jax.ShapeDtypeStruct((1, 16, size // 16), jnp.float32)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        compiled = jax.jit(step, donate_argnums=0).lower(begun, batch, key).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(2**10) < 2 * 4 * size < temporaries(None)
+
+
+@pytest.mark.parametrize("tile", [None, 1])
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_only_the_counters(fault):
+def test_a_step_that_is_not_finite_changes_only_the_counters(fault, tile):
     # 1e25 is finite, the norm of a gradient of 1e25 is not.
     slope = {"loss": jnp.nan, "gradient": 1e25}[fault]
 
@@ -152,7 +210,7 @@ def test_a_step_that_is_not_finite_changes_only_the_counters(fault):
         return Loss(jnp.where(x0[:, 0] < 0, slope, 2.0) * params["w"].sum(), None)
 
     optimizer = optax.adam(0.1)
-    step = jax.jit(state.make_train_step(loss_fn, optimizer, decay=0.5))
+    step = jax.jit(state.make_train_step(loss_fn, optimizer, decay=0.5, tile=tile))
     good, bad = jnp.ones((4, 1)), -jnp.ones((4, 1))
     key = jax.random.key(0)
     before, _ = step(state.init({"w": jnp.ones(2)}, optimizer), good, key)

@@ -1,10 +1,18 @@
 """Attention over all positions, or over those up to one's own. Imports jax only."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from sedd_jax.kernels import ATTENTION, choose
+from sedd_jax.kernels.products import product, transposed
+from sedd_jax.kernels.residuals import packed, unpacked
 
+# Products of queries and keys that exist at a time: what stays in a CPU core's cache, 1 MiB, and
+# what is little of an accelerator's memory, 512 MiB. One head's of one row at least.
+TILE = {"cpu": 2**18, "gpu": 2**27}
+UNSEEN = -1e30  # finite, so that a row without a key stays finite
 SPLASH_BLOCK = 512  # positions of a block of the TPU's kernel, at most
 
 
@@ -24,9 +32,11 @@ def attention(
     length on (a number and not a mask: cuDNN's kernel takes no mask of padding); what is found at
     these themselves means nothing. The softmax is taken in float32 whatever the dtype of q.
 
-    implementation is xla, cudnn (a GPU's flash attention) or splash (a TPU's), which keep no
-    [L, L] array; by default the platform's if it takes these arrays, and xla otherwise. platform is
-    that of the devices, by default jax's own. ValueError if the named one does not take them.
+    implementation is cudnn (a GPU's flash attention), splash (a TPU's) or xla, a tile of heads after
+    the other; none keeps an [L, L] array for its gradient. By default the platform's if it takes
+    these arrays, and xla otherwise. platform is that of the devices, by default jax's own. On
+    several devices each runs it for its own rows and heads. ValueError if the named one does not
+    take the arrays.
     """
     platform = platform or jax.default_backend()
     name = choose(ATTENTION, implementation, platform)
@@ -41,18 +51,94 @@ def attention(
     return FORMS[name](q, k, v, is_causal, lengths, platform)
 
 
-def is_local(q: jax.Array, implementation: str | None, platform: str) -> bool:
-    """Whether `attention` takes a kernel, which each device must run on its own rows and heads."""
-    name = choose(ATTENTION, implementation, platform)
-    return name != "xla" and _REFUSES[name](q) is None
-
-
 def _xla(q, k, v, is_causal, lengths, platform):
-    # This function takes no precision, but what it calls follows the default in force.
-    with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else "default"):
-        return jax.nn.dot_product_attention(
-            q, k, v, is_causal=is_causal, key_value_seq_lengths=lengths, implementation="xla"
+    batch, length, heads, size = q.shape
+
+    def by_head(a):  # [B, L, H, K] -> [B H, L, K]
+        return a.swapaxes(1, 2).reshape(-1, length, size)
+
+    most = max(1, TILE.get(platform, TILE["gpu"]) // length**2)
+    tile = next(n for n in range(min(most, batch * heads), 0, -1) if batch * heads % n == 0)
+    if lengths is not None:
+        lengths = jnp.repeat(lengths, heads)
+    out = _softmax(is_causal, tile, platform, *map(by_head, (q, k, v)), lengths)
+    return out.reshape(batch, heads, length, size).swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _softmax(is_causal, tile, platform, q, k, v, lengths):
+    return _softmax_forward(is_causal, tile, platform, q, k, v, lengths)[0]
+
+
+def _softmax_forward(is_causal, tile, platform, q, k, v, lengths):
+    """What autodiff would keep, the weights [N, L, L] of each layer, is made again."""
+
+    def of_tile(q, k, v, lengths):
+        products = product("nlk,nmk->nlm", q, k)
+        seen = _seen(q.shape[1], is_causal, lengths)
+        if seen is not None:
+            products = jnp.where(seen, products, UNSEEN)
+        scale = q.shape[-1] ** -0.5
+        top = products.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scale * (products - top))
+        total = weights.sum(axis=-1, keepdims=True)
+        out = product("nlm,nmk->nlk", weights.astype(v.dtype), v) / total
+        return out.astype(v.dtype), (scale * top + jnp.log(total))[..., 0]
+
+    q, k, v = (packed(a, platform) for a in (q, k, v))
+    out, log_total = _over_tiles(of_tile, tile, platform, (q, k, v, lengths))
+    return unpacked(out), (q, k, v, lengths, out, log_total)
+
+
+def _softmax_backward(is_causal, tile, platform, kept, slope):
+    def of_tile(q, k, v, lengths, out, log_total, slope):
+        # Keys come first: a CPU's products are fast where the last axis of the left is summed over.
+        scale = q.shape[-1] ** -0.5
+        weights = jnp.exp(scale * product("nmk,nlk->nml", k, q) - log_total[:, None])
+        seen = _seen(q.shape[1], is_causal, lengths)
+        if seen is not None:
+            weights = jnp.where(seen.swapaxes(1, 2), weights, 0.0)
+        mean = (out.astype(jnp.float32) * slope.astype(jnp.float32)).sum(axis=-1)
+        d_products = weights * (product("nmk,nlk->nml", v, slope) - mean[:, None])
+        d_products = d_products.astype(q.dtype)
+        d_q = scale * transposed(product("nkm,nml->nkl", transposed(k), d_products))
+        d_k = scale * product("nml,nlk->nmk", d_products, q)
+        d_v = product("nml,nlk->nmk", weights.astype(v.dtype), slope)
+        return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+    found = _over_tiles(of_tile, tile, platform, (*kept, packed(slope, platform)))
+    return *map(unpacked, found), None
+
+
+_softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def _seen(length, is_causal, lengths):
+    """Whether a query sees a key, bool [N or 1, L, L]; None: every one does."""
+    place = jnp.arange(length)
+    seen = None
+    if lengths is not None:
+        seen = jnp.broadcast_to(
+            (place < lengths[:, None])[:, None], (*lengths.shape, length, length)
         )
+    if is_causal:
+        before = (place[:, None] >= place)[None]
+        seen = before if seen is None else seen & before
+    return seen
+
+
+def _over_tiles(fn, size, platform, arrays):
+    """fn(*arrays), packed trees of [N, ...] in and out, a tile of so many after the other."""
+
+    def of_packed(tile):
+        found = fn(*jax.tree.map(unpacked, tile))
+        return jax.tree.map(lambda a: packed(a, platform), found)
+
+    if arrays[0].shape[0] == size:
+        return of_packed(arrays)
+    split = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), arrays)
+    found = jax.lax.map(of_packed, split)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
 
 
 def _cudnn(q, k, v, is_causal, lengths, platform):

@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sedd_jax.kernels.residuals import packed, unpacked
+
 Precision = jax.lax.Precision
 # The CPU runtime of jax 0.7.2 cannot add up products of bfloat16 in float32.
 _CPU_ADDS_WIDE = jax.__version_info__ >= (0, 8)
@@ -31,55 +33,72 @@ def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def transposed(a: jax.Array) -> jax.Array:
-    """a.T, [N, M], as the left side of a product. No gradient is taken through it."""
+    """a [..., M, N] as [..., N, M], the left side of a product. No gradient is taken through it."""
+    shape = (*a.shape[:-2], a.shape[-1], a.shape[-2])
 
     # XLA folds a transposition into the product, and a CPU's fast products take no left side that
     # is summed over its rows: half as fast as with the copy that is made here.
     def copied(a):
-        return jax.lax.optimization_barrier(jax.lax.optimization_barrier(a).T)
+        # As whole numbers, since a CPU turns bfloat16 through float32; and flat, since what XLA
+        # has laid out by columns is not taken for one of bfloat16's fast products.
+        bits = jax.lax.optimization_barrier(packed(a, "cpu"))
+        flat = bits.swapaxes(-1, -2).reshape(-1)
+        return unpacked(jax.lax.optimization_barrier(flat).reshape(shape))
 
-    return jax.lax.platform_dependent(a, cpu=copied, default=lambda a: a.T)
+    return jax.lax.platform_dependent(a, cpu=copied, default=lambda a: a.swapaxes(-1, -2))
 
 
-def dot_general_for(platform: str, is_split: bool):
-    """What flax's layers take as their dot_general; None for jax's own.
+def linear(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    axes: int = 1,
+    *,
+    platform: str,
+    is_split: bool,
+) -> jax.Array:
+    """x [..., *inputs] times kernel [*inputs, *outputs] plus bias [*outputs], in the dtype of x.
+
+    axes is the number of inputs. Kernel and bias are float32. platform is that of the devices,
+    and is_split says that arrays are split over several of them.
 
     A CPU has fast products that it takes in one order only, and of bfloat16 such that are summed
-    and returned in float32 only: they are rounded afterwards, the gradients' too. Not where arrays
-    are split over devices: a flattened kernel would lose its split.
+    and returned in float32 only. They are asked for where nothing is split: a flattened kernel
+    would lose its split.
     """
-    return _in_order if platform == "cpu" and _CPU_ADDS_WIDE and not is_split else None
-
-
-def _in_order(a, b, dimension_numbers, precision=None, preferred_element_type=None):
-    """lax.dot_general of the last axes of a and the first of b, without batch axes."""
-    (axes, others), batch = dimension_numbers
-    count = len(axes)
-    last, first = tuple(range(a.ndim - count, a.ndim)), tuple(range(count))
-    if tuple(axes) != last or tuple(others) != first or batch != ((), ()):
-        raise AssertionError(f"a layer's product sums over its last axes, not {dimension_numbers}")
-    inside = math.prod(b.shape[:count])
-    flat = _matmul(a.reshape(-1, inside), b.reshape(inside, -1))
-    return flat.reshape(*a.shape[: a.ndim - count], *b.shape[count:])
+    if platform == "cpu" and _CPU_ADDS_WIDE and not is_split:
+        inputs = math.prod(kernel.shape[:axes])
+        flat_bias = None if bias is None else bias.reshape(-1)
+        flat = _in_order(x.reshape(-1, inputs), kernel.reshape(inputs, -1), flat_bias)
+        return flat.reshape(*x.shape[: x.ndim - axes], *kernel.shape[axes:])
+    summed = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
+    kernel = kernel.astype(x.dtype)
+    out = jax.lax.dot_general(x, kernel, (summed, ((), ())), precision=precision(x.dtype))
+    return out if bias is None else out + bias.astype(x.dtype)
 
 
 @jax.custom_vjp
-def _matmul(a, b):
-    return product("mk,kn->mn", a, b).astype(a.dtype)
+def _in_order(x, kernel, bias):
+    out = product("mk,kn->mn", x, kernel.astype(x.dtype))
+    return (out if bias is None else out + bias).astype(x.dtype)
 
 
-def _matmul_forward(a, b):
-    return _matmul(a, b), (a, b)
+def _in_order_forward(x, kernel, bias):
+    return _in_order(x, kernel, bias), (packed(x, "cpu"), kernel, bias)
 
 
-def _matmul_backward(kept, slope):
-    a, b = kept
-    d_a = product("mn,kn->mk", slope, b).astype(a.dtype)
-    if a.shape[1] <= slope.shape[1]:  # the smaller one is transposed
-        d_b = product("km,mn->kn", transposed(a), slope)
+def _in_order_backward(kept, slope):
+    bits, kernel, bias = kept
+    x = unpacked(bits)
+    d_x = product("mn,kn->mk", slope, kernel.astype(x.dtype)).astype(x.dtype)
+    if x.shape[1] <= slope.shape[1]:  # the smaller one is transposed
+        d_kernel = product("km,mn->kn", transposed(x), slope)
     else:
-        d_b = transposed(product("nm,mk->nk", transposed(slope), a))
-    return d_a, d_b.astype(b.dtype)
+        d_kernel = transposed(product("nm,mk->nk", transposed(slope), x))
+    # Of bfloat16, the CPU's sum over rows is much slower than a product.
+    ones = jnp.ones((1, slope.shape[0]), slope.dtype)
+    d_bias = None if bias is None else product("om,mn->on", ones, slope)[0]
+    return d_x, d_kernel, d_bias
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_in_order.defvjp(_in_order_forward, _in_order_backward)

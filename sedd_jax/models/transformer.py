@@ -7,6 +7,8 @@ layer norms and the modulation stay in float32.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +16,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.kernels.attention import attention, is_local
-from sedd_jax.kernels.products import Precision, dot_general_for, precision
+from sedd_jax.kernels.attention import attention
+from sedd_jax.kernels.products import Precision, linear
+from sedd_jax.kernels.residuals import remade
 
 FREQUENCIES = 256
 MLP_RATIO = 4
@@ -120,6 +123,42 @@ class Modulation(nn.Module):
         return jnp.split(out, self.count, axis=-1)
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh form, computed in float32."""
+    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """[..., *inputs] -> [..., *outputs] in `dtype`, as flax's DenseGeneral over the last axes."""
+
+    outputs: tuple[int, ...]
+    dtype: jnp.dtype
+    place: Any
+    axes: int = 1  # of the inputs
+    has_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        inputs = x.shape[-self.axes :]
+        flat = (math.prod(inputs), math.prod(self.outputs))
+
+        def kernel_init(key, shape):
+            return _torch_linear(key, flat).reshape(shape)
+
+        kernel = self.param("kernel", kernel_init, (*inputs, *self.outputs))
+        bias = None
+        if self.has_bias:
+            bias = self.param("bias", _torch_bias(flat[0]), self.outputs, jnp.float32)
+        return linear(
+            x.astype(self.dtype),
+            kernel,
+            bias,
+            self.axes,
+            platform=self.place.platform,
+            is_split=self.place.is_split,
+        )
+
+
 class Block(nn.Module):
     """Attention and MLP, each modulated by the noise level and gated into the residual stream."""
 
@@ -134,50 +173,50 @@ class Block(nn.Module):
     def __call__(self, x, conditioning, lengths):
         x = self.place.rows(x)
         size = x.shape[-1]
-        linear = {
-            "dtype": self.dtype,
-            "kernel_init": _torch_linear,
-            "precision": precision(self.dtype),
-            "dot_general": dot_general_for(self.place.platform, self.place.is_split),
-        }
+        head = (self.heads, size // self.heads)
+        layer = functools.partial(Linear, dtype=self.dtype, place=self.place)
 
         def norm(name):
-            return nn.LayerNorm(
-                epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, name=name
+            return lambda block, x, shift, scale: modulate(
+                nn.LayerNorm(
+                    epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, name=name
+                )(x),
+                shift,
+                scale,
             )
 
-        def drop(branch, gate):
-            branch = nn.Dropout(self.dropout, deterministic=self.deterministic)(branch)
-            return gate[:, None] * branch.astype(jnp.float32)
+        def attend(heads, lengths):
+            how = {"implementation": self.attention, "platform": self.place.platform}
+            return attention(*heads, lengths=lengths, **how)
+
+        def add(x, branch, gate):
+            ones = jnp.ones(branch.shape, jnp.float32)
+            stays = nn.Dropout(self.dropout, deterministic=self.deterministic)(ones) > 0
+
+            def gated(branch, stays, gate):
+                branch = branch.astype(jnp.float32)
+                if not self.deterministic:
+                    branch = jnp.where(stays, branch / (1.0 - self.dropout), 0.0)
+                return gate[:, None] * branch
+
+            return x + remade(gated, self.place.platform)(branch, stays, gate)
 
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
             6, size, self.place, name="modulation"
         )(conditioning)
 
-        h = modulate(norm("norm_1")(x), shift_1, scale_1)
-        qkv = nn.DenseGeneral(
-            (3, self.heads, size // self.heads), use_bias=False, name="qkv", **linear
-        )(h)
-        q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, L, H, K]
-        h = self._attend((rotate(q), rotate(k), v), lengths)
-        h = nn.DenseGeneral(size, axis=(-2, -1), use_bias=False, name="out", **linear)(h)
-        x = x + drop(h, gate_1)
+        h = nn.remat(norm("norm_1"), prevent_cse=False)(self, x, shift_1, scale_1)
+        qkv = layer((3, *head), name="qkv")(h)
+        q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))  # [B, L, H, K]
+        h = self.place.over_heads(attend, (rotate(q), rotate(k), v), lengths)
+        h = layer((size,), axes=2, name="out")(h)
+        x = add(x, h, gate_1)
 
-        h = modulate(norm("norm_2")(x), shift_2, scale_2)
-        h = nn.Dense(MLP_RATIO * size, bias_init=_torch_bias(size), name="up", **linear)(h)
-        h = nn.gelu(h, approximate=True)
-        h = nn.Dense(size, bias_init=_torch_bias(MLP_RATIO * size), name="down", **linear)(h)
-        return self.place.rows(x + drop(h, gate_2)), None
-
-    def _attend(self, heads, lengths):
-        how = {"implementation": self.attention, "platform": self.place.platform}
-
-        def attend(heads, lengths):
-            return attention(*heads, lengths=lengths, **how)
-
-        if is_local(heads[0], **how):
-            return self.place.over_heads(attend, heads, lengths)
-        return attend(heads, lengths)
+        h = nn.remat(norm("norm_2"), prevent_cse=False)(self, x, shift_2, scale_2)
+        h = layer((MLP_RATIO * size,), has_bias=True, name="up")(h)
+        h = remade(gelu, self.place.platform)(h)
+        h = layer((size,), has_bias=True, name="down")(h)
+        return self.place.rows(add(x, h, gate_2)), None
 
 
 class Transformer(nn.Module):
@@ -215,7 +254,7 @@ class Transformer(nn.Module):
         embedding = self.param("embedding", rows, table)
         x = self.place.rows(self.place.whole(embedding)[tokens])
 
-        def linear(name, fan_in):
+        def embedded(name, fan_in):
             bias_init = _torch_bias(fan_in)
             return nn.Dense(
                 self.cond_dim,
@@ -225,8 +264,8 @@ class Transformer(nn.Module):
                 name=name,
             )
 
-        conditioning = linear("sigma_1", FREQUENCIES)(sigma_embedding(sigma))
-        conditioning = linear("sigma_2", self.cond_dim)(nn.silu(conditioning))
+        conditioning = embedded("sigma_1", FREQUENCIES)(sigma_embedding(sigma))
+        conditioning = embedded("sigma_2", self.cond_dim)(nn.silu(conditioning))
         conditioning = self.place.rows(nn.silu(conditioning))
 
         block = Block
