@@ -102,14 +102,13 @@ def stored_and_computed(name: str, vocab_size: int):
             return graph.score_entropy(DenseScores(table, x, vocab_size), sigma, x, x0).value
 
         entropy, pull_back = jax.vjp(value, raw)
+        # The score at y = x, 1, is answered as 1, as SEDD's is, whatever the table holds there; no
+        # score entropy reads it.
+        raw_entropy = entropy
         if isinstance(graph, Absorbing):
             positive = jnp.where((x == graph.mask)[..., None], score, 0.0)
-            # The score at MASK is answered as 0, as SEDD's is, whatever the table holds there; no
-            # score entropy reads it.
-            raw_entropy = entropy
         else:
             positive = score / graph.dim
-            raw_entropy = lift(graph.token_score_entropy, raw, sigma, x, x0)
         growth = jnp.exp(sigma)[..., None]
         return {
             "rate": (lift(graph.rate, x), None),

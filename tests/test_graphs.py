@@ -197,9 +197,9 @@ def test_uniform_score_entropy_keeps_its_digits_at_a_large_vocabulary(vocab_size
         guess[x] = 0.0
         score = np.exp(guess.astype(np.float64))
         exact = dense.score_entropy(rates_into, likelihood, score, x)
-        value = graph.token_score_entropy(
-            jnp.asarray(guess), jnp.float32(sigma), jnp.int32(x), jnp.int32(7)
-        )
+        xt, x0, noise = jnp.int32([[x]]), jnp.int32([[7]]), jnp.float32([[sigma]])
+        scores = DenseScores(jnp.asarray(guess)[None, None], xt, vocab_size)
+        value = graph.score_entropy(scores, noise, xt, x0).value[0, 0]
         np.testing.assert_allclose(value, exact, rtol=1e-4)
 
 

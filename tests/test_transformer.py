@@ -1,6 +1,8 @@
 """The network's own properties, and the head's scores against their table."""
 
 import functools
+import math
+import re
 
 import dense
 import jax
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 
 from sedd_jax.diffusion.graphs import GRAPHS, Absorbing
+from sedd_jax.diffusion.losses import dwdse
+from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.kernels.attention import attention
 from sedd_jax.models.head import HeadScores, make_score_fn
@@ -239,6 +243,9 @@ def test_head_scores_answer_as_the_scores_of_their_table(name):
         head.total_and_pick(targets), whole.total_and_pick(targets), strict=True
     ):
         np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(head.log_sum(), whole.log_sum(), rtol=1e-5, atol=1e-5)
+    table_sum = table[:, :VOCAB].sum(axis=-1)  # where y = x_l the table holds 0
+    np.testing.assert_allclose(head.log_sum()[0], table_sum, rtol=1e-5, atol=1e-5)
 
     for scores in (head, whole):
         drawn = scores.draw(jax.random.split(jax.random.key(0), rows))
@@ -248,3 +255,25 @@ def test_head_scores_answer_as_the_scores_of_their_table(name):
             share[[y for y in range(VOCAB) if y == xt[0, place]]] = 0.0
             counts = np.bincount(drawn[:, place], minlength=VOCAB)
             assert dense.p_value(counts, share) > dense.P_VALUE
+
+
+@graphs
+def test_no_graph_trains_with_a_table_of_logits(name):
+    vocab, rows, length = 40_000, 2, 128
+    graph = GRAPHS[name](vocab)
+    model = network(dim=graph.dim)
+    x0 = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def cost(params, key, x0):
+        score_fn = make_score_fn(model, params, graph, dropout_key=key)
+        return dwdse(key, x0, score_fn, graph, LogLinear()).nats.mean()
+
+    def init(key, x0):
+        return model.init(key, x0, jnp.ones((rows, 1)), deterministic=True)["params"]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = jax.eval_shape(init, key, x0)
+    text = jax.jit(jax.grad(cost)).lower(params, key, x0).as_text()
+    shapes = {match.group(1) for match in re.finditer(r"tensor<((?:\d+x)+)", text)}
+    sizes = [math.prod(map(int, shape.split("x")[:-1])) for shape in shapes]
+    assert vocab * 32 <= max(sizes) < rows * length * vocab

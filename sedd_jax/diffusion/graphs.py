@@ -349,17 +349,17 @@ class Uniform(_Kernels):
         """0: the logits are the log-scores."""
         return jnp.zeros_like(sigma)
 
-    def token_score_entropy(self, log_score, sigma, xt, x0) -> jax.Array:
-        """Score entropy of one token from its row of log-scores, a scalar.
+    def score_entropy(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> ScoreEntropy:
+        """Score entropy of every token, [B, L].
 
         The stable form: with odds = expm1(sigma), every ratio of probabilities is written through
         odds / V and none as a difference of nearly equal numbers.
         """
         vocab = self.vocab_size
         odds = jnp.expm1(sigma)
-        others = self._at(xt) == 0.0
-        positive = jnp.where(others, jnp.exp(log_score), 0.0).sum() / vocab
-        mean_log = jnp.where(others, log_score, 0.0).sum() / vocab
+        log_total, log_pick = scores.total_and_pick(x0, None)
+        positive = jnp.exp(log_total) / vocab
+        mean_log = scores.log_sum() / vocab
 
         ratio = odds / (odds + vocab)  # p(y | x0) / p(x0 | x0), y != x0
         log_ratio = jnp.log(odds) - jnp.log(odds + vocab)
@@ -368,13 +368,8 @@ class Uniform(_Kernels):
 
         gain = 1.0 + vocab / odds  # p(x0 | x0) / p(xt | x0), xt != x0
         constant_moved = (gain * (jnp.log1p(vocab / odds) - 1.0) - (vocab - 2)) / vocab
-        moved = positive - mean_log - log_score[x0] / odds + constant_moved
-        return jnp.where(xt == x0, stayed, moved)
-
-    def score_entropy(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> ScoreEntropy:
-        """Score entropy of every token, [B, L]."""
-        value = lift(self.token_score_entropy, scores.log_score(), sigma, xt, x0)
-        return ScoreEntropy(value, normalised=None, log_z=None)
+        moved = positive - mean_log - log_pick / odds + constant_moved
+        return ScoreEntropy(jnp.where(xt == x0, stayed, moved), normalised=None, log_z=None)
 
     def _table(self, kernel, scores, xt, *noise) -> Law:
         return Table(lambda: lift(kernel, scores.log_score(), xt, *noise))

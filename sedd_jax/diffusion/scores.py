@@ -1,4 +1,4 @@
-"""The seam: what one network call knows, asked through four questions. Imports jax only.
+"""The seam: what one network call knows, asked through a few questions. Imports jax only.
 
 Losses, samplers and the bound take a `ScoreFn` and never see parameters, a model or a config.
 """
@@ -30,6 +30,9 @@ class Scores(Protocol):
 
     def total_and_pick(self, targets: Tokens, where: Where) -> tuple[jax.Array, jax.Array]:
         """The same log sum, and the log-score at targets; [B, L] each."""
+
+    def log_sum(self) -> jax.Array:
+        """Sum of the log-scores of clean y != x_l, float32 [B, L]."""
 
     def draw(self, keys: jax.Array, where: Where) -> Tokens:
         """A clean token y != x_l drawn in proportion to its score, int32 [B, L].
@@ -76,6 +79,9 @@ class DenseScores:
     def total_and_pick(self, targets: Tokens, where: Where = None) -> tuple[jax.Array, jax.Array]:
         pick = jnp.take_along_axis(self.log_score(), targets[..., None], axis=-1)
         return self.total(where), pick[..., 0]
+
+    def log_sum(self) -> jax.Array:
+        return self.log_score()[..., : self.vocab_size].sum(axis=-1)
 
     def draw(self, keys: jax.Array, where: Where = None) -> Tokens:
         return draw_categorical(keys, self._others())

@@ -58,6 +58,22 @@ class HeadScores:
         pick = jnp.where(targets == self.xt, 0.0, pick - self.log_scale)
         return total - self.log_scale, pick
 
+    def log_sum(self) -> jax.Array:
+        """Sum of the log-scores of clean y != x_l, [B, L]: a product with the sum of the weights."""
+
+        def local(rows, head):
+            hidden, xt = rows
+            weight, bias = head
+            hidden = hidden.astype(jnp.float32)
+            clean = weight[: self.vocab_size].sum(axis=0), bias[: self.vocab_size].sum()
+            own = (hidden * weight[xt]).sum(axis=-1) + bias[xt]
+            own = jnp.where(xt < self.vocab_size, own, 0.0)
+            return jnp.einsum("blc,c->bl", hidden, clean[0], precision="highest") + clean[1] - own
+
+        hidden, weight, bias = self.output
+        found = self.place.over_rows(local, (hidden, self.xt), (weight, bias))
+        return found - (self.vocab_size - (self.xt < self.vocab_size)) * self.log_scale
+
     def draw(self, keys: jax.Array, where: Where = None) -> Tokens:
         """A clean token drawn in proportion to its score, [B, L]."""
 
