@@ -21,7 +21,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,35 +166,41 @@ def train(bench: Bench, name: str, side: Side, batches: tuple[int, ...]) -> bool
     return fits
 
 
+def _row(bench: Bench, row: dict[str, Any], timed: Callable[[], dict[str, Any]]) -> bool:
+    """Keep the row with what is found; whether the device's memory sufficed."""
+    try:
+        found = timed()
+    except Failed as error:
+        if str(error) != "out of memory":
+            raise
+        bench.keep(row | {"skipped": str(error)})
+        return False
+    bench.keep(row | found)
+    return True
+
+
 def _train_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> bool:
     plan, size = PLANS[row["size"]], measure.SIZES[row["size"]]
     batch = {"batch_size": row["batch_size"], "length": plan.length}
-    try:
+
+    def timed():
         bench.call(worker, "forget_memory")
         told = bench.call(worker, "start_training", **batch)
         bench.call(worker, "train", steps=1)
         one = bench.call(worker, "train", steps=1)["seconds"]
         count = max(1, math.ceil(plan.seconds / one))
         turns = [bench.call(worker, "train", steps=count)["seconds"] / count for _ in range(3)]
-        peak = bench.call(worker, "memory")["peak"]
-    except Failed as error:
-        if str(error) != "out of memory":
-            raise
-        bench.keep(row | {"skipped": str(error)})
-        return False
-    seconds = statistics.median(turns)
-    bench.keep(
-        row
-        | {
+        seconds = statistics.median(turns)
+        return {
             "seconds": seconds,
             "turns": turns,
             "tokens_a_second": batch["batch_size"] * plan.length / seconds,
             "flops_a_second": size.training_flops(**batch) / seconds,
-            "peak_bytes": peak,
+            "peak_bytes": bench.call(worker, "memory")["peak"],
             **told,
         }
-    )
-    return True
+
+    return _row(bench, row, timed)
 
 
 def largest(bench: Bench, name: str, side: Side) -> None:
@@ -245,25 +251,19 @@ def sample(bench: Bench, name: str, side: Side, batches: Any, steps: int) -> Non
         bench.keep({"batch_size": "", **row, "skipped": str(error)})
 
 
-def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> None:
+def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> bool:
     plan, size = PLANS[row["size"]], measure.SIZES[row["size"]]
     batch = {"batch_size": row["batch_size"], "length": plan.length}
     calls = row["steps"] + 1
-    try:
+
+    def timed():
         told = bench.call(worker, "start_sampling", **batch, steps=min(row["steps"], plan.steps[0]))
         turns = []
         while len(turns) < 3 and sum(turns) * calls < plan.seconds:
             answer = bench.call(worker, "sample", steps=row["steps"])
             turns.append(answer["seconds"] / calls)
-    except Failed as error:
-        if str(error) != "out of memory":
-            raise
-        bench.keep(row | {"skipped": str(error)})
-        return
-    seconds = statistics.median(turns)
-    bench.keep(
-        row
-        | {
+        seconds = statistics.median(turns)
+        return {
             "seconds": seconds,
             "turns": turns,
             "steps_a_second": 1.0 / seconds,
@@ -274,7 +274,8 @@ def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> None:
             "peak_bytes": bench.call(worker, "memory")["peak"],
             **told,
         }
-    )
+
+    return _row(bench, row, timed)
 
 
 def tables(bench: Bench, names: list[str]) -> str:

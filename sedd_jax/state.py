@@ -168,6 +168,7 @@ def _leaf_by_leaf(change: Callable, is_wanted: jax.Array, grads: Any, state: Tra
         return opt_tree.unflatten(next(moments if is_moment(n) else counters) for n in nodes)
 
     def of_leaf(kept, grad):
+        """(arrays like the kept ones, counters) after the change of one leaf, or of a part of it."""
         params, ema, *found = kept
         params, ema, opt_state = change(grad, params, ema, opt_state_of(found, counters))
         found = opt_tree.flatten_up_to(opt_state)
@@ -175,19 +176,20 @@ def _leaf_by_leaf(change: Callable, is_wanted: jax.Array, grads: Any, state: Tra
         others = [a for a, node in zip(found, nodes, strict=True) if not is_moment(node)]
         return [params, ema, *arrays], others
 
-    columns, others = [], counters
+    def guard(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(is_wanted, n, o), new, old)
+
+    columns = []
     kept = (state.params, state.ema, *moments)
     for grad, *arrays in zip(*map(jax.tree.leaves, (grads, *kept)), strict=True):
         if tile is None or grad.size < 2 * tile:
-            found = of_leaf(arrays, grad)
-            arrays, others = jax.tree.map(
-                lambda new, old: jnp.where(is_wanted, new, old), found, (arrays, counters)
-            )
+            columns.append(guard(of_leaf(arrays, grad)[0], arrays))
         else:
-            arrays = _in_tiles(lambda *a: of_leaf(*a)[0], is_wanted, arrays, grad, tile)
-        columns.append(arrays)
+            columns.append(_in_tiles(lambda *a: of_leaf(*a)[0], is_wanted, arrays, grad, tile))
+    nothing = [a.reshape(-1)[:0] for a in (grad, *arrays)]
+    counters = guard(of_leaf(nothing[1:], nothing[0])[1], counters)
     params, ema, *moments = (tree.unflatten(column) for column in zip(*columns, strict=True))
-    return params, ema, opt_state_of(moments, others)
+    return params, ema, opt_state_of(moments, counters)
 
 
 def _in_tiles(fn: Callable, is_wanted: jax.Array, arrays: list, grad: jax.Array, tile: int):

@@ -148,7 +148,7 @@ def test_every_step_draws_new_noise_from_the_same_key():
 
 
 @pytest.mark.parametrize("mu_dtype", [None, jnp.bfloat16])
-@pytest.mark.parametrize("tile", [None, 4, 5])
+@pytest.mark.parametrize("tile", [None, 1, 4, 5])
 def test_a_step_is_optaxs_clip_adamw_and_the_average_in_tiles_of_any_size(tile, mu_dtype):
     params = {"even": jnp.linspace(-1.0, 1.0, 40).reshape(4, 10), "few": jnp.ones(3)}
     slopes = jax.tree.map(lambda p: 3.0 * jnp.cos(7.0 * p), params)
@@ -170,7 +170,8 @@ def test_a_step_is_optaxs_clip_adamw_and_the_average_in_tiles_of_any_size(tile, 
         theirs = optax.apply_updates(theirs, updates)
         keep = (1 + number) / (10 + number)
         average = jax.tree.map(lambda a, p, k=keep: k * a + (1 - k) * p, average, theirs)
-        np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(grads), rtol=1e-6)
+        norm = np.sqrt(sum((np.asarray(g) ** 2).sum() for g in jax.tree.leaves(grads)))
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)
     found = (current.params, current.ema, current.opt_state)
     expected = (theirs, average, their_state[1])
     assert jax.tree.structure(found) == jax.tree.structure(expected)
