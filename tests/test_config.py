@@ -12,10 +12,13 @@ import optax
 import pytest
 
 from sedd_jax import config as configuration
+from sedd_jax import sharding
 from sedd_jax.configs import base
+from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Absorbing, Uniform
 from sedd_jax.diffusion.schedules import Geometric, LogLinear
 from sedd_jax.models.transformer import Transformer
+from sedd_jax.program import make_program
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
@@ -263,19 +266,14 @@ def test_the_learning_rate_warms_up_linearly_and_reaches_its_value_at_the_last_w
     np.testing.assert_allclose(rates, expected, rtol=1e-4)
 
 
-def test_the_clip_is_of_the_global_norm():
-    config = base.get_config()
-    clip = configuration.make_optimizer(config)
-    grads = {"a": jnp.array([3.0]), "b": jnp.array([4.0])}
-    clipped, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
-    small = {"a": jnp.array([0.6]), "b": jnp.array([0.8])}
-    np.testing.assert_allclose(clipped["a"], small["a"], rtol=1e-6)
-    # Adam is blind to a common scale of all its gradients, so compare after a small one.
-    params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
-    state_big, state_small = clip.init(params), clip.init(params)
-    first = {"a": jnp.array([0.1]), "b": jnp.array([0.1])}
-    for gradient_big, gradient_small in ((first, first), (grads, small)):
-        big, state_big = clip.update(gradient_big, state_big, params)
-        little, state_small = clip.update(gradient_small, state_small, params)
-    np.testing.assert_allclose(big["a"], little["a"], rtol=1e-6)
-    np.testing.assert_allclose(big["b"], little["b"], rtol=1e-6)
+def test_a_programs_step_clips_the_global_norm(tiny_config):
+    tiny_config.optimizer.clip_norm = 0.01
+    mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
+    program = make_program(tiny_config, 27, mesh)
+    x0 = np.arange(8 * 32, dtype=np.int32).reshape(8, 32) % 27
+    batch = sharding.put_whole(Blocks(x0), mesh)
+    after, metrics = program.train_step(program.start(), batch, program.keys["train"])
+    first_moments = jax.tree.leaves(after.opt_state[1][0].mu)
+    norm = np.sqrt(sum((np.asarray(m) ** 2).sum() for m in first_moments))
+    assert metrics["grad_norm"] > 0.02
+    np.testing.assert_allclose(norm, (1.0 - tiny_config.optimizer.b1) * 0.01, rtol=1e-5)
