@@ -112,9 +112,10 @@ def sample(
     """Draw `shape` = (B, L) sequences by `steps` reverse steps from t = 1 to t_min and a denoising.
 
     One `lax` loop over the times of `grid`: steps may be traced, so another number of steps does
-    not recompile. Known tokens are put back before every step and after the denoiser. A sample costs steps + 1 network
-    calls (none's steps cost nothing). index, int32 [B], are the samples' numbers, 0, 1, ... by
-    default: a sample's noise is keyed by its own, not by what else is in the batch.
+    not recompile. Known tokens are put back before every step and after the denoiser. A sample
+    costs steps + 1 network calls (none's steps cost nothing). index, int32 [B], are the samples'
+    numbers, 0, 1, ... by default: a sample's noise is keyed by its own, not by what else is in the
+    batch.
 
     The loop may be cut: begin and end take the steps begin <= i < end from the state x at step
     begin (unused at 0), and the denoiser comes when end == steps. The parts give what the whole
