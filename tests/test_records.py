@@ -334,6 +334,37 @@ def test_two_processes_that_prepare_one_folder_both_end_with_it(tmp_path, prose)
     assert {p.name for p in tmp_path.iterdir()} <= {"r", ".r.documents"}
 
 
+@pytest.mark.parametrize("moment", ["after_it_looked", "while_it_writes"])
+def test_documents_that_another_process_wrote_meanwhile_are_taken(
+    tmp_path, prose, monkeypatch, moment
+):
+    """The other's folder appears once this process has looked for it, or before its own rename."""
+    module = sys.modules["sedd_jax.data.documents"]
+    make_builder = module._make_builder
+
+    def other() -> None:
+        with monkeypatch.context() as undone:
+            undone.setattr(module, "_make_builder", make_builder)
+            assert make_corpus("text", str(prose), 0.1, data_dir=tmp_path).sizes
+
+    def builder_of(*arguments):
+        *rest, examples, progress = arguments
+
+        def late():
+            other()
+            return examples()
+
+        meanwhile = moment == "while_it_writes"
+        builder = make_builder(*rest, late if meanwhile else examples, progress)
+        if not meanwhile:
+            other()
+        return builder
+
+    monkeypatch.setattr(module, "_make_builder", builder_of)
+    corpus = make_corpus("text", str(prose), 0.1, data_dir=tmp_path)
+    assert len(list(corpus.documents("train"))) == corpus.sizes["train"] > 200
+
+
 def test_every_fault_of_a_records_folder_is_named(tmp_path, pydoc):
     corpus = corpus_of(["many words"], ["few"])
     tokenizer = make_tokenizer("bytes", "", corpus)

@@ -118,7 +118,8 @@ def prepare_documents(
         except OSError:
             if not folder.exists():
                 raise
-            builder.info.read_from_directory(str(folder))  # another process was first
+    if not builder.info.splits and (folder / "dataset_info.json").exists():
+        builder.info.read_from_directory(str(folder))  # another process wrote it meanwhile
     if not builder.info.splits:
         raise ValueError(f"{str(folder)!r} is not what TFDS wrote; delete the folder")
     counts = {split: info.num_examples for split, info in builder.info.splits.items()}
