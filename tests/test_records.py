@@ -365,6 +365,14 @@ def test_documents_that_another_process_wrote_meanwhile_are_taken(
     assert len(list(corpus.documents("train"))) == corpus.sizes["train"] > 200
 
 
+def test_a_folder_of_documents_without_its_description_is_refused(tmp_path, prose):
+    make_corpus("text", str(prose), 0.1, data_dir=tmp_path)
+    (description,) = tmp_path.rglob("dataset_info.json")
+    description.unlink()
+    with says(repr(str(description.parent)), "is not what TFDS wrote; delete the folder"):
+        make_corpus("text", str(prose), 0.1, data_dir=tmp_path)
+
+
 def test_every_fault_of_a_records_folder_is_named(tmp_path, pydoc):
     corpus = corpus_of(["many words"], ["few"])
     tokenizer = make_tokenizer("bytes", "", corpus)
