@@ -71,7 +71,7 @@ def test_tiles_of_heads_of_any_size_give_the_same(tile, monkeypatch):
     weight = weight[..., None, None] * jnp.cos(jnp.arange(float(heads[0].size))).reshape(
         heads[0].shape
     )
-    monkeypatch.setitem(module.TILE, "cpu", tile * length**2)
+    monkeypatch.setitem(module.TILES, "cpu", tile * length**2)
     ours = answers(lambda *qkv: attention(*qkv, **how), heads, weight)
     for found, right in zip(ours, answers(lambda *qkv: definition(*qkv, **how), heads, weight)):
         np.testing.assert_allclose(found, right, atol=1e-5)

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sedd_jax"
 FLOORS = {
+    0: ("draws",),
     1: ("kernels", "diffusion", "data", "devices", "flops", "processes", "sharding"),
     2: ("models", "state"),
     3: ("config", "checkpoint"),

@@ -176,7 +176,7 @@ def test_no_table_of_logits_exists(scorer):
     run = jax.jit(lambda params, tokens: gpt2.token_nats(network, params, tokens))
     program = run.lower(shape, tokens).as_text()
     # The 2 x 15 positions with a next token, and a tile of the tokens at a time.
-    tile = vocab_reduce.CPU_TILE
+    tile = vocab_reduce.TILES["cpu"]
     assert f"30x{tile.tokens}xf32" in program
     assert not re.search(r"(2x15|2x16|30)x1048576xf32", program)
 

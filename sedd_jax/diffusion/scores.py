@@ -10,6 +10,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from sedd_jax.draws import categorical
+
 Tokens = jax.Array  # int32 [B, L]
 Sigma = jax.Array  # float32 [B, 1]: total noise, one value a sequence
 Where = jax.Array | None  # bool [B, L]: the positions asked for; None: all
@@ -46,10 +48,7 @@ ScoreFn = Callable[[Tokens, Sigma], Scores]
 
 def draw_categorical(keys: jax.Array, log_weights: jax.Array) -> Tokens:
     """A token in proportion to exp(log_weights [B, L, V]), int32 [B, L]; a key for each row, [B]."""
-    # mode="high": with 23-bit noise a token of probability 1e-7 beside a dominant "stay" is drawn
-    # at half its rate.
-    draw = jax.vmap(lambda key, row: jax.random.categorical(key, row, mode="high"))
-    return draw(keys, log_weights).astype(jnp.int32)
+    return jax.vmap(categorical)(keys, log_weights)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.kernels import ATTENTION, choose
+from sedd_jax.kernels import ATTENTION, choose, own
 from sedd_jax.kernels.products import product, transposed
 from sedd_jax.kernels.residuals import packed, unpacked
 
 # Products of queries and keys that exist at a time: what stays in a CPU core's cache, 1 MiB, and
 # what is little of an accelerator's memory, 512 MiB. One head's of one row at least.
-TILE = {"cpu": 2**18, "gpu": 2**27}
+TILES = {"cpu": 2**18, "gpu": 2**27, "tpu": 2**27}
 UNSEEN = -1e30  # finite, so that a row without a key stays finite
 SPLASH_BLOCK = 512  # positions of a block of the TPU's kernel, at most
 
@@ -57,7 +57,7 @@ def _xla(q, k, v, is_causal, lengths, platform):
     def by_head(a):  # [B, L, H, K] -> [B H, L, K]
         return a.swapaxes(1, 2).reshape(-1, length, size)
 
-    most = max(1, TILE.get(platform, TILE["gpu"]) // length**2)
+    most = max(1, own(TILES, platform) // length**2)
     tile = next(n for n in range(min(most, batch * heads), 0, -1) if batch * heads % n == 0)
     if lengths is not None:
         lengths = jnp.repeat(lengths, heads)

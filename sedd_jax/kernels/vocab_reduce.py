@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.kernels import HEAD, choose
+from sedd_jax.draws import categorical
+from sedd_jax.kernels import HEAD, choose, own
 from sedd_jax.kernels.products import product, transposed
 
 
@@ -27,10 +28,10 @@ class Tile(NamedTuple):
 
 # On a CPU a tile's logits fit into the cache, and little is wasted on a last tile that is not full.
 # An accelerator wants fewer and larger products.
-CPU_TILE = Tile(96, 12_672)
-TILE = Tile(2048, 8192)
-# Logits of one block of draws, whole rows; a step of the sampler draws few tokens.
-DRAWN_LOGITS = 2**22
+TILES = {"cpu": Tile(96, 12_672), "gpu": Tile(2048, 8192), "tpu": Tile(2048, 8192)}
+# Logits of one block of draws, whole rows. A step of the sampler draws few tokens, which a CPU
+# would notice.
+DRAWN_LOGITS = {"cpu": 2**20, "gpu": 2**22, "tpu": 2**22}
 # Fewer logits than this are made at once, without sorting positions.
 SMALL = 2**18
 
@@ -85,24 +86,26 @@ def draw(
     excluded: jax.Array,
     where: jax.Array | None = None,
     *,
+    platform: str | None = None,
     block: int | None = None,
 ) -> jax.Array:
     """A token in proportion to exp(logit), never the excluded one, int32 [B, L]; 0 outside where.
 
     keys has one for each row, [B], and the noise of a position is keyed by its place: a draw
-    depends neither on the block size (of positions, for tests) nor on what else is drawn.
+    depends neither on the block size (of positions, for tests) nor on what else is drawn. platform
+    is that of the devices, by default jax's own.
     """
     batch, length = excluded.shape
     vocab = weight.shape[0]
     where = jnp.ones(excluded.shape, bool) if where is None else where
     asked = _asked_first(where.reshape(-1))
-    size = block or max(1, min(batch * length, DRAWN_LOGITS // vocab))
+    most = own(DRAWN_LOGITS, platform or jax.default_backend())
+    size = block or max(1, min(batch * length, most // vocab))
     order = _padded(asked.order, size)
     flat = hidden.reshape(batch * length, -1)
 
     def one(key, place, row):
-        # mode="high": exact for tokens far below 2^-23 of the most likely one.
-        return jax.random.categorical(jax.random.fold_in(key, place), row, mode="high")
+        return categorical(jax.random.fold_in(key, place), row)
 
     def turn(i, drawn):
         index = jax.lax.dynamic_slice_in_dim(order, i * size, size)
@@ -110,7 +113,7 @@ def draw(
         others = jnp.arange(vocab) != excluded.reshape(-1)[index, None]
         table = jnp.where(others, table, -jnp.inf)
         tokens = jax.vmap(one)(keys[index // length], index % length, table)
-        return jax.lax.dynamic_update_slice_in_dim(drawn, tokens.astype(jnp.int32), i * size, 0)
+        return jax.lax.dynamic_update_slice_in_dim(drawn, tokens, i * size, 0)
 
     drawn = jnp.zeros(order.shape, jnp.int32)
     drawn = jax.lax.fori_loop(0, -(-asked.count // size), turn, drawn)
@@ -210,7 +213,7 @@ class Xla:
 
     @classmethod
     def make(cls, platform: str, tile: Tile | None, count: int, vocab: int) -> "Xla":
-        return cls(tile or _fitted(CPU_TILE if platform == "cpu" else TILE, count, vocab))
+        return cls(tile or _fitted(own(TILES, platform), count, vocab))
 
     def forward(self, hidden, weight, bias, excluded, targets, count):
         tile = self.tile

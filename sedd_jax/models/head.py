@@ -78,7 +78,9 @@ class HeadScores:
         """A clean token drawn in proportion to its score, [B, L]."""
 
         def reduce(hidden, weight, bias, xt, keys, *where):
-            return vocab_reduce.draw(keys, hidden, weight, bias, xt, *where)
+            return vocab_reduce.draw(
+                keys, hidden, weight, bias, xt, *where, platform=self.place.platform
+            )
 
         return self._over_rows(reduce, keys, *_given(where))
 
