@@ -110,9 +110,10 @@ def test_remat_changes_neither_outputs_nor_gradients():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_block_keeps_what_its_products_take_and_give_for_its_gradient(dtype):
-    """For each channel of a token its input and the stream between, two norms, q, k and v, what
-    attention gives (by heads and by rows) and two branches, and 4 of the MLP twice: 19, and two
-    masks. No step between them keeps anything."""
+    """For each channel of a token its input, q, k and v, what attention gives, two branches, and 4
+    of the MLP: 11, and two masks; of bits, bfloat16 on a CPU, what attention gives is kept by it and
+    by the layer after it. No step between the products keeps anything."""
+    numbers = 11 if dtype == jnp.float32 else 12
     tokens, _, params = tokens_and_params()
     model = network(dtype=dtype, dropout=0.1)
 
@@ -129,10 +130,10 @@ def test_a_block_keeps_what_its_products_take_and_give_for_its_gradient(dtype):
     leaves = [leaf for leaf in leaves if leaf.ndim > 1 and leaf.shape[1] in rows]
     channels = model.blocks * tokens.size * model.hidden_size
     kept = [leaf for leaf in leaves if leaf.size >= channels]
-    assert sum(leaf.size for leaf in kept if leaf.dtype != bool) == 19 * channels
+    assert sum(leaf.size for leaf in kept if leaf.dtype != bool) == numbers * channels
     assert sum(leaf.size for leaf in kept if leaf.dtype == bool) == 2 * channels
     in_float32 = sum(leaf.size for leaf in kept if leaf.dtype == jnp.float32)
-    assert in_float32 == (19 if dtype == jnp.float32 else 2) * channels  # the stream always is
+    assert in_float32 == (11 if dtype == jnp.float32 else 1) * channels  # the stream always is
 
 
 def test_bfloat16_is_close_to_float32_and_leaves_the_parameters_alone():

@@ -52,17 +52,12 @@ def attention(
 
 
 def _xla(q, k, v, is_causal, lengths, platform):
-    batch, length, heads, size = q.shape
-
-    def by_head(a):  # [B, L, H, K] -> [B H, L, K]
-        return a.swapaxes(1, 2).reshape(-1, length, size)
-
+    batch, length, heads, _ = q.shape
     most = max(1, own(TILES, platform) // length**2)
     tile = next(n for n in range(min(most, batch * heads), 0, -1) if batch * heads % n == 0)
     if lengths is not None:
         lengths = jnp.repeat(lengths, heads)
-    out = _softmax(is_causal, tile, platform, *map(by_head, (q, k, v)), lengths)
-    return out.reshape(batch, heads, length, size).swapaxes(1, 2)
+    return _softmax(is_causal, tile, platform, q, k, v, lengths)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -85,20 +80,21 @@ def _softmax_forward(is_causal, tile, platform, q, k, v, lengths):
         out = product("nlm,nmk->nlk", weights.astype(v.dtype), v) / total
         return out.astype(v.dtype), (scale * top + jnp.log(total))[..., 0]
 
-    q, k, v = (packed(a, platform) for a in (q, k, v))
+    shape = q.shape
+    q, k, v = (_by_head(packed(a, platform)) for a in (q, k, v))
     out, log_total = _over_tiles(of_tile, tile, platform, (q, k, v, lengths))
+    out = _by_row(out, shape)
     return unpacked(out), (q, k, v, lengths, out, log_total)
 
 
 def _softmax_backward(is_causal, tile, platform, kept, slope):
-    def of_tile(q, k, v, lengths, out, log_total, slope):
+    def of_tile(q, k, v, lengths, log_total, mean, slope):
         # Keys come first: a CPU's products are fast where the last axis of the left is summed over.
         scale = q.shape[-1] ** -0.5
         weights = jnp.exp(scale * product("nmk,nlk->nml", k, q) - log_total[:, None])
         seen = _seen(q.shape[1], is_causal, lengths)
         if seen is not None:
             weights = jnp.where(seen.swapaxes(1, 2), weights, 0.0)
-        mean = (out.astype(jnp.float32) * slope.astype(jnp.float32)).sum(axis=-1)
         d_products = weights * (product("nmk,nlk->nml", v, slope) - mean[:, None])
         d_products = d_products.astype(q.dtype)
         d_q = scale * transposed(product("nkm,nml->nkl", transposed(k), d_products))
@@ -106,11 +102,26 @@ def _softmax_backward(is_causal, tile, platform, kept, slope):
         d_v = product("nml,nlk->nmk", weights.astype(v.dtype), slope)
         return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
-    found = _over_tiles(of_tile, tile, platform, (*kept, packed(slope, platform)))
-    return *map(unpacked, found), None
+    q, k, v, lengths, out, log_total = kept
+    mean = (unpacked(out).astype(jnp.float32) * slope.astype(jnp.float32)).sum(axis=-1)
+    mean = _by_head(mean[..., None])[..., 0]
+    slope = _by_head(packed(slope, platform))
+    found = _over_tiles(of_tile, tile, platform, (q, k, v, lengths, log_total, mean, slope))
+    return *(unpacked(_by_row(a, out.shape)) for a in found), None
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
+
+
+def _by_head(a):
+    """[B, L, H, K] -> [B H, L, K]."""
+    return a.swapaxes(1, 2).reshape(-1, a.shape[1], a.shape[3])
+
+
+def _by_row(a, shape):
+    """[B H, L, K] -> shape, [B, L, H, K]."""
+    batch, length, heads, size = shape
+    return a.reshape(batch, heads, length, size).swapaxes(1, 2)
 
 
 def _seen(length, is_causal, lengths):

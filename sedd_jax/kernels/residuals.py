@@ -22,9 +22,10 @@ def unpacked(a: jax.Array) -> jax.Array:
 
 
 def remade(fn: Callable, platform: str) -> Callable:
-    """fn of arrays, of which its arguments alone are kept, packed; the rest is made again.
+    """fn of trees of arrays, which alone are kept, packed; the rest is made again.
 
-    For what costs little beside the products. platform is that of the devices.
+    For what costs little beside the products, and for a product of it, whose own result is not
+    needed for its gradient and so not made again. platform is that of the devices.
     """
 
     @jax.custom_vjp
@@ -32,10 +33,10 @@ def remade(fn: Callable, platform: str) -> Callable:
         return fn(*arrays)
 
     def forward(*arrays):
-        return fn(*arrays), [packed(a, platform) for a in arrays]
+        return fn(*arrays), jax.tree.map(lambda a: packed(a, platform), arrays)
 
     def backward(kept, slope):
-        return jax.vjp(fn, *map(unpacked, kept))[1](slope)
+        return jax.vjp(fn, *jax.tree.map(unpacked, kept))[1](slope)
 
     found.defvjp(forward, backward)
     return found

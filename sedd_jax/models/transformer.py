@@ -129,17 +129,26 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """[..., *inputs] -> [..., *outputs] in `dtype`, as flax's DenseGeneral over the last axes."""
+    """[..., *inputs] -> [..., *outputs] in `dtype`, as flax's DenseGeneral over the last axes.
+
+    It takes what prologue makes of arrays, [..., *inputs], and keeps the arrays: that is made again
+    for the gradient. Of a tuple it takes the first, and returns the others beside the product.
+    """
 
     outputs: tuple[int, ...]
     dtype: jnp.dtype
     place: Any
     axes: int = 1  # of the inputs
     has_bias: bool = False
+    prologue: Callable = lambda x: x
 
     @nn.compact
-    def __call__(self, x):
-        inputs = x.shape[-self.axes :]
+    def __call__(self, *arrays):
+        def prologue(arrays):
+            made = self.prologue(*arrays)
+            return made if isinstance(made, tuple) else (made,)
+
+        inputs = jax.eval_shape(prologue, arrays)[0].shape[-self.axes :]
         flat = (math.prod(inputs), math.prod(self.outputs))
 
         def kernel_init(key, shape):
@@ -149,14 +158,22 @@ class Linear(nn.Module):
         bias = None
         if self.has_bias:
             bias = self.param("bias", _torch_bias(flat[0]), self.outputs, jnp.float32)
-        return linear(
-            x.astype(self.dtype),
-            kernel,
-            bias,
-            self.axes,
-            platform=self.place.platform,
-            is_split=self.place.is_split,
-        )
+
+        def product(arrays, kernel, bias):
+            x, *others = prologue(arrays)
+            how = {"platform": self.place.platform, "is_split": self.place.is_split}
+            out = linear(x.astype(self.dtype), kernel, bias, self.axes, **how)
+            return (out, *others) if others else out
+
+        return remade(product, self.place.platform)(arrays, kernel, bias)
+
+
+class LayerNorm(nn.Module):
+    """The weight of a layer norm, [C]: the norm itself is a function of arrays, to be made again."""
+
+    @nn.compact
+    def __call__(self, size):
+        return self.param("scale", nn.initializers.ones_init(), (size,))
 
 
 class Block(nn.Module):
@@ -176,47 +193,48 @@ class Block(nn.Module):
         head = (self.heads, size // self.heads)
         layer = functools.partial(Linear, dtype=self.dtype, place=self.place)
 
-        def norm(name):
-            return lambda block, x, shift, scale: modulate(
-                nn.LayerNorm(
-                    epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, name=name
-                )(x),
-                shift,
-                scale,
+        def norm(x, weight, shift, scale):
+            layer_norm = nn.LayerNorm(
+                epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, parent=None
             )
+            return modulate(layer_norm.apply({"params": {"scale": weight}}, x), shift, scale)
 
         def attend(heads, lengths):
             how = {"implementation": self.attention, "platform": self.place.platform}
             return attention(*heads, lengths=lengths, **how)
 
-        def add(x, branch, gate):
-            ones = jnp.ones(branch.shape, jnp.float32)
-            stays = nn.Dropout(self.dropout, deterministic=self.deterministic)(ones) > 0
+        def stays():
+            """What dropout leaves of a branch, bool; () where it leaves everything."""
+            if self.deterministic or not self.dropout:
+                return ()
+            return (nn.Dropout(self.dropout, deterministic=False)(jnp.ones(x.shape)) > 0,)
 
-            def gated(branch, stays, gate):
-                branch = branch.astype(jnp.float32)
-                if not self.deterministic:
-                    branch = jnp.where(stays, branch / (1.0 - self.dropout), 0.0)
-                return gate[:, None] * branch
+        def gated(branch, gate, *stays):
+            branch = branch.astype(jnp.float32)
+            for mask in stays:
+                branch = jnp.where(mask, branch / (1.0 - self.dropout), 0.0)
+            return gate[:, None] * branch
 
-            return x + remade(gated, self.place.platform)(branch, stays, gate)
+        def norm_of_sum(x, branch, *modulation):
+            x = x + gated(*branch)
+            return norm(x, *modulation), x
 
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
             6, size, self.place, name="modulation"
         )(conditioning)
 
-        h = nn.remat(norm("norm_1"), prevent_cse=False)(self, x, shift_1, scale_1)
-        qkv = layer((3, *head), name="qkv")(h)
+        weight_1, weight_2 = (LayerNorm(name=f"norm_{i}")(size) for i in (1, 2))
+        qkv = layer((3, *head), prologue=norm, name="qkv")(x, weight_1, shift_1, scale_1)
         q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))  # [B, L, H, K]
         h = self.place.over_heads(attend, (rotate(q), rotate(k), v), lengths)
         h = layer((size,), axes=2, name="out")(h)
-        x = add(x, h, gate_1)
+        branch = (h, gate_1, *stays())
 
-        h = nn.remat(norm("norm_2"), prevent_cse=False)(self, x, shift_2, scale_2)
-        h = layer((MLP_RATIO * size,), has_bias=True, name="up")(h)
-        h = remade(gelu, self.place.platform)(h)
-        h = layer((size,), has_bias=True, name="down")(h)
-        return self.place.rows(add(x, h, gate_2)), None
+        up = layer((MLP_RATIO * size,), has_bias=True, prologue=norm_of_sum, name="up")
+        h, x = up(x, branch, weight_2, shift_2, scale_2)
+        h = layer((size,), has_bias=True, prologue=gelu, name="down")(h)
+        x = x + remade(gated, self.place.platform)(h, gate_2, *stays())
+        return self.place.rows(x), None
 
 
 class Transformer(nn.Module):
