@@ -113,9 +113,7 @@ def make_program(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Program:
             clip_norm=config.optimizer.clip_norm,
             decay=config.optimizer.ema_decay,
             microbatches=config.train.microbatches,
-            tile=state.TILE
-            if network.place.platform == "cpu" and not network.place.is_split
-            else None,
+            tile=state.TILE if network.place.is_one_cpu else None,
         ),
         shape,
         mesh,

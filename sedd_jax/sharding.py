@@ -153,6 +153,11 @@ class OnMesh:
         """Of the mesh's devices: those that a program is compiled for may be on another machine."""
         return self.mesh.devices.flat[0].platform
 
+    @property
+    def is_one_cpu(self) -> bool:
+        """Whether arrays are whole, on a CPU."""
+        return self.platform == "cpu" and not self.is_split
+
     def rows(self, x: jax.Array) -> jax.Array:
         """x, [B, ...], split as the batch is, and along no other axis."""
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, BATCH))

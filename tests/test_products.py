@@ -39,16 +39,16 @@ def test_a_layer_and_its_gradients_are_lax_dot_generals(
     kernel = jax.random.normal(jax.random.key(1), kernel_shape).astype(dtype).astype(jnp.float32)
     bias = jax.random.normal(jax.random.key(2), kernel_shape[axes:]) if has_bias else None
 
-    def answers(x, is_split):
+    def answers(x, is_one_cpu):
         def cost(x, kernel, bias):
-            out = linear(x, kernel, bias, axes, platform="cpu", is_split=is_split)
+            out = linear(x, kernel, bias, axes, is_one_cpu=is_one_cpu)
             weighted = jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out.astype(jnp.float32)
             return weighted.sum(), out
 
         return jax.grad(cost, argnums=(0, 1, 2), has_aux=True)(x, kernel, bias)
 
-    slopes, value = answers(x, is_split=False)
-    exact_slopes, exact = answers(x.astype(jnp.float32), is_split=True)
+    slopes, value = answers(x, is_one_cpu=True)
+    exact_slopes, exact = answers(x.astype(jnp.float32), is_one_cpu=False)
     assert (value.dtype, slopes[0].dtype, slopes[1].dtype) == (dtype, dtype, jnp.float32)
     tolerance = 1e-6 if dtype == jnp.float32 else 1e-2
     pairs = zip(
@@ -59,16 +59,13 @@ def test_a_layer_and_its_gradients_are_lax_dot_generals(
         assert error < tolerance * np.linalg.norm(right)
 
 
-@pytest.mark.parametrize(
-    "platform, is_split, is_flat",
-    [("cpu", False, products._CPU_ADDS_WIDE), ("cpu", True, False), ("gpu", False, False)],
-)
-def test_a_cpu_alone_takes_flat_products(platform, is_split, is_flat):
+@pytest.mark.parametrize("is_one_cpu", [True, False])
+def test_one_cpu_takes_flat_products(is_one_cpu):
     def layer(x, kernel):
-        return linear(x, kernel, None, platform=platform, is_split=is_split)
+        return linear(x, kernel, None, is_one_cpu=is_one_cpu)
 
     program = str(jax.make_jaxpr(layer)(jnp.zeros((2, 3, 4)), jnp.zeros((4, 5))))
-    assert ("6,4" in program) == is_flat
+    assert ("6,4" in program) == (is_one_cpu and products._CPU_ADDS_WIDE)
 
 
 @dtypes

@@ -257,6 +257,12 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
     assert dict(sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 2}).shape)["data"] == 2
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_arrays_are_on_one_cpu_where_the_mesh_has_one(count):
+    mesh = sharding.make_mesh({"data": count, "fsdp": 1, "tensor": 1}, jax.devices()[:count])
+    assert sharding.OnMesh(mesh).is_one_cpu == (count == 1)
+
+
 def test_a_parameter_without_a_rule_or_that_does_not_divide_is_refused():
     leaf = jax.ShapeDtypeStruct((3,), jnp.float32)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})

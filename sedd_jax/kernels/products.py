@@ -54,19 +54,18 @@ def linear(
     bias: jax.Array | None,
     axes: int = 1,
     *,
-    platform: str,
-    is_split: bool,
+    is_one_cpu: bool,
 ) -> jax.Array:
     """x [..., *inputs] times kernel [*inputs, *outputs] plus bias [*outputs], in the dtype of x.
 
-    axes is the number of inputs. Kernel and bias are float32. platform is that of the devices,
-    and is_split says that arrays are split over several of them.
+    axes is the number of inputs. Kernel and bias are float32. is_one_cpu says that the arrays are
+    whole on a CPU.
 
     A CPU has fast products that it takes in one order only, and of bfloat16 such that are summed
     and returned in float32 only. They are asked for where nothing is split: a flattened kernel
     would lose its split.
     """
-    if platform == "cpu" and _CPU_ADDS_WIDE and not is_split:
+    if is_one_cpu and _CPU_ADDS_WIDE:
         inputs = math.prod(kernel.shape[:axes])
         flat_bias = None if bias is None else bias.reshape(-1)
         flat = _in_order(x.reshape(-1, inputs), kernel.reshape(inputs, -1), flat_bias)

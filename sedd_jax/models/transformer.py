@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -39,12 +39,17 @@ REMAT = {
 class Anywhere:
     """Where arrays live: wherever the compiler puts them. sharding.OnMesh says it for a mesh."""
 
-    is_split: bool = False  # over several devices
+    is_split: ClassVar[bool] = False  # over several devices
 
     @property
     def platform(self) -> str:
         """Of the devices, as jax names it."""
         return jax.default_backend()
+
+    @property
+    def is_one_cpu(self) -> bool:
+        """Whether arrays are whole, on a CPU, whose loops and products want an order of their own."""
+        return self.platform == "cpu" and not self.is_split
 
     def rows(self, x: jax.Array) -> jax.Array:
         """An activation, [B, ...]."""
@@ -161,8 +166,8 @@ class Linear(nn.Module):
 
         def product(arrays, kernel, bias):
             x, *others = prologue(arrays)
-            how = {"platform": self.place.platform, "is_split": self.place.is_split}
-            out = linear(x.astype(self.dtype), kernel, bias, self.axes, **how)
+            x = x.astype(self.dtype)
+            out = linear(x, kernel, bias, self.axes, is_one_cpu=self.place.is_one_cpu)
             return (out, *others) if others else out
 
         return remade(product, self.place.platform)(arrays, kernel, bias)
