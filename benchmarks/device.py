@@ -251,7 +251,7 @@ def sample(bench: Bench, name: str, side: Side, batches: Any, steps: int) -> Non
         bench.keep({"batch_size": "", **row, "skipped": str(error)})
 
 
-def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> bool:
+def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> None:
     plan, size = PLANS[row["size"]], measure.SIZES[row["size"]]
     batch = {"batch_size": row["batch_size"], "length": plan.length}
     calls = row["steps"] + 1
@@ -275,7 +275,7 @@ def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> bool:
             **told,
         }
 
-    return _row(bench, row, timed)
+    _row(bench, row, timed)
 
 
 def tables(bench: Bench, names: list[str]) -> str:

@@ -46,9 +46,9 @@ ROWS = (
     (f"{SMALL}:v6e-64", "v6e:8x8", {}),
     (f"{MEDIUM}:v6e-64", "v6e:8x8", {}),
     # Chips: batch 512, and one sequence a chip beyond it.
-    (SMALL, "v5e:1x1", {"train.microbatches": 128}),
-    (SMALL, "v5e:2x2", {"train.microbatches": 32}),
-    (SMALL, "v5p:2x2x1", {"train.microbatches": 8}),
+    (SMALL, "v5e:1x1", {"train.microbatches": 32}),
+    (SMALL, "v5e:2x2", {"train.microbatches": 8}),
+    (SMALL, "v5p:2x2x1", {"train.microbatches": 2}),
     (SMALL, "v5p:4x4x4", {}),
     (SMALL, "v5p:8x8x8", {}),
     (SMALL, "v5p:8x8x16", {"train.batch_size": 1024}),

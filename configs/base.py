@@ -126,15 +126,15 @@ def with_uniform_noise(config):
 # count cores for v4 and v5p, two a chip, and chips for v5e and v6e; a chip is a device. A100s are
 # taken to have 40 GB. Estimates, see on_hardware.
 HARDWARE = {
-    "a100x8": (8, (1, 4, "none"), (1, 16, "none")),
-    "a100x16": (16, (1, 2, "none"), (1, 8, "none")),
-    "h100x8": (8, (1, 2, "none"), (1, 8, "none")),
-    "v4-64": (32, (1, 2, "none"), (1, 8, "none")),
-    "v5e-16": (16, (1, 8, "none"), (4, 8, "blocks")),
-    "v5e-64": (64, (1, 2, "none"), (4, 4, "none")),
+    "a100x8": (8, (1, 1, "none"), (1, 4, "none")),
+    "a100x16": (16, (1, 1, "none"), (1, 2, "none")),
+    "h100x8": (8, (1, 1, "none"), (1, 2, "none")),
+    "v4-64": (32, (1, 1, "none"), (1, 2, "none")),
+    "v5e-16": (16, (1, 2, "none"), (4, 4, "none")),
+    "v5e-64": (64, (1, 1, "none"), (4, 1, "none")),
     "v5e-256": (256, (1, 1, "none"), (4, 1, "none")),
-    "v5p-64": (32, (1, 1, "none"), (1, 2, "none")),
-    "v6e-64": (64, (1, 1, "none"), (1, 4, "none")),
+    "v5p-64": (32, (1, 1, "none"), (1, 1, "none")),
+    "v6e-64": (64, (1, 1, "none"), (1, 1, "none")),
 }
 
 
