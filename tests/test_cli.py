@@ -203,14 +203,14 @@ def test_samples_as_json_lines_are_those_of_the_text_in_any_batches(capsys, tiny
 
 def test_a_line_of_json_is_there_when_its_batch_is_done(tiny_run, monkeypatch, tmp_path):
     file, seen = tmp_path / "samples.jsonl", []
-    watched = cli._watched
+    watched = cli.sample._watched
 
     def spied(*arguments):
         for state in watched(*arguments):
             seen.append(len(file.read_text().splitlines()) if file.exists() else 0)
             yield state
 
-    monkeypatch.setattr(cli, "_watched", spied)
+    monkeypatch.setattr(cli.sample, "_watched", spied)
     run = [f"--workdir={tiny_run}", "--steps=1", "--num_samples=3", "--batch_size=1"]
     assert sample_command([*run, "--format=jsonl", f"--out={file}"]) == 0
     assert seen == [0, 0, 1, 1, 2, 2] and len(file.read_text().splitlines()) == 3
@@ -219,7 +219,7 @@ def test_a_line_of_json_is_there_when_its_batch_is_done(tiny_run, monkeypatch, t
 def test_a_file_of_samples_is_whole_or_not_there(capsys, tiny_run, tmp_path, monkeypatch):
     run = [f"--workdir={tiny_run}", "--steps=2", f"--out={tmp_path / 'samples.txt'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_watched", lambda *_: iter([None]))  # fails at the first state
+        patch.setattr(cli.sample, "_watched", lambda *_: iter([None]))  # fails at the first state
         with pytest.raises(AttributeError):
             sample_command(run)
     assert list(tmp_path.iterdir()) == []
@@ -367,7 +367,7 @@ def test_the_evaluations_are_listed_with_an_example(capsys):
     assert eval_command(["--help"]) == 0
     out = capsys.readouterr().out
     assert "  likelihood             An upper bound on -log p" in out
-    assert all(f"\n  {kind} " in out for kind in cli.EVALUATIONS)
+    assert all(f"\n  {kind} " in out for kind in cli.evaluate.EVALUATIONS)
     assert "example: sedd-eval likelihood --workdir=" in out
 
 
@@ -413,9 +413,9 @@ def test_the_commands_are_there_as_processes(tiny_run):
 
 
 def test_a_config_is_found_by_path_and_by_name():
-    by_name, workdir, *_ = cli.parse_train("sedd-train", ["--config=text8", "--workdir=x"])
-    path = command_line("x")[0].replace("quickstart", cli._find_config("--config=text8")[9:])
-    by_path, *_ = cli.parse_train("sedd-train", [path, "--workdir=x", "--config.seed=3"])
+    by_name, workdir, *_ = cli.train.parse_train("sedd-train", ["--config=text8", "--workdir=x"])
+    path = command_line("x")[0].replace("quickstart", cli.train._find_config("--config=text8")[9:])
+    by_path, *_ = cli.train.parse_train("sedd-train", [path, "--workdir=x", "--config.seed=3"])
     assert str(workdir) == "x"
     assert (by_name.seed, by_path.seed) == (0, 3)
     by_name.seed = 3

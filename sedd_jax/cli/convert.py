@@ -1,0 +1,76 @@
+"""sedd-convert."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sedd_jax.cli.arguments import make_parser
+
+
+def run(name: str, argv: list[str]) -> None:
+    parser = make_parser(
+        name,
+        "Checkpoints to and from the original PyTorch code. With --form=workdir, --config.KEY=VALUE "
+        "sets a key of the run's config.",
+    )
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, required=True, help="hub folder, run, .pth or workdir")
+    add("--to", dest="target", type=Path, required=True, help="folder to write")
+    add("--form", default="hub", help="of what is written: hub, original (a run) or workdir")
+    add("--weights", default="ema", help="which of a run's go into a hub folder: ema or raw")
+    add("--fresh_optimizer", action="store_true", help="begin AdamW's moments and warm-up again")
+    add(
+        "--tokenizer",
+        help="the model's, where the source does not hold it: gpt2, bert, ..., or tokenizer.json of "
+        "a workdir",
+    )
+    add("--tokenizer_path", default="", help="its files, as for sedd-prepare")
+    options, rest = parser.parse_known_args(argv)
+    changes = _changes(rest)
+    from sedd_jax import convert
+
+    done = convert.convert(
+        options.source,
+        options.target,
+        form=options.form,
+        weights=options.weights,
+        optimizer=not options.fresh_optimizer,
+        tokenizer=_named_tokenizer(options.tokenizer, options.tokenizer_path),
+        changes=changes,
+    )
+    rows = (
+        ("read", f"{done.read} {options.source}"),
+        ("written", f"{done.wrote} {options.target}"),
+        ("graph", done.graph),
+        ("parameters", f"{done.parameters:,} in {done.tensors} tensors"),
+        ("step", "unknown" if done.step is None else f"{done.step:,}"),
+        *(("notice", notice) for notice in done.notices),
+        ("next", done.next),
+    )
+    for key, value in rows:
+        print(f"{key:<11}{value}")
+
+
+def _named_tokenizer(name: str | None, path: str):
+    """The tokenizer of --tokenizer and --tokenizer_path; None without them."""
+    from sedd_jax import data
+
+    if name is None:
+        if path:
+            raise ValueError("--tokenizer_path needs --tokenizer, the kind of its files")
+        return None
+    return data.named_tokenizer(f"{name}:{path}" if path else name)
+
+
+def _changes(arguments: list[str]) -> dict[str, Any]:
+    """{"data.records": "DIR"} of --config.data.records=DIR; numbers and truths as JSON has them."""
+    found = {}
+    for argument in arguments:
+        key, equals, text = argument.removeprefix("--config.").partition("=")
+        if not argument.startswith("--config.") or not equals:
+            raise ValueError(f"unknown argument {argument!r}; sedd-convert --help lists them")
+        try:
+            found[key] = json.loads(text)
+        except (ValueError, RecursionError):  # no JSON, or more of it than Python takes
+            found[key] = {"True": True, "False": False}.get(text, text)
+    return found

@@ -1,0 +1,65 @@
+"""sedd-prepare."""
+
+from pathlib import Path
+
+from sedd_jax.cli.arguments import make_parser
+
+
+def run(name: str, argv: list[str]) -> None:
+    from sedd_jax import data
+    from sedd_jax.data.published import HELDOUT_FRACTION
+
+    parser = make_parser(name, "A corpus as records: fixed-length blocks of tokens, made once.")
+    add = parser.add_argument
+    add("--dataset", required=True, help=", ".join(data.CORPORA))
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder of the records; one that has these already is left as it is",
+    )
+    add(
+        "--tokenizer",
+        default="gpt2",
+        help=f"{', '.join(data.TOKENIZERS)}, or the tokenizer.json of a run",
+    )
+    add(
+        "--tokenizer_path",
+        default="",
+        help="folder, tokenizer.json or hub id@commit (gpt2, bert; default: the published one); "
+        ".model file or train:SIZE (sentencepiece)",
+    )
+    add("--length", type=int, default=1024, help="tokens in a block")
+    add("--form", default="packed", help="packed, or padded: a document a block")
+    add(
+        "--manual_dir",
+        default="",
+        help="folder with the corpus's archive or files (default: download); your own text",
+    )
+    add("--data_dir", default="", help="where the documents are kept; TFDS_DATA_DIR by default")
+    add("--documents", default="", help="lines or whole, for the corpora that are cut into lines")
+    add("--detokenizer", default="published", help="published, none, or one by name")
+    add(
+        "--heldout_fraction",
+        type=float,
+        help="of the documents, for corpora without a split of their own (default: 0.1; of "
+        f"openwebtext {HELDOUT_FRACTION})",
+    )
+    add("--workers", type=int, default=1, help="processes that encode; the result is the same")
+    options = parser.parse_args(argv)
+    records = data.make_records(
+        options.dataset,
+        options.out,
+        path=options.manual_dir,
+        tokenizer=options.tokenizer,
+        tokenizer_path=options.tokenizer_path,
+        length=options.length,
+        form=options.form,
+        heldout_fraction=options.heldout_fraction,
+        documents=options.documents,
+        detokenizer=options.detokenizer,
+        data_dir=options.data_dir,
+        workers=options.workers,
+        progress=True,
+    )
+    print(data.describe(records))

@@ -1,0 +1,169 @@
+"""sedd-train, and its dry run."""
+
+import difflib
+import logging
+import os
+import sys
+import traceback
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from sedd_jax.cli.messages import say
+
+USAGE = """sedd-train --config=configs/quickstart.py --workdir=DIR [--config.train.steps=100 ...]
+
+To go on with the run in DIR, its own config is enough: sedd-train --workdir=DIR.
+Every key is in configs/base.py.
+
+Compile for a machine without having it, and see what fits:
+  --dry_run --target=v5e:4x4   or v4:4x4x4, v5p:4x8x8, v5e:16x16*2 (slices), a100:16, h100:8, cpu:8
+  --vocab_size=N               where the tokenizer's is not known from its name
+
+On several machines, the same command on each; SLURM (in srun) and TPU pods are recognised:
+  --coordinator=HOST:PORT --process_count=N --process_index=I   elsewhere
+  --coordinator_bind=ADDRESS:PORT   where process 0 listens; default: on all its addresses
+  --join_timeout=60            seconds until a missing process is an error
+  --heartbeat=100              seconds until a dead process ends the others
+
+Exit status: 0 all steps are done; 2 a mistake to mend; 3 training cannot go on; else run it again.
+  --requeue_status=75          the status when a signal stopped it, after a checkpoint; default 0"""
+
+
+class Request(NamedTuple):
+    """What sedd-train was asked for."""
+
+    config: ConfigDict
+    workdir: Path | None
+    job: Any  # processes.Job
+    requeue_status: int
+    target: str | None  # of a dry run; None: no dry run
+    vocab_size: int | None
+
+
+def parse_train(name: str, argv: list[str]) -> Request:
+    """--config=FILE[:ARGUMENT], --config.key=value, --workdir=DIR and the flags of `USAGE`."""
+    from sedd_jax.config import RULES
+    from sedd_jax.processes import Job
+
+    argv = [_find_config(argument) for argument in argv]
+    for argument in argv:
+        if argument.startswith("--config."):
+            key = argument[len("--config.") :].split("=")[0]
+            if key not in RULES:
+                near = difflib.get_close_matches(key, RULES, n=3) or list(RULES)
+                raise ValueError(f"unknown config key {key}; did you mean {', '.join(near)}?")
+    values = flags.FlagValues()
+    about = {"flag_values": values, "sys_argv": [name, *argv]}
+    saved = _saved_config(argv)
+    if saved is None:
+        config_flags.DEFINE_config_file("config", None, "the experiment", **about)
+    else:
+        config_flags.DEFINE_config_dict("config", saved, **about)
+    for flag in ("workdir", "target", "coordinator", "coordinator_bind"):
+        flags.DEFINE_string(flag, None, "", flag_values=values)
+    for flag in ("vocab_size", "process_count", "process_index"):
+        flags.DEFINE_integer(flag, None, "", flag_values=values)
+    for flag in ("join_timeout", "heartbeat"):
+        flags.DEFINE_integer(flag, Job._field_defaults[flag], "", flag_values=values)
+    flags.DEFINE_integer("requeue_status", 0, "", 0, 255, flag_values=values)
+    flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
+    rest = values([name, *argv])[1:]
+    if rest:
+        raise ValueError(f"unknown argument {rest[0]!r}; write --config.key=value")
+    dry_run, target = values.dry_run, values.target
+    if dry_run != (target is not None):
+        raise ValueError(
+            "--dry_run and --target go together; for example --dry_run --target=v5e:4x4"
+        )
+    for flag in ("config",) if dry_run else ("config", "workdir"):
+        if values[flag].value is None or values[flag].value == "":
+            raise ValueError(
+                f"--{flag} is missing; for example {name} --config=configs/quickstart.py "
+                "--workdir=runs/quickstart"
+            )
+    return Request(
+        config=values.config,
+        workdir=None if values.workdir is None else Path(values.workdir),
+        job=Job(**{field: values[field].value for field in Job._fields}),
+        requeue_status=values.requeue_status,
+        target=target,
+        vocab_size=values.vocab_size,
+    )
+
+
+def _saved_config(argv: list[str]) -> ConfigDict | None:
+    """The config of the run in --workdir, if there is one and --config names no other."""
+    from sedd_jax.config import from_json
+
+    arguments = [argument.lstrip("-").split("=", 1) for argument in argv]
+    workdirs = [rest[0] for name, *rest in arguments if name == "workdir" and rest]
+    if not workdirs or any(name == "config" for name, *_ in arguments):
+        return None
+    file = Path(workdirs[-1]) / "config.json"
+    return from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _find_config(argument: str) -> str:
+    """--config=quickstart names a config that is installed with the package."""
+    if not argument.startswith("--config="):
+        return argument
+    path, colon, rest = argument[len("--config=") :].partition(":")
+    if Path(path).is_file():
+        return argument
+    shipped = resources.files("sedd_jax.configs") / f"{path}.py"
+    if shipped.is_file():
+        return f"--config={shipped}{colon}{rest}"
+    known = sorted(
+        Path(file.name).stem
+        for file in resources.files("sedd_jax.configs").iterdir()
+        if file.name.endswith(".py") and not file.name.startswith("_")
+    )
+    raise ValueError(f"no config file {path!r}; give a path, or one of {', '.join(known)}")
+
+
+def run(name: str, argv: list[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: {USAGE}")
+        return 0
+    request = parse_train(name, argv)
+    if request.target is not None:
+        return _dry_run(name, request)
+    from sedd_jax import processes
+
+    processes.join(request.job)
+    try:
+        return _train_here(name, request)
+    except Exception as error:
+        if processes.is_alone() or isinstance(error, ValueError):  # which all processes raise
+            raise
+        # The others wait for this one in a collective: it must be gone for them to notice.
+        traceback.print_exc()
+        say(name, error, status=1)
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _train_here(name: str, request: Request) -> int:
+    from sedd_jax import processes
+    from sedd_jax.progress import TrainingStopped
+    from sedd_jax.train import train
+
+    if not processes.is_first():  # one writes what all would
+        logging.getLogger("sedd_jax").setLevel(logging.WARNING)
+    try:
+        step = train(request.config, request.workdir)
+    except TrainingStopped as error:
+        return say(name, error, status=3)
+    return 0 if step >= request.config.train.steps else request.requeue_status
+
+
+def _dry_run(name: str, request: Request) -> int:
+    from sedd_jax.dry_run import describe, dry_run
+
+    estimate = dry_run(request.config, request.target, vocab_size=request.vocab_size)
+    print(describe(estimate))
+    return say(name, ValueError(estimate.complaint), status=2) if estimate.complaint else 0
