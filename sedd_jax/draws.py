@@ -17,18 +17,19 @@ def categorical(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     def noisy(key, log_weights):
         # mode="high": with 23-bit noise a token of probability 1e-7 beside a dominant "stay" is
         # drawn at half its rate.
-        drawn = jax.random.categorical(key, log_weights, mode="high")
-        return drawn.astype(jnp.int32)[..., None]
+        return jax.random.categorical(key, log_weights, mode="high").astype(jnp.int32)
 
-    vocab = log_weights.shape[-1]
+    *rows, vocab = log_weights.shape
     if vocab <= 2 * GROUP:
-        return noisy(key, log_weights)[..., 0]
+        return noisy(key, log_weights)
     key_group, key_token = jax.random.split(key)
-    none_more = [(0, 0)] * (log_weights.ndim - 1) + [(0, -vocab % GROUP)]
+    none_more = [(0, 0)] * len(rows) + [(0, -vocab % GROUP)]
     groups = jnp.pad(log_weights, none_more, constant_values=-jnp.inf)
-    groups = groups.reshape(*log_weights.shape[:-1], -1, GROUP)
-    begin = GROUP * noisy(key_group, jax.nn.logsumexp(groups, axis=-1))
-    tokens = begin + jnp.arange(GROUP, dtype=jnp.int32)
-    members = jnp.take_along_axis(log_weights, jnp.minimum(tokens, vocab - 1), axis=-1)
-    members = jnp.where(tokens < vocab, members, -jnp.inf)
-    return jnp.take_along_axis(tokens, noisy(key_token, members), axis=-1)[..., 0]
+    groups = jax.nn.logsumexp(groups.reshape(*rows, -1, GROUP), axis=-1)
+    begin = GROUP * noisy(key_group, groups)
+    # Slices of one size: that of a last group that is not full begins with tokens of the one before.
+    start = jnp.minimum(begin, vocab - GROUP)
+    cut = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, GROUP))
+    members = cut(log_weights.reshape(-1, vocab), start.reshape(-1)).reshape(*rows, GROUP)
+    is_member = jnp.arange(GROUP) >= (begin - start)[..., None]
+    return start + noisy(key_token, jnp.where(is_member, members, -jnp.inf))
