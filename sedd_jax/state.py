@@ -19,8 +19,8 @@ from sedd_jax.diffusion.losses import Loss
 from sedd_jax.kernels.residuals import packed, unpacked
 
 # Numbers of a leaf that a CPU changes at a time: parameters, average, moments and gradient of them
-# stay in its cache, 5 MiB in float32.
-TILE = 2**18
+# stay in its cache, 5 MiB in float32. The compiler of jax 0.7.2 copies them and is faster without.
+TILE = 2**18 if jax.__version_info__ >= (0, 8) else None
 
 LossFn = Callable[[Any, jax.Array, Any], Loss]
 

@@ -183,6 +183,7 @@ def test_a_step_is_optaxs_clip_adamw_and_the_average_in_tiles_of_any_size(tile, 
         )
 
 
+@pytest.mark.skipif(state.TILE is None, reason="this jax copies tiles: leaves are changed whole")
 def test_a_tiled_step_needs_no_copy_of_what_it_changes():
     """XLA on a CPU copies parameters and moments before a step that changes them whole."""
     size, optimizer = 2**16, optax.adamw(0.1)

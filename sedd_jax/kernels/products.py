@@ -73,7 +73,8 @@ def linear(
     summed = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
     kernel = kernel.astype(x.dtype)
     out = jax.lax.dot_general(x, kernel, (summed, ((), ())), precision=precision(x.dtype))
-    return out if bias is None else out + bias.astype(x.dtype)
+    # In float32, in which the gradient of the bias is then summed.
+    return out if bias is None else (out.astype(jnp.float32) + bias).astype(x.dtype)
 
 
 @jax.custom_vjp
