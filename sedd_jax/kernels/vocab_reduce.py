@@ -135,7 +135,7 @@ def _asked_first(where: jax.Array) -> _Asked:
     """Of bool [N]; the order among them is kept."""
     before = jnp.cumsum(where, dtype=jnp.int32)
     count = before[-1]
-    index = jnp.arange(len(where), dtype=jnp.int32)
+    index = jnp.arange(where.shape[0], dtype=jnp.int32)
     place = jnp.where(where, before - 1, count + index - before)
     order = jnp.zeros_like(index).at[place].set(index, unique_indices=True)
     return _Asked(order, place, count)
@@ -143,7 +143,8 @@ def _asked_first(where: jax.Array) -> _Asked:
 
 def _padded(a: jax.Array, size: int) -> jax.Array:
     """a [N, ...] with rows added up to a multiple of size."""
-    return jnp.pad(a, [(0, -len(a) % size)] + [(0, 0)] * (a.ndim - 1))
+    # Not len(a): what jax 0.7.2 keeps of a constant for the gradient has none.
+    return jnp.pad(a, [(0, -a.shape[0] % size)] + [(0, 0)] * (a.ndim - 1))
 
 
 # --- the reduction, and its gradient
@@ -185,7 +186,7 @@ _reduced.defvjp(_forward, _backward)
 def _sorted(arrays, asked: _Asked | None):
     """The rows of each array in the order of asked, and how many of them are asked for."""
     if asked is None:
-        return arrays, jnp.int32(len(arrays[0]))
+        return arrays, jnp.int32(arrays[0].shape[0])
     return tuple(a[asked.order] for a in arrays), asked.count
 
 
@@ -234,7 +235,7 @@ class Xla:
 
             return jax.lax.fori_loop(0, -(-count // tile.positions), turn, carry)
 
-        length = len(rows[0])
+        length = rows[0].shape[0]
         # The least number and not -inf, whose difference from itself is not a number.
         least = jnp.full(length, jnp.finfo(jnp.float32).min)
         nothing = (least, jnp.zeros(length), jnp.zeros(length))
@@ -242,7 +243,7 @@ class Xla:
         is_asked = jnp.arange(length) < count
         total = jnp.where(is_asked, most + jnp.log(jnp.where(is_asked, total, 1.0)), 0.0)
         pick = jnp.where(is_asked, pick, 0.0)
-        return total[: len(hidden)], pick[: len(hidden)]
+        return total[: hidden.shape[0]], pick[: hidden.shape[0]]
 
     def backward(self, hidden, weight, bias, excluded, targets, count, total, d_total, d_pick):
         tile = self.tile
@@ -281,7 +282,7 @@ class Xla:
 
         nothing = jnp.zeros(rows[0].shape), jnp.zeros(weight.shape), jnp.zeros(bias.shape)
         d_hidden, d_weight, d_bias = _scan_tokens(block, nothing, tile, weight, bias)
-        return d_hidden[: len(hidden)], d_weight, d_bias
+        return d_hidden[: hidden.shape[0]], d_weight, d_bias
 
 
 class _Part(NamedTuple):
@@ -300,7 +301,7 @@ class _Part(NamedTuple):
     def pick(self, table, targets):
         """Whether each target is here, and its logit, [p] each."""
         column = targets - self.tokens[0]
-        inside = jnp.clip(column, 0, len(self.tokens) - 1)
+        inside = jnp.clip(column, 0, self.tokens.shape[0] - 1)
         found = jnp.take_along_axis(table, inside[:, None], axis=-1)[:, 0]
         return (column == inside) & self.is_new[inside], found
 
@@ -312,7 +313,7 @@ class _Part(NamedTuple):
 def _scan_tokens(block: Callable, carry, tile: Tile, weight, bias):
     """block(carry, _Part) over the vocabulary, last block first: where it overlaps with the one
     before it, that one has the last word."""
-    vocab = len(weight)
+    vocab = weight.shape[0]
     if tile.tokens >= vocab:  # no loop, and no copy of the weights
         tokens = jnp.arange(vocab)
         return block(carry, _Part(weight, bias, tokens, tokens >= 0))

@@ -34,7 +34,7 @@ class HeadScores:
         """reduce(hidden, weight, bias, xt, *rows), on each device for the rows it holds."""
         hidden, weight, bias = self.output
         # No score of MASK is asked for: left out so, and not by a copy of the other rows.
-        clean = jnp.where(jnp.arange(len(bias)) < self.vocab_size, bias, -jnp.inf)
+        clean = jnp.where(jnp.arange(bias.shape[0]) < self.vocab_size, bias, -jnp.inf)
 
         def local(rows, head):
             hidden, *others = rows
