@@ -173,12 +173,20 @@ class Linear(nn.Module):
         return remade(product, self.place.platform)(arrays, kernel, bias)
 
 
-class LayerNorm(nn.Module):
-    """The weight of a layer norm, [C]: the norm itself is a function of arrays, to be made again."""
+class LayerNormWeight(nn.Module):
+    """[C]: the norm itself is a function of arrays, to be made again."""
 
     @nn.compact
     def __call__(self, size):
         return self.param("scale", nn.initializers.ones_init(), (size,))
+
+
+def norm(x: jax.Array, weight: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """The layer norm of x [B, L, C] with weight [C], modulated by the noise level's [B, C]."""
+    layer_norm = nn.LayerNorm(
+        epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, parent=None
+    )
+    return modulate(layer_norm.apply({"params": {"scale": weight}}, x), shift, scale)
 
 
 class Block(nn.Module):
@@ -197,12 +205,6 @@ class Block(nn.Module):
         size = x.shape[-1]
         head = (self.heads, size // self.heads)
         layer = functools.partial(Linear, dtype=self.dtype, place=self.place)
-
-        def norm(x, weight, shift, scale):
-            layer_norm = nn.LayerNorm(
-                epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, parent=None
-            )
-            return modulate(layer_norm.apply({"params": {"scale": weight}}, x), shift, scale)
 
         def attend(heads, lengths):
             how = {"implementation": self.attention, "platform": self.place.platform}
@@ -228,7 +230,7 @@ class Block(nn.Module):
             6, size, self.place, name="modulation"
         )(conditioning)
 
-        weight_1, weight_2 = (LayerNorm(name=f"norm_{i}")(size) for i in (1, 2))
+        weight_1, weight_2 = (LayerNormWeight(name=f"norm_{i}")(size) for i in (1, 2))
         qkv = layer((3, *head), prologue=norm, name="qkv")(x, weight_1, shift_1, scale_1)
         q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))  # [B, L, H, K]
         h = self.place.over_heads(attend, (rotate(q), rotate(k), v), lengths)
@@ -312,11 +314,9 @@ class Transformer(nn.Module):
             name="blocks",
         )(x, conditioning, lengths)
 
-        norm = nn.LayerNorm(
-            epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, name="norm"
-        )
+        norm_weight = LayerNormWeight(name="norm")(self.hidden_size)
         shift, scale = Modulation(2, self.hidden_size, self.place, name="modulation")(conditioning)
-        hidden = self.place.rows(modulate(norm(x), shift, scale).astype(self.dtype))
+        hidden = self.place.rows(norm(x, norm_weight, shift, scale).astype(self.dtype))
         weight = self.param("head_weight", zeros, table)
         bias = self.param("head_bias", zeros, (self.dim,))
         return Output(hidden, self.place.whole(weight), bias)
