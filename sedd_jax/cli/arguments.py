@@ -2,11 +2,9 @@
 
 import argparse
 import importlib.util
-import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
 GRID_HELP = "times of the steps: uniform or cosine (default: the config's)"
 DRAW_HELP = "exact or float32_gumbel, the original's (default: the config's)"
 
@@ -42,32 +40,7 @@ def check_run(source: Path, remedy: str) -> None:
     raise ValueError(f"{found}; {remedy}, or the folder of a run as --workdir")
 
 
-def output(text: str) -> Path:
-    """An argparse type, a file to write, new or old: its folder is to be seen before the work."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is in no folder; make it or give another path")
-    return path
-
-
 def check_matplotlib(what: str) -> None:
     """ValueError without the library that draws, before the work."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f'{what} needs the library matplotlib; pip install "sedd_jax[plot]"')
-
-
-def write_json(path: Path | None, result: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def check_new(flag: str, path: Path | None) -> None:
-    """ValueError unless a file can be made at path, which is to be seen before the work."""
-    if path is None:
-        return
-    if path.exists():
-        raise ValueError(f"--{flag} {str(path)!r} exists already; move it or give another path")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--{flag} {str(path)!r} is in no folder; make it or give another path")

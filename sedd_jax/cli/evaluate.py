@@ -1,6 +1,7 @@
 """sedd-eval and its evaluations."""
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,13 @@ from typing import Any
 from sedd_jax.cli.arguments import (
     DRAW_HELP,
     GRID_HELP,
-    MODEL,
     check_matplotlib,
     check_run,
     make_parser,
-    output,
     run_parser,
-    write_json,
 )
 
+MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
 WITH_RECORDS = "(the last two need --records)"
 NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
 EVALUATIONS = {
@@ -45,6 +44,21 @@ def run(name: str, argv: list[str]) -> None:
     else:
         given = argv[0] if argv else ""
         raise ValueError(f"unknown evaluation {given!r}; known: {', '.join(kinds)}")
+
+
+def _output(text: str) -> Path:
+    """An argparse type, a file to write, new or old: its folder is to be seen before the work."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is in no folder; make it or give another path")
+    return path
+
+
+def _write_json(path: Path | None, result: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _add_records(parser: argparse.ArgumentParser) -> None:
@@ -88,7 +102,7 @@ def _likelihood(name: str, argv: list[str]) -> None:
     add("--batch_size", type=int, default=32, help="blocks a network call")
     add("--seed", type=int, default=0)
     add("--baselines", action="store_true", help="add n-gram models of the run's training text")
-    add("--json", type=output, help="also write the numbers to this file")
+    add("--json", type=_output, help="also write the numbers to this file")
     options = parser.parse_args(argv)
     if (options.workdir is None) == (options.gpt2 is None):
         raise ValueError("give --workdir, or --gpt2 with --records")
@@ -136,7 +150,7 @@ def _likelihood(name: str, argv: list[str]) -> None:
             progress=True,
         )
     print(report.table(result))
-    write_json(options.json, result)
+    _write_json(options.json, result)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +162,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     add("--grid", help=GRID_HELP)
     add("--batch_size", type=int, default=16, help="texts at once")
     add("--seed", type=int, default=0)
-    add("--json", type=output, help="also write the numbers to this file")
+    add("--json", type=_output, help="also write the numbers to this file")
 
 
 def _add_samples(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +196,7 @@ def _generative_perplexity(name: str, argv: list[str]) -> None:
         *_model_and_scorer(options), **_chosen(options, "num_samples", "length", "steps")
     )
     print(generations.table([result]))
-    write_json(options.json, result)
+    _write_json(options.json, result)
 
 
 def _mauve(name: str, argv: list[str]) -> None:
@@ -219,7 +233,7 @@ def _mauve(name: str, argv: list[str]) -> None:
         **_chosen(options, "form", "references", "repeats", "buckets", "steps"),
     )
     print(generations.mauve_table(result))
-    write_json(options.json, result)
+    _write_json(options.json, result)
 
 
 def _pareto(name: str, argv: list[str]) -> None:
@@ -228,7 +242,7 @@ def _pareto(name: str, argv: list[str]) -> None:
     add = parser.add_argument
     add("--steps", default="32,64,128,256,512,1024,2048", help="numbers of steps, commas between")
     _add_samples(parser)
-    add("--picture", type=output, help="also draw the curve to this PNG file")
+    add("--picture", type=_output, help="also draw the curve to this PNG file")
     options = parser.parse_args(argv)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.steps):
         raise ValueError(f"--steps {options.steps!r} is not like 32,64,128")
@@ -242,6 +256,6 @@ def _pareto(name: str, argv: list[str]) -> None:
         **_chosen(options, "num_samples", "length"),
     )
     print(generations.table(results))
-    write_json(options.json, results)
+    _write_json(options.json, results)
     if options.picture:
         generations.pareto_picture(options.picture, results)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sedd_jax.cli.arguments import DRAW_HELP, GRID_HELP, check_new, make_parser
+from sedd_jax.cli.arguments import DRAW_HELP, GRID_HELP, make_parser
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -38,7 +38,7 @@ def run(name: str, argv: list[str]) -> None:
     if options.format not in FORMATS:
         raise ValueError(f"unknown format {options.format!r}; known: {', '.join(FORMATS)}")
     for flag in ("out", "html"):
-        check_new(flag, getattr(options, flag))
+        _check_new(flag, getattr(options, flag))
     if options.out is not None and options.out == options.html:
         raise ValueError(f"--out and --html are both {str(options.out)!r}; give two paths")
     from sedd_jax import data
@@ -87,6 +87,16 @@ def run(name: str, argv: list[str]) -> None:
     if options.html:
         steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {chosen['seed']}"
         Film(film, f"{Path(source).name}: {steps}").save(options.html)
+
+
+def _check_new(flag: str, path: Path | None) -> None:
+    """ValueError unless a file can be made at path, which is to be seen before the work."""
+    if path is None:
+        return
+    if path.exists():
+        raise ValueError(f"--{flag} {str(path)!r} exists already; move it or give another path")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--{flag} {str(path)!r} is in no folder; make it or give another path")
 
 
 def _watched(states, total: int, is_live: bool):
