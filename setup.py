@@ -33,7 +33,10 @@ setup(
     # The configs are kept beside the package and installed inside it.
     packages=[*find_packages(include=["sedd_jax", "sedd_jax.*"]), "sedd_jax.configs"],
     package_dir={"sedd_jax.configs": "configs"},
-    package_data={"sedd_jax": ["*.html"], "sedd_jax.dry_run": ["targets/*.textproto"]},
+    package_data={
+        "sedd_jax.inference": ["*.html"],
+        "sedd_jax.training.dry_run": ["targets/*.textproto"],
+    },
     install_requires=[
         "absl-py",
         "array_record",

@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 from sedd_jax import data
 from sedd_jax.diffusion.likelihood import bound
 from sedd_jax.diffusion.losses import dwdse
-from sedd_jax.loading import load
+from sedd_jax.inference.pretrained import load
 from sedd_jax.models.head import make_score_fn
-from sedd_jax.train import open_records
+from sedd_jax.runs.workdir import open_records
 
 
 def main() -> None:

@@ -4,12 +4,22 @@ Lives in a process of its own (worker.py). The checkout is named: `sedd_jax` and
 are read from there, whatever is installed.
 """
 
+import contextlib
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+
+def _first_module(*names: str) -> Any:
+    """The first of the package's modules that the checkout has: they moved after version 0.1.0."""
+    for name in names:
+        with contextlib.suppress(ModuleNotFoundError):
+            return importlib.import_module(f"sedd_jax.{name}")
+    raise ModuleNotFoundError(f"the checkout has none of {', '.join(names)}")
 
 
 class Ours:
@@ -19,10 +29,12 @@ class Ours:
         use_checkout(Path(side["path"]))
         import jax
 
-        from sedd_jax import config, program
+        from sedd_jax import config
         from sedd_jax.configs import base
 
-        self.jax, self.program, self.configuration = jax, program, config
+        self.jax, self.configuration = jax, config
+        self.experiment = _first_module("experiment", "program")
+        self.make = _first_module("experiment", "config")  # of a config's parts
         self.device = jax.devices()[0]
         self.is_accelerator = self.device.platform != "cpu"
         self.size = size
@@ -43,8 +55,7 @@ class Ours:
         self.compiles += event.endswith("backend_compile_duration")
 
     def about(self) -> dict[str, Any]:
-        from sedd_jax import devices
-
+        devices = _first_module("parallel.devices", "devices")
         sheet = devices.device(self.device.device_kind)
         stats = (self.device.memory_stats() if self.is_accelerator else None) or {}
         return {
@@ -63,13 +74,13 @@ class Ours:
     def start_training(self, batch_size: int, length: int) -> dict[str, float]:
         """The state on the device and the compiled step; bytes of the state and as compiled."""
         from sedd_jax.data import Blocks
-        from sedd_jax.sharding import make_mesh
 
         jax = self.jax
         self.state = self.step = None  # of another batch
         config = self._config(batch_size, length)
+        make_mesh = _first_module("parallel.sharding", "sharding").make_mesh
         mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [self.device])
-        program = self.program.make_program(config, self.size["vocab_size"], mesh)
+        program = self.experiment.make_program(config, self.size["vocab_size"], mesh)
 
         def start():
             state = program.fresh()
@@ -102,21 +113,20 @@ class Ours:
 
     def start_sampling(self, batch_size: int, length: int) -> None:
         """A model with random weights."""
-        from sedd_jax.api import SEDD
-
+        SEDD = _first_module("inference.model", "api").SEDD
         config = self._config(batch_size, length)
-        graph = self.configuration.make_graph(config, self.size["vocab_size"])
-        network = self.configuration.make_model(config, graph)
+        graph = self.make.make_graph(config, self.size["vocab_size"])
+        network = self.make.make_model(config, graph)
 
         def start():
             key = self.jax.random.key(config.seed)
-            return self._filled(self.configuration.init_params(config, network, key))
+            return self._filled(self.make.init_params(config, network, key))
 
         self.model = SEDD(
             network=network,
             params=self.jax.jit(start)(),
             graph=graph,
-            schedule=self.configuration.make_schedule(config),
+            schedule=self.make.make_schedule(config),
             tokenizer=None,
             length=length,
             config=config,

@@ -1,6 +1,6 @@
 """How memory, operations and traffic of a train step grow with devices, batch, length and depth.
 
-Compiles each row's program ahead of time for its target (sedd_jax.dry_run; no accelerator) and
+Compiles each row's program ahead of time for its target (sedd_jax.training.dry_run; no accelerator) and
 prints a table in markdown. --json keeps the numbers; rows that it has already are not compiled
 again, so the program may be stopped and run on.
 
@@ -14,7 +14,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from sedd_jax.dry_run import dry_run, hlo
+from sedd_jax.training.dry_run import dry_run, hlo
 
 GIB = 2**30
 SMALL, MEDIUM = "openwebtext_small", "openwebtext_medium"

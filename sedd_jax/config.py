@@ -11,23 +11,19 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd_jax.configs import base
 from sedd_jax.data import CORPORA, FORMS, TOKENIZERS, WINDOWS
-from sedd_jax.diffusion.graphs import GRAPHS, Graph
+from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.samplers import DRAWS, GRIDS, PREDICTORS
-from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
+from sedd_jax.diffusion.schedules import SCHEDULES
 from sedd_jax.kernels import attention, vocab_reduce
-from sedd_jax.models.head import make_score_fn
-from sedd_jax.models.transformer import REMAT, Anywhere, Transformer
-from sedd_jax.sharding import OnMesh, batch_parts
-from sedd_jax.state import LossFn
+from sedd_jax.models.transformer import REMAT
+from sedd_jax.parallel.sharding import batch_parts
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -204,7 +200,7 @@ def check(config: ConfigDict) -> None:
         )
     if [values[f"mesh.{axis}"] for axis in config.mesh].count(-1) > 1:
         raise ValueError("config.mesh holds -1 more than once; one axis may take what is left")
-    make_schedule(config)
+    named(SCHEDULES, config.schedule)  # which refuses bad combinations
 
 
 def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
@@ -260,16 +256,11 @@ def from_json(text: str) -> ConfigDict:
     return config
 
 
-def _make(table: Mapping[str, type], section: ConfigDict, **given: Any) -> Any:
+def named(table: Mapping[str, type], section: ConfigDict, **given: Any) -> Any:
     """The dataclass that section names, with those of its fields that the section holds."""
     cls = table[section.name]
     fields = {field.name for field in dataclasses.fields(cls)} & set(section) - {"name"}
     return cls(**given, **{field: section[field] for field in fields})
-
-
-def make_graph(config: ConfigDict, vocab_size: int) -> Graph:
-    """The graph over the tokenizer's vocabulary."""
-    return _make(GRAPHS, config.graph, vocab_size=vocab_size)
 
 
 def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
@@ -287,67 +278,3 @@ def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
             f"microbatches gives {rows} rows, not divisible by the {parts} devices of the mesh's "
             "data and fsdp axes; change one of them"
         )
-
-
-def make_schedule(config: ConfigDict) -> Schedule:
-    """The noise schedule."""
-    return _make(SCHEDULES, config.schedule)
-
-
-def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Transformer:
-    """The network for the graph's states, its activations kept with their rows on the mesh."""
-    fields = {**config.model.to_dict(), "dtype": DTYPES[config.model.dtype]}
-    if mesh is not None:
-        fields["place"] = OnMesh(mesh)
-    return Transformer(dim=graph.dim, **fields)
-
-
-def init_params(config: ConfigDict, model: Transformer, key: jax.Array) -> Any:
-    """Fresh float32 parameters."""
-    tokens = jnp.zeros((1, config.data.length), jnp.int32)
-    model = model.clone(place=Anywhere())  # one row is not split
-    return model.init(key, tokens, jnp.zeros((1, 1)), deterministic=True)["params"]
-
-
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up to a constant learning rate; the train step clips."""
-    o = config.optimizer
-
-    def learning_rate(count):  # count is 0 at the first update, which takes 1/warmup of the rate
-        return o.learning_rate * jnp.minimum((count + 1) / max(o.warmup_steps, 1), 1.0)
-
-    return optax.chain(
-        optax.identity(),  # where stored states have the clip, which holds nothing
-        optax.adamw(
-            learning_rate,
-            b1=o.b1,
-            b2=o.b2,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            mu_dtype=DTYPES[o.mu_dtype],
-        ),
-    )
-
-
-def make_loss_fn(
-    config: ConfigDict, model: Transformer, graph: Graph, schedule: Schedule
-) -> LossFn:
-    """(params, key, Blocks) -> nats per sequence, [B]; dropout acts."""
-    objective, times = OBJECTIVES[config.objective.name], TIMES[config.objective.times]
-
-    def loss_fn(params, key, blocks):
-        x0, is_token = blocks
-        key_noise, key_dropout = jax.random.split(key)
-        score_fn = make_score_fn(model, params, graph, dropout_key=key_dropout, is_token=is_token)
-        return objective(
-            key_noise,
-            x0,
-            score_fn,
-            graph,
-            schedule,
-            t_min=config.objective.t_min,
-            times=times,
-            is_token=is_token,
-        )
-
-    return loss_fn

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from sedd_jax import sharding
 from sedd_jax.diffusion.losses import Loss
 from sedd_jax.kernels.residuals import packed, unpacked
+from sedd_jax.parallel import sharding
 
 # Numbers of a leaf that a CPU changes at a time: parameters, average, moments and gradient of them
 # stay in its cache, 5 MiB in float32. The compiler of jax 0.7.2 copies them and is faster without.

@@ -10,8 +10,8 @@ import pytest
 from conftest import says
 
 import sedd_jax
-from sedd_jax import evaluate
 from sedd_jax.diffusion import samplers
+from sedd_jax.inference import bounds
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_the_log_likelihood_of_texts_is_a_bound_for_each(model):
 
 
 def test_a_mesh_shares_the_batch_and_changes_nothing_else(model, tiny_run):
-    from sedd_jax.sharding import make_mesh
+    from sedd_jax.parallel.sharding import make_mesh
 
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     spread = sedd_jax.load(tiny_run, mesh=mesh)
@@ -230,7 +230,7 @@ def test_known_tokens_may_not_be_longer_than_the_model(model):
 def test_the_bound_is_finite_positive_and_repeats_with_its_seed(model):
     blocks = np.arange(3 * model.length).reshape(3, -1) % model.graph.vocab_size
     first = model.bound(blocks, passes=2, seed=5)
-    assert isinstance(first, evaluate.CorpusBound)
+    assert isinstance(first, bounds.CorpusBound)
     assert first == model.bound(blocks, passes=2, seed=5)
     assert first.bound != model.bound(blocks, passes=2, seed=6).bound
     assert 0 < first.bound < np.inf and first.bound_standard_error > 0

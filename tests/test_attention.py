@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from conftest import says
 
-from sedd_jax import sharding
 from sedd_jax.kernels import ATTENTION, HEAD, choose
 from sedd_jax.kernels import attention as module
 from sedd_jax.kernels.attention import attention
-from sedd_jax.models.transformer import Anywhere
+from sedd_jax.parallel import sharding
+from sedd_jax.parallel.sharding import Placement
 
 BATCH, LENGTH, HEADS, SIZE = 2, 256, 2, 64
 
@@ -119,8 +119,8 @@ def test_a_kernel_runs_on_each_devices_rows_and_heads(sizes):
         seen.append((heads[0].shape, lengths.shape))
         return attention(*heads, lengths=lengths)
 
-    split = jax.jit(lambda *a: sharding.OnMesh(mesh).over_heads(attend, *a))(tuple(heads), lengths)
+    split = jax.jit(lambda *a: Placement(mesh).over_heads(attend, *a))(tuple(heads), lengths)
     assert seen == [((8 // rows, 16, 2 // columns, 4), (8 // rows,))]
     np.testing.assert_allclose(
-        split, Anywhere().over_heads(attend, tuple(heads), lengths), atol=1e-6
+        split, Placement().over_heads(attend, tuple(heads), lengths), atol=1e-6
     )

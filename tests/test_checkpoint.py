@@ -12,8 +12,9 @@ import optax
 import pytest
 from conftest import REPOSITORY, says
 
-from sedd_jax import sharding, state
-from sedd_jax.checkpoint import ITEMS, SEAL, Checkpoints
+from sedd_jax import state
+from sedd_jax.parallel import sharding
+from sedd_jax.runs.checkpoint import ITEMS, SEAL, Checkpoints
 
 STEPS = (4, 8)
 

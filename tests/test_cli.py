@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import command_line, start
 
-from sedd_jax import cli, loading
+from sedd_jax import cli
 from sedd_jax.cli import (
     eval_command,
     prepare_command,
@@ -15,7 +15,8 @@ from sedd_jax.cli import (
     sample_command,
     train_command,
 )
-from sedd_jax.report import picture
+from sedd_jax.evaluation.report import picture
+from sedd_jax.inference import pretrained as loading
 
 
 def fails(capsys, command, *arguments):

@@ -12,13 +12,14 @@ import optax
 import pytest
 
 from sedd_jax import config as configuration
-from sedd_jax import sharding
+from sedd_jax import experiment
 from sedd_jax.configs import base
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Absorbing, Uniform
 from sedd_jax.diffusion.schedules import Geometric, LogLinear
+from sedd_jax.experiment import make_program
 from sedd_jax.models.transformer import Transformer
-from sedd_jax.program import make_program
+from sedd_jax.parallel import sharding
 
 ROOT = Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("[!_]*.py"))
@@ -32,10 +33,10 @@ def shipped(name):
 def test_every_shipped_config_passes_the_check_and_builds_its_parts(name):
     config = shipped(name)
     configuration.check(config)
-    graph = configuration.make_graph(config, 27)
-    configuration.make_schedule(config)
-    configuration.make_model(config, graph)
-    configuration.make_optimizer(config)
+    graph = experiment.make_graph(config, 27)
+    experiment.make_schedule(config)
+    experiment.make_model(config, graph)
+    experiment.make_optimizer(config)
 
 
 def test_the_shipped_configs_are_the_ones_the_project_promises():
@@ -54,9 +55,9 @@ def test_the_papers_configs_hold_the_papers_hyperparameters(name):
     sizes = (config.model.hidden_size, config.model.blocks, config.model.heads)
     assert sizes == ((1024, 24, 16) if "medium" in name else (768, 12, 12))
     uniform = name.endswith("uniform")
-    graph = configuration.make_graph(config, 27)
+    graph = experiment.make_graph(config, 27)
     assert graph == (Uniform(27) if uniform else Absorbing(27, scale_by_sigma=True))
-    schedule = configuration.make_schedule(config)
+    schedule = experiment.make_schedule(config)
     assert schedule == (Geometric(1e-5, 20.0) if uniform else LogLinear(1e-3))
 
 
@@ -226,7 +227,7 @@ def test_first_moments_in_bfloat16_are_half_as_large_and_step_almost_alike():
     for dtype in ("float32", "bfloat16"):
         config = base.get_config()
         config.optimizer.mu_dtype = dtype
-        optimizer = configuration.make_optimizer(config)
+        optimizer = experiment.make_optimizer(config)
         params = {"w": jnp.linspace(-1.0, 1.0, 64)}
         opt_state, moved = optimizer.init(params), jnp.zeros(64)
         for step in range(20):
@@ -256,7 +257,7 @@ def test_the_learning_rate_warms_up_linearly_and_reaches_its_value_at_the_last_w
     config = base.get_config()
     config.optimizer.warmup_steps = 4
     config.optimizer.clip_norm = 1e9
-    optimizer = configuration.make_optimizer(config)
+    optimizer = experiment.make_optimizer(config)
     params = {"w": jnp.zeros(())}
     opt_state, rates = optimizer.init(params), []
     for _ in range(6):  # with a constant gradient AdamW moves by exactly the learning rate

@@ -15,7 +15,7 @@ from golden_set import arrays
 from original_models import GRAPHS, TOKENIZER, assert_same, config_of, golden, model_of
 
 from sedd_jax import config as configuration
-from sedd_jax import convert
+from sedd_jax import convert, experiment
 from sedd_jax.convert import card, names
 from sedd_jax.data import tokenizer_from_dict
 from sedd_jax.models.head import make_score_fn
@@ -25,8 +25,8 @@ both_graphs = pytest.mark.parametrize("graph", GRAPHS)
 
 def log_score(config, vocab_size, params, xt, sigma):
     """[B, L, D] of a model, float32."""
-    graph = configuration.make_graph(config, vocab_size)
-    model = configuration.make_model(config, graph)
+    graph = experiment.make_graph(config, vocab_size)
+    model = experiment.make_model(config, graph)
     with jax.default_matmul_precision("highest"):
         return jax.jit(lambda p: make_score_fn(model, p, graph)(xt, sigma[:, None]).log_score())(
             params
@@ -52,8 +52,8 @@ def test_expected_names_are_the_originals_in_its_order(graph):
 
 def test_expected_shapes_are_those_of_the_network():
     config, vocab_size, params = model_of("absorb")
-    model = configuration.make_model(config, configuration.make_graph(config, vocab_size))
-    shape = jax.eval_shape(lambda: configuration.init_params(config, model, jax.random.key(0)))
+    model = experiment.make_model(config, experiment.make_graph(config, vocab_size))
+    shape = jax.eval_shape(lambda: experiment.init_params(config, model, jax.random.key(0)))
     assert jax.tree.map(lambda leaf: leaf.shape, shape) == jax.tree.map(np.shape, params)
 
 

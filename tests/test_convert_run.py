@@ -13,7 +13,7 @@ from golden_set import relative_norm
 from original_models import GRAPHS, TOKENIZER, assert_same, config_of, golden, model_of
 
 from sedd_jax import config as configuration
-from sedd_jax import convert, state
+from sedd_jax import convert, experiment, state
 from sedd_jax.cli import convert_command, train_command
 from sedd_jax.convert import names, workdir
 from sedd_jax.data import make_tokenizer
@@ -150,7 +150,7 @@ def test_a_step_after_import_is_torchs_step(carried):
         products = jax.tree.map(lambda p, g: jnp.sum(p * g), params, gradient)
         return Loss(jnp.broadcast_to(sum(jax.tree.leaves(products)), batch.shape), None)
 
-    optimizer = configuration.make_optimizer(config)
+    optimizer = experiment.make_optimizer(config)
     train_step = state.make_train_step(loss_fn, optimizer, clip_norm=o.clip_norm, decay=o.ema_decay)
     after, _ = jax.jit(train_step)(before, jnp.zeros(2), jax.random.key(0))
 

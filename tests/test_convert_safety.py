@@ -17,7 +17,8 @@ from original_models import write_safetensors
 
 from sedd_jax import convert
 from sedd_jax.convert import torch_files
-from sedd_jax.convert.weights import DIGEST, load_json
+from sedd_jax.convert.weights import DIGEST
+from sedd_jax.files import load_json
 
 SHAPES = {"a.weight": (3, 4), "b.weight": (3, 4), "bias": (5,), "nothing": (0, 2)}
 VALUES = {

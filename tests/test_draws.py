@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax import draws
+from sedd_jax.diffusion import draws
 
 # Of groups of 4: fewer tokens than two groups; a last group of one, of three, and a whole one.
 VOCABS = (7, 9, 15, 16)

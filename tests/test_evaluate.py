@@ -7,25 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax import evaluate, sharding
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
-from sedd_jax.report import word_rate
+from sedd_jax.evaluation import ngrams
+from sedd_jax.evaluation.report import word_rate
+from sedd_jax.inference import bounds
+from sedd_jax.parallel import sharding
 
 
 def test_rounds_go_on_until_the_error_is_small_enough():
     def one_round(r):
-        return evaluate.CorpusBound(100.0 + r, 6.0, 90.0, 4.0, 6.0, 80.0, 3.0, 91.0, passes=8)
+        return bounds.CorpusBound(100.0 + r, 6.0, 90.0, 4.0, 6.0, 80.0, 3.0, 91.0, passes=8)
 
-    total = evaluate.bound_until(one_round, target=3.1, most=100)
+    total = bounds.bound_until(one_round, target=3.1, most=100)
     assert (total.passes, total.bound, total.normalised) == (4 * 8, 101.5, 80.0)
     assert total.bound_standard_error == pytest.approx(3.0)
     assert total.normalised_standard_error == pytest.approx(1.5)
-    assert evaluate.bound_until(one_round, target=0.1, most=3).passes == 3 * 8
-    assert evaluate.bound_until(one_round, target=9.0, most=3).passes == 8
-    assert evaluate.bound_until(one_round, target=0.31, most=100, tokens=10).passes == 4 * 8
+    assert bounds.bound_until(one_round, target=0.1, most=3).passes == 3 * 8
+    assert bounds.bound_until(one_round, target=9.0, most=3).passes == 8
+    assert bounds.bound_until(one_round, target=0.31, most=100, tokens=10).passes == 4 * 8
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -41,9 +43,9 @@ def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
         return score_fn
 
     bias = jnp.linspace(-0.5, 0.5, graph.dim)
-    bound_fn = evaluate.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3)
+    bound_fn = bounds.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3)
     totals = [
-        evaluate.corpus_bound(
+        bounds.corpus_bound(
             bound_fn, bias, jax.random.key(1), blocks, passes=4, batch_size=size, t_min=1e-3
         )
         for size in (1, 4, 11, 32)
@@ -68,10 +70,10 @@ def test_the_corpus_bound_over_a_mesh_is_that_of_one_device():
     def make_score_fn(bias, is_token):
         return lambda xt, sigma: DenseScores(bias + jnp.zeros((*xt.shape, graph.dim)), xt, 5)
 
-    bound_fn = evaluate.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3)
+    bound_fn = bounds.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3)
     mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
     one, many = (
-        evaluate.corpus_bound(
+        bounds.corpus_bound(
             bound_fn, 0.5, jax.random.key(1), blocks, passes=2, batch_size=3, t_min=1e-3, mesh=mesh
         )
         for mesh in (None, mesh)
@@ -86,7 +88,7 @@ def test_the_corpus_bound_stops_when_asked():
         calls.append(arguments)
         raise AssertionError("asked to stop before the first call")
 
-    stopped = evaluate.corpus_bound(
+    stopped = bounds.corpus_bound(
         bound_fn,
         None,
         None,
@@ -101,7 +103,7 @@ def test_the_corpus_bound_stops_when_asked():
 
 def test_the_bigram_of_a_long_corpus_is_that_of_its_parts(monkeypatch):
     blocks = np.asarray(jax.random.randint(jax.random.key(0), (9000, 128), 0, 3))  # > 2^20 tokens
-    model = evaluate.Bigram(blocks, 3)
+    model = ngrams.Bigram(blocks, 3)
     expected = np.zeros((3, 3), int)
     np.add.at(expected, (blocks[:, :-1].ravel(), blocks[:, 1:].ravel()), 1)
     np.testing.assert_array_equal(model.counts, expected.ravel())
@@ -109,9 +111,9 @@ def test_the_bigram_of_a_long_corpus_is_that_of_its_parts(monkeypatch):
 
 
 def test_units_are_converted_by_their_definitions():
-    total = evaluate.CorpusBound(100.0, 1.0, 90.0, 4.0, 6.0, None, None, 91.0, passes=8)
+    total = bounds.CorpusBound(100.0, 1.0, 90.0, 4.0, 6.0, None, None, 91.0, passes=8)
     sizes = {"tokens": 50, "characters": 200, "words": 40}
-    units = evaluate.in_units(total, **sizes)
+    units = bounds.in_units(total, **sizes)
     assert units["nats_per_token"]["bound"] == 2.0
     assert units["bits_per_character"]["bound"] == pytest.approx(0.5 / math.log(2.0))
     assert units["bits_per_character"]["bound_standard_error"] == pytest.approx(
@@ -121,14 +123,14 @@ def test_units_are_converted_by_their_definitions():
     assert units["perplexity_per_word"]["bound"] == pytest.approx(math.exp(2.5))
     assert units["nats_per_token"]["normalised"] is None
     assert set(units["perplexity_per_token"]) == {"bound", "normalised", "paper_protocol"}
-    assert evaluate.one_in_units(100.0, **sizes) == pytest.approx(
+    assert bounds.one_in_units(100.0, **sizes) == pytest.approx(
         {unit: values["bound"] for unit, values in units.items()}
     )
 
 
 def test_the_unigram_and_bigram_are_the_counted_ones():
     blocks = np.array([[0, 1, 0, 1, 2]], np.int32)
-    model = evaluate.Bigram(blocks, 4)
+    model = ngrams.Bigram(blocks, 4)
     unigram = np.array([3, 3, 2, 1]) / 9
     text = np.array([[1, 0, 3]], np.int32)
     assert model.unigram_nats(text) == pytest.approx(-np.log(unigram[[1, 0, 3]]).sum())
@@ -141,7 +143,7 @@ def test_the_unigram_and_bigram_are_the_counted_ones():
 
 def test_the_bigram_is_a_distribution_after_every_token():
     blocks = np.asarray(jax.random.randint(jax.random.key(0), (3, 40), 0, 6)).astype(np.int32)
-    model = evaluate.Bigram(blocks, 7)  # token 6 never came: the unigram follows it
+    model = ngrams.Bigram(blocks, 7)  # token 6 never came: the unigram follows it
     for first in range(7):
         start = -model.unigram_nats(np.array([[first]]))
         pairs = np.array([[first, second] for second in range(7)], np.int32)

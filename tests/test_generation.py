@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from sedd_jax.evaluate.generation import distinct, generative_perplexity, unigram_entropy
-from sedd_jax.evaluate.mauve import known_tokens, mauve, mauve_of_repeats
+from sedd_jax.evaluation.generation import distinct, generative_perplexity, unigram_entropy
+from sedd_jax.evaluation.mauve import known_tokens, mauve, mauve_of_repeats
 
 
 def test_generative_perplexity_is_either_mean_of_hand_numbers():

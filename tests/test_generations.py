@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from sedd_jax import generations
 from sedd_jax.cli import eval_command, prepare_command
-from sedd_jax.evaluate.scorer import load_scorer
-from sedd_jax.loading import load
+from sedd_jax.evaluation import generations
+from sedd_jax.evaluation.scorer import load_scorer
+from sedd_jax.inference.pretrained import load
 
 
 def evaluate(kind, *arguments):

@@ -16,12 +16,12 @@ from golden_set import GRAPHS, SETTINGS, arrays, relative_error, relative_norm
 
 from configs import base
 from sedd_jax import state
-from sedd_jax.config import make_optimizer
 from sedd_jax.convert import from_original, to_original
 from sedd_jax.diffusion import samplers
 from sedd_jax.diffusion.graphs import Absorbing, lift
 from sedd_jax.diffusion.losses import dwdse_at
 from sedd_jax.diffusion.scores import DenseScores
+from sedd_jax.experiment import make_optimizer
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 

@@ -13,8 +13,8 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 
-from sedd_jax.evaluate import scorer as scorers
-from sedd_jax.evaluate.scorer import SCORERS, load_scorer
+from sedd_jax.evaluation import scorer as scorers
+from sedd_jax.evaluation.scorer import SCORERS, load_scorer
 from sedd_jax.kernels import vocab_reduce
 from sedd_jax.kernels.attention import attention
 from sedd_jax.models import gpt2

@@ -12,6 +12,7 @@ from local_hub import NOWHERE, OWNER
 from original_models import TOKENIZER, golden
 
 import sedd_jax
+from sedd_jax import experiment
 from sedd_jax.data.tokenizers import Ids
 
 
@@ -137,14 +138,13 @@ def test_the_package_is_imported_quickly_and_touches_no_device():
 
 @pytest.mark.long
 def test_a_model_of_sedd_smalls_size_is_loaded_and_sampled_within_3_gib(tmp_path):
-    from sedd_jax import config as configuration
     from sedd_jax import convert
     from sedd_jax.configs import openwebtext_small
 
     config = openwebtext_small.get_config()
-    graph = configuration.make_graph(config, 50257)
-    network = configuration.make_model(config, graph)
-    params = configuration.init_params(config, network, jax.random.key(0))
+    graph = experiment.make_graph(config, 50257)
+    network = experiment.make_model(config, graph)
+    params = experiment.init_params(config, network, jax.random.key(0))
     convert.write_folder(
         tmp_path / "small",
         config=config,

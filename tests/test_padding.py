@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax import config as configuration
-from sedd_jax import evaluate
+from sedd_jax import experiment
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.losses import dwdse_at
 from sedd_jax.diffusion.schedules import LogLinear
+from sedd_jax.inference import bounds
 from sedd_jax.models.head import make_score_fn
 
 LENGTHS = (3, 8, 5)
@@ -21,8 +21,8 @@ def parts(request, tiny_config):
     """Graph, network and parameters without zeros, for 11 tokens."""
     graph = GRAPHS[request.param](11)
     tiny_config.model.dropout = 0.0
-    model = configuration.make_model(tiny_config, graph)
-    params = configuration.init_params(tiny_config, model, jax.random.key(0))
+    model = experiment.make_model(tiny_config, graph)
+    params = experiment.init_params(tiny_config, model, jax.random.key(0))
     params = jax.tree.map(
         lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size) + 1.0).reshape(p.shape), params
     )
@@ -81,7 +81,7 @@ def test_the_gradient_of_the_loss_does_not_see_the_padding(parts):
 
 def test_the_bound_of_padded_rows_counts_their_tokens_alone(parts):
     graph, model, params = parts
-    bound_fn = evaluate.make_bound_fn(
+    bound_fn = bounds.make_bound_fn(
         lambda params, is_token: make_score_fn(model, params, graph, is_token=is_token),
         graph,
         LogLinear(),
@@ -89,7 +89,7 @@ def test_the_bound_of_padded_rows_counts_their_tokens_alone(parts):
     )
 
     def total(blocks, seed=0):
-        return evaluate.corpus_bound(
+        return bounds.corpus_bound(
             bound_fn, params, jax.random.key(seed), blocks, passes=64, batch_size=3, t_min=1e-3
         )
 

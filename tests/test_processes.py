@@ -19,8 +19,8 @@ import pytest
 from conftest import REPOSITORY, command_line, says
 from test_train import assert_bit_equal, checkpoint_steps, logged_steps, restored
 
-from sedd_jax import processes
-from sedd_jax.processes import Job
+from sedd_jax.parallel import processes
+from sedd_jax.parallel.processes import Cluster
 
 CHANGES = {
     "model__dropout": 0.1,
@@ -273,7 +273,7 @@ def test_a_coordinator_that_does_not_answer_is_an_error_in_the_time_that_was_giv
 def test_a_stuck_process_writes_its_stacks_and_ends(tmp_path):
     code = (
         "import time\n"
-        "from sedd_jax.progress import Watchdog\n"
+        "from sedd_jax.training.progress import Watchdog\n"
         "with Watchdog(1) as watchdog:\n"
         "    for _ in range(8):\n"
         "        watchdog.alive(); time.sleep(0.25)\n"
@@ -303,13 +303,13 @@ def test_a_stopped_process_ends_the_whole_group(tmp_path):
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        (Job(coordinator="h:1"), ("process_count None", "give all three")),
-        (Job("h:1", 2, 2), ("process_index 2 is not in [0, 2)",)),
-        (Job("h", 2, 0), ("coordinator 'h' is no HOST:PORT",)),
-        (Job("h:70000", 2, 0), ("'h:70000' is no HOST:PORT",)),
-        (Job(coordinator_bind="all"), ("coordinator_bind 'all' is no HOST:PORT",)),
-        (Job(join_timeout=0), ("join_timeout 0 is below 1",)),
-        (Job(heartbeat=-1), ("heartbeat -1 is below 1",)),
+        (Cluster(coordinator="h:1"), ("process_count None", "give all three")),
+        (Cluster("h:1", 2, 2), ("process_index 2 is not in [0, 2)",)),
+        (Cluster("h", 2, 0), ("coordinator 'h' is no HOST:PORT",)),
+        (Cluster("h:70000", 2, 0), ("'h:70000' is no HOST:PORT",)),
+        (Cluster(coordinator_bind="all"), ("coordinator_bind 'all' is no HOST:PORT",)),
+        (Cluster(join_timeout=0), ("join_timeout 0 is below 1",)),
+        (Cluster(heartbeat=-1), ("heartbeat -1 is below 1",)),
     ],
 )
 def test_a_job_that_cannot_be_joined_is_refused(job, message):
@@ -338,12 +338,12 @@ def test_a_cluster_is_known_by_its_environment(monkeypatch, environment, kind):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes.cluster() == kind
+    assert processes.kind_of_cluster() == kind
 
 
 def test_one_process_agrees_with_itself():
     assert processes.gather_text("ä") == ["ä"]
-    assert processes.leader(lambda: {"step": 3}) == {"step": 3}
-    assert processes.leader_first(lambda: "made") == "made"
+    assert processes.on_first_process(lambda: {"step": 3}) == {"step": 3}
+    assert processes.first_then_others(lambda: "made") == "made"
     with says("no room"):
-        processes.together(lambda: (_ for _ in ()).throw(ValueError("no room")))
+        processes.on_all_processes(lambda: (_ for _ in ()).throw(ValueError("no room")))

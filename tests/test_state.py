@@ -6,10 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from sedd_jax import config as configuration
-from sedd_jax import sharding, state
+from sedd_jax import experiment, state
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.losses import Loss
+from sedd_jax.parallel import sharding
 
 BIG = {"model.hidden_size": 32, "model.heads": 4, "train.batch_size": 16}
 
@@ -19,12 +19,12 @@ def parts(config, *, devices=None, mesh=None, loss_fn=None):
     for key, value in BIG.items():
         section, name = key.split(".")
         config[section][name] = value
-    graph = configuration.make_graph(config, 27)
+    graph = experiment.make_graph(config, 27)
     mesh = sharding.make_mesh(mesh or {"data": -1, "fsdp": 1, "tensor": 1}, devices)
-    model = configuration.make_model(config, graph, mesh)
-    optimizer = configuration.make_optimizer(config)
-    loss_fn = loss_fn or configuration.make_loss_fn(
-        config, model, graph, configuration.make_schedule(config)
+    model = experiment.make_model(config, graph, mesh)
+    optimizer = experiment.make_optimizer(config)
+    loss_fn = loss_fn or experiment.make_loss_fn(
+        config, model, graph, experiment.make_schedule(config)
     )
     step = state.make_train_step(
         loss_fn,
@@ -35,7 +35,7 @@ def parts(config, *, devices=None, mesh=None, loss_fn=None):
     )
 
     def fresh():
-        params = configuration.init_params(config, model, jax.random.key(0))
+        params = experiment.init_params(config, model, jax.random.key(0))
         # At the start every gate and the head are zero: nothing but the head would be trained.
         params = jax.tree.map(
             lambda p: p + 0.02 * jnp.cos(jnp.arange(p.size) + 1.0).reshape(p.shape), params
@@ -261,7 +261,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
 @pytest.mark.parametrize("count", [1, 2])
 def test_arrays_are_on_one_cpu_where_the_mesh_has_one(count):
     mesh = sharding.make_mesh({"data": count, "fsdp": 1, "tensor": 1}, jax.devices()[:count])
-    assert sharding.OnMesh(mesh).is_one_cpu == (count == 1)
+    assert sharding.Placement(mesh).is_one_cpu == (count == 1)
 
 
 def test_a_parameter_without_a_rule_or_that_does_not_divide_is_refused():

@@ -13,10 +13,11 @@ import pytest
 from conftest import command_line, start
 
 from sedd_jax import config as configuration
-from sedd_jax import state
-from sedd_jax.checkpoint import Checkpoints
-from sedd_jax.progress import Signals, TrainingStopped, lines_up_to
-from sedd_jax.train import check_workdir, train
+from sedd_jax import experiment, state
+from sedd_jax.runs.checkpoint import Checkpoints
+from sedd_jax.runs.workdir import check_workdir
+from sedd_jax.training.progress import Signals, TrainingStopped, lines_up_to
+from sedd_jax.training.train import train
 
 
 def restored(workdir):
@@ -206,13 +207,13 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path, tiny_config):
 def test_training_on_nothing_but_nan_stops_with_the_reason_and_keeps_the_parameters(
     tmp_path, tiny_config, monkeypatch
 ):
-    make = configuration.make_loss_fn
+    make = experiment.make_loss_fn
 
     def poisoned(*parts):
         loss_fn = make(*parts)
         return lambda *given: jax.tree.map(lambda x: x * np.nan, loss_fn(*given))
 
-    monkeypatch.setattr(configuration, "make_loss_fn", poisoned)
+    monkeypatch.setattr(experiment, "make_loss_fn", poisoned)
     tiny_config.train.max_skipped = 3
     tiny_config.train.log_every = 4  # three in a row within a window are seen at its end
     with pytest.raises(TrainingStopped, match="not finite in 4 steps in a row by step 4"):
@@ -285,13 +286,11 @@ def test_an_interrupted_start_leaves_a_workdir_that_can_be_started(tmp_path, tin
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tiny_run, tiny_config):
     tiny_config.model.hidden_size = 32
-    graph = configuration.make_graph(tiny_config, 103)
-    model = configuration.make_model(tiny_config, graph)
-    optimizer = configuration.make_optimizer(tiny_config)
+    graph = experiment.make_graph(tiny_config, 103)
+    model = experiment.make_model(tiny_config, graph)
+    optimizer = experiment.make_optimizer(tiny_config)
     shape = jax.eval_shape(
-        lambda: state.init(
-            configuration.init_params(tiny_config, model, jax.random.key(0)), optimizer
-        )
+        lambda: state.init(experiment.init_params(tiny_config, model, jax.random.key(0)), optimizer)
     )
     with (
         Checkpoints(tiny_run / "checkpoints") as checkpoints,

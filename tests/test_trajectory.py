@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from conftest import real, says
 
+from sedd_jax.cli.terminal import TerminalView, screenful
 from sedd_jax.data.tokenizers import GPT2, Bytes, Characters
-from sedd_jax.trajectory import Film, State, show
-from sedd_jax.trajectory.film import _changes
-from sedd_jax.trajectory.terminal import Redrawn, screenful
+from sedd_jax.inference.film import Animation, _changes, show
+from sedd_jax.inference.trajectory import State
 
 HOSTILE = (
     "</script><script>document.body.dataset.owned = 1</script><!-- <script> "
@@ -64,7 +64,7 @@ def test_a_state_in_a_notebook_escapes_its_text_and_stops_after_a_few():
     assert text_of(shown, "p") == HOSTILE * 4
     half = Characters("\ud800\n")
     state = State(0, 1, np.array([[0]]), np.array([[True]]), half)
-    assert "\ufffd" in state._repr_html_() and "\ufffd" in Film([state], "\ud800").html
+    assert "\ufffd" in state._repr_html_() and "\ufffd" in Animation([state], "\ud800").html
 
 
 def test_every_fault_of_states_is_named(tmp_path):
@@ -77,7 +77,7 @@ def test_every_fault_of_states_is_named(tmp_path):
     a, b = some_states("ab"), some_states("abc")
     for states in ([a[0], b[1]], [*a, *b], [*a, *a[1:]], [a[0], some_states("ab", samples=2)[1]]):
         with says(f"{len(states)} states differ in their steps, samples or lengths; give those"):
-            Film(states)
+            Animation(states)
     with says("no folder for the page", "none/a.html"):
         show(iter([]), path=tmp_path / "none/a.html")
 
@@ -94,7 +94,7 @@ def test_a_terminal_gets_lines_that_fit_and_no_control_characters():
 def test_a_terminal_is_redrawn_in_place_and_left_as_it_was(monkeypatch):
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((11, 7)))
     terminal = io.StringIO()
-    redrawn = Redrawn(terminal)
+    redrawn = TerminalView(terminal)
     first, *_, last = some_states("abc")
     redrawn.draw(first)
     redrawn.draw(last)
@@ -138,7 +138,7 @@ def test_batches_that_came_one_after_the_other_make_one_film():
         for rows in (slice(2), slice(2, 3))
         for s in together
     ]
-    assert Film(batches).html == Film(together).html
+    assert Animation(batches).html == Animation(together).html
 
 
 @cache
@@ -153,7 +153,7 @@ def test_a_film_of_128_states_of_1024_tokens_is_small(uniform, most):
     # With noise drawn anew for every state, more than any sampler changes.
     states = some_states(text, gpt2(), updates=127, uniform=uniform)
     assert len(states) == 128 and states[0].tokens.shape[1] >= 1000
-    assert len(Film(states).html.encode()) < most * 1e6
+    assert len(Animation(states).html.encode()) < most * 1e6
 
 
 def test_the_page_holds_no_address_and_no_markup_of_a_text(tmp_path):
@@ -164,7 +164,7 @@ def test_the_page_holds_no_address_and_no_markup_of_a_text(tmp_path):
     assert film.states[-1].texts == [HOSTILE]
     assert film._repr_html_().count("<iframe") == film._repr_html_().count("</iframe>") == 1
     assert film.save(tmp_path / "film.html").stat().st_size == len(page.encode())
-    page = Film(some_states("some text")).html
+    page = Animation(some_states("some text")).html
     assert "default-src 'none'" in page and not re.search(r"https?:|src=|@import|url\(", page)
 
 
@@ -193,7 +193,7 @@ class Notebook:
 
 def test_a_notebook_shows_the_states_in_one_output_and_the_film_in_the_end(monkeypatch):
     notebook = Notebook(monkeypatch, kernel=object())
-    monkeypatch.setattr("sedd_jax.trajectory.film.PAUSE", 0.0)
+    monkeypatch.setattr("sedd_jax.inference.film.PAUSE", 0.0)
     states = some_states("some text")
     film = show(iter(states))
     shown = [state._repr_html_() for state in states]
@@ -286,7 +286,7 @@ def test_an_error_in_a_page_would_be_seen(browse):
 
 def test_the_page_shows_the_sample_and_its_states(browse):
     states = some_states(HOSTILE, known=4, samples=2)
-    film = Film(states, title=HOSTILE)
+    film = Animation(states, title=HOSTILE)
     for fragment, state, n in (
         ("", -1, 0),
         ("#state=0", 0, 0),
@@ -308,11 +308,11 @@ def test_the_page_shows_the_sample_and_its_states(browse):
 
 def test_what_just_changed_is_highlighted_and_a_film_of_one_state_is_shown(browse):
     states = some_states("some text", uniform=True)
-    document = browse(Film(states).html, "#state=3")
+    document = browse(Animation(states).html, "#state=3")
     changed = states[3].tokens != states[2].tokens
     assert len(re.findall(r"--heat: 1(?:\.00)?;", document)) == changed.sum() > 0
     assert "masked</span>" in document and 'id="says-masked" hidden' in document
-    document = browse(Film(states[:1]).html)
+    document = browse(Animation(states[:1]).html)
     assert text_of(document, "text") == states[0].texts[0] and "data-errors" not in document
 
 
@@ -335,7 +335,7 @@ def test_the_page_answers_to_keys_and_pointer(browse):
       seen.push(document.body.className, get("play").ariaLabel);
       document.body.dataset.seen = JSON.stringify(seen);
     }</script></body>"""
-    document = browse(Film(states).html.replace("</body>", acts))
+    document = browse(Animation(states).html.replace("</body>", acts))
     assert "data-errors" not in document
     seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', document)[1]))
     assert seen == [
@@ -355,7 +355,7 @@ def settled(states, position):
 
 
 def test_the_page_works_inside_a_notebooks_frame(browse):
-    film = Film(some_states(HOSTILE), title=HOSTILE)
+    film = Animation(some_states(HOSTILE), title=HOSTILE)
     page = f"""<html><head></head><body>{film._repr_html_()}<pre id="found"></pre><script>
     onload = () => setTimeout(() => {{
       const frame = document.querySelector("iframe"), inside = frame.contentDocument;

@@ -16,7 +16,8 @@ from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.kernels.attention import attention
 from sedd_jax.models.head import HeadScores, make_score_fn
-from sedd_jax.models.transformer import Anywhere, Output, Transformer, rotate, sigma_embedding
+from sedd_jax.models.transformer import Output, Transformer, rotate, sigma_embedding
+from sedd_jax.parallel.sharding import Placement
 
 graphs = pytest.mark.parametrize("name", GRAPHS)
 GPT2 = 50257
@@ -232,7 +233,7 @@ def test_head_scores_answer_as_the_scores_of_their_table(name):
     xt = jnp.tile(jnp.array([VOCAB - 1, graph.dim - 1, 4]), (rows, 1))
     log_scale = graph.log_scale(jnp.full((rows, 1), 0.3))
     output = Output(*map(jnp.asarray, (hidden, weight, bias)))
-    head = HeadScores(output, xt, log_scale, VOCAB, Anywhere())
+    head = HeadScores(output, xt, log_scale, VOCAB, Placement())
 
     table = np.einsum("lc,vc->lv", hidden[0], weight) + bias - np.asarray(log_scale)[0]
     table[np.arange(3), xt[0]] = 0.0

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sedd_jax.diffusion.draws import categorical
 from sedd_jax.kernels import vocab_reduce
-from sedd_jax.kernels.vocab_reduce import Tile, draw, total_and_pick
+from sedd_jax.kernels.vocab_reduce import Tile, total_and_pick
+
+draw = functools.partial(vocab_reduce.draw, categorical=categorical)
 
 BATCH, LENGTH, SIZE, VOCAB = 2, 7, 5, 11
 # One logit at a time; a ragged last block of positions, of tokens (by 1 and by 3), of both;

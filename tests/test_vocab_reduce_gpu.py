@@ -14,8 +14,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sedd_jax.dry_run.targets import parse_target
 from sedd_jax.kernels import vocab_reduce_gpu as kernels
+from sedd_jax.training.dry_run.targets import parse_target
 
 # No last block is whole: 300 tokens are some and a ragged one, 200 channels two chunks of bfloat16,
 # and four of float32 in two groups. Few shapes, because each is compiled for seconds.

@@ -28,8 +28,8 @@ def run_parser(name: str, description: str, workdir: str) -> argparse.ArgumentPa
 
 def check_run(source: Path, remedy: str) -> None:
     """ValueError for a model alone where the command needs its run; what is no model, load refuses."""
+    from sedd_jax import hub
     from sedd_jax.convert.folder import PICKLED, WEIGHTS
-    from sedd_jax.data import hub
 
     if any((source / name).is_file() for name in (WEIGHTS, PICKLED)):
         found = f"{str(source)!r} is an exported model, which has no records of its own"

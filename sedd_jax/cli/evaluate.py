@@ -70,7 +70,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
 def _records(options: argparse.Namespace, model) -> tuple:
     """(records, split) that --records and --split name for a run's model."""
     from sedd_jax import data
-    from sedd_jax.train import open_records
+    from sedd_jax.runs.workdir import open_records
 
     if options.records is not None:
         return data.open_records(options.records), options.split or "test"
@@ -112,12 +112,13 @@ def _likelihood(name: str, argv: list[str]) -> None:
         check_run(options.workdir, NEEDS_RECORDS)
     elif options.workdir is not None and options.baselines:
         check_run(options.workdir, "leave --baselines out")
-    from sedd_jax import data, report
-    from sedd_jax.loading import load
-    from sedd_jax.train import open_records
+    from sedd_jax import data
+    from sedd_jax.evaluation import report
+    from sedd_jax.inference.pretrained import load
+    from sedd_jax.runs.workdir import open_records
 
     if options.gpt2 is not None:
-        from sedd_jax.evaluate.scorer import load_scorer
+        from sedd_jax.evaluation.scorer import load_scorer
 
         result = report.evaluate_gpt2(
             load_scorer(options.gpt2),
@@ -177,8 +178,8 @@ def _chosen(options: argparse.Namespace, *more: str) -> dict[str, Any]:
 
 
 def _model_and_scorer(options: argparse.Namespace):
-    from sedd_jax.evaluate.scorer import load_scorer
-    from sedd_jax.loading import load
+    from sedd_jax.evaluation.scorer import load_scorer
+    from sedd_jax.inference.pretrained import load
 
     model = load(options.workdir)
     return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
@@ -190,7 +191,7 @@ def _generative_perplexity(name: str, argv: list[str]) -> None:
     _add_samples(parser)
     parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
     options = parser.parse_args(argv)
-    from sedd_jax import generations
+    from sedd_jax.evaluation import generations
 
     result = generations.generative_perplexity(
         *_model_and_scorer(options), **_chosen(options, "num_samples", "length", "steps")
@@ -212,8 +213,7 @@ def _mauve(name: str, argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.records is None:
         check_run(options.workdir, NEEDS_RECORDS)
-    from sedd_jax import generations, report
-    from sedd_jax.evaluate import mauve
+    from sedd_jax.evaluation import generations, mauve, report
 
     mauve.check(
         options.form,
@@ -248,7 +248,7 @@ def _pareto(name: str, argv: list[str]) -> None:
         raise ValueError(f"--steps {options.steps!r} is not like 32,64,128")
     if options.picture:
         check_matplotlib("--picture")
-    from sedd_jax import generations
+    from sedd_jax.evaluation import generations
 
     results = generations.pareto(
         *_model_and_scorer(options),

@@ -12,8 +12,8 @@ def run(name: str, argv: list[str]) -> None:
     parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")
     options = parser.parse_args(argv)
-    from sedd_jax.loading import load
-    from sedd_jax.report import report, table
+    from sedd_jax.evaluation.report import report, table
+    from sedd_jax.inference.pretrained import load
 
     check_run(options.workdir, "for its bound give --records to sedd-eval likelihood")
     check_matplotlib(name)

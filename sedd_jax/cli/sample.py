@@ -42,8 +42,8 @@ def run(name: str, argv: list[str]) -> None:
     if options.out is not None and options.out == options.html:
         raise ValueError(f"--out and --html are both {str(options.out)!r}; give two paths")
     from sedd_jax import data
-    from sedd_jax.loading import load
-    from sedd_jax.trajectory import Film
+    from sedd_jax.inference.film import Animation
+    from sedd_jax.inference.pretrained import load
 
     source = options.workdir or options.model
     model = load(source)
@@ -86,7 +86,7 @@ def run(name: str, argv: list[str]) -> None:
                     count += 1
     if options.html:
         steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {chosen['seed']}"
-        Film(film, f"{Path(source).name}: {steps}").save(options.html)
+        Animation(film, f"{Path(source).name}: {steps}").save(options.html)
 
 
 def _check_new(flag: str, path: Path | None) -> None:
@@ -103,9 +103,9 @@ def _watched(states, total: int, is_live: bool):
     """The states as they come, with a bar or with the first text itself in the terminal."""
     from tqdm import tqdm
 
-    from sedd_jax.trajectory.terminal import Redrawn
+    from sedd_jax.cli.terminal import TerminalView
 
-    redrawn = Redrawn(sys.stdout) if is_live else None
+    redrawn = TerminalView(sys.stdout) if is_live else None
     hidden = redrawn is not None or not sys.stderr.isatty()
     with tqdm(desc="sample", unit=" steps", total=total, disable=hidden) as bar:
         last = 0

@@ -38,7 +38,7 @@ class Request(NamedTuple):
 
     config: ConfigDict
     workdir: Path | None
-    job: Any  # processes.Job
+    cluster: Any  # processes.Cluster
     requeue_status: int
     target: str | None  # of a dry run; None: no dry run
     vocab_size: int | None
@@ -47,7 +47,7 @@ class Request(NamedTuple):
 def parse_train(name: str, argv: list[str]) -> Request:
     """--config=FILE[:ARGUMENT], --config.key=value, --workdir=DIR and the flags of `USAGE`."""
     from sedd_jax.config import RULES
-    from sedd_jax.processes import Job
+    from sedd_jax.parallel.processes import Cluster
 
     argv = [_find_config(argument) for argument in argv]
     for argument in argv:
@@ -68,7 +68,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
     for flag in ("vocab_size", "process_count", "process_index"):
         flags.DEFINE_integer(flag, None, "", flag_values=values)
     for flag in ("join_timeout", "heartbeat"):
-        flags.DEFINE_integer(flag, Job._field_defaults[flag], "", flag_values=values)
+        flags.DEFINE_integer(flag, Cluster._field_defaults[flag], "", flag_values=values)
     flags.DEFINE_integer("requeue_status", 0, "", 0, 255, flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
     rest = values([name, *argv])[1:]
@@ -88,7 +88,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
     return Request(
         config=values.config,
         workdir=None if values.workdir is None else Path(values.workdir),
-        job=Job(**{field: values[field].value for field in Job._fields}),
+        cluster=Cluster(**{field: values[field].value for field in Cluster._fields}),
         requeue_status=values.requeue_status,
         target=target,
         vocab_size=values.vocab_size,
@@ -132,9 +132,9 @@ def run(name: str, argv: list[str]) -> int:
     request = parse_train(name, argv)
     if request.target is not None:
         return _dry_run(name, request)
-    from sedd_jax import processes
+    from sedd_jax.parallel import processes
 
-    processes.join(request.job)
+    processes.join(request.cluster)
     try:
         return _train_here(name, request)
     except Exception as error:
@@ -148,9 +148,9 @@ def run(name: str, argv: list[str]) -> int:
 
 
 def _train_here(name: str, request: Request) -> int:
-    from sedd_jax import processes
-    from sedd_jax.progress import TrainingStopped
-    from sedd_jax.train import train
+    from sedd_jax.parallel import processes
+    from sedd_jax.training.progress import TrainingStopped
+    from sedd_jax.training.train import train
 
     if not processes.is_first():  # one writes what all would
         logging.getLogger("sedd_jax").setLevel(logging.WARNING)
@@ -162,7 +162,7 @@ def _train_here(name: str, request: Request) -> int:
 
 
 def _dry_run(name: str, request: Request) -> int:
-    from sedd_jax.dry_run import describe, dry_run
+    from sedd_jax.training.dry_run import describe, dry_run
 
     estimate = dry_run(request.config, request.target, vocab_size=request.vocab_size)
     print(describe(estimate))

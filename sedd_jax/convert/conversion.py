@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from sedd_jax import config as configuration
 from sedd_jax.convert import folder as hub
 from sedd_jax.convert import names, original, run, workdir
-from sedd_jax.convert.placing import check_new
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
+from sedd_jax.files import check_new
 
 FORMS = ("hub", "original", "workdir")
 WEIGHTS = ("ema", "raw")

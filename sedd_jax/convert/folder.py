@@ -18,8 +18,8 @@ from sedd_jax import config as configuration
 from sedd_jax.configs import base
 from sedd_jax.convert import names, original, torch_files, weights
 from sedd_jax.convert.card import check_about, model_card
-from sedd_jax.convert.placing import appearing
 from sedd_jax.data import Tokenizer
+from sedd_jax.files import appearing, load_json
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _read_ours(file: Path) -> dict[str, Any]:
     """sedd_jax.json, its types checked."""
     if file.stat().st_size > MAX_OURS:
         raise ValueError(f"{str(file)!r} has over {MAX_OURS} bytes; get it again")
-    ours = weights.load_json(file.read_bytes(), repr(str(file)))
+    ours = load_json(file.read_bytes(), repr(str(file)))
     if ours.get("format") != FORMAT:
         raise ValueError(
             f"{str(file)!r} has format {ours.get('format')!r}, {FORMAT} is known; delete it, or "

@@ -11,7 +11,7 @@ import flax.traverse_util
 import numpy as np
 from ml_collections import ConfigDict
 
-from sedd_jax import config as configuration
+from sedd_jax import experiment
 from sedd_jax.models.transformer import FREQUENCIES, MLP_RATIO, ROTARY_BASE
 
 BUFFER = "rotary_emb.inv_freq"  # of the original's model; it follows from the sizes
@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 def sizes_of(config: ConfigDict, vocab_size: int) -> Sizes:
     """The sizes of the config's model over vocab_size clean tokens."""
     model = config.model
-    dim = configuration.make_graph(config, vocab_size).dim
+    dim = experiment.make_graph(config, vocab_size).dim
     return Sizes(dim, model.hidden_size, model.blocks, model.heads, model.cond_dim)
 
 

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from sedd_jax import config as configuration
 from sedd_jax.configs import base
 from sedd_jax.convert.fields import FIELDS, NEEDED, THEIRS_ALONE, Field, Kind
-from sedd_jax.convert.weights import load_json
 from sedd_jax.data import CORPORA
+from sedd_jax.files import load_json
 
 EPS = 1e-3  # of the original's log-linear noise, which has no field for it
 MAX_FILE = 1 << 20  # bytes of a config

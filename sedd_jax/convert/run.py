@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from sedd_jax import config as configuration
 from sedd_jax.convert import names, original, torch_files, workdir
 from sedd_jax.convert.folder import check_tokenizer
-from sedd_jax.convert.placing import appearing, check_new
 from sedd_jax.convert.workdir import Moments
 from sedd_jax.data import Tokenizer
+from sedd_jax.files import appearing, check_new
 
 YAML = Path(".hydra/config.yaml")
 NEWEST = Path("checkpoints-meta/checkpoint.pth")

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sedd_jax.convert.torch_child import ANSWER, FACTS, TENSORS
-from sedd_jax.convert.weights import Tensors, load_json, open_tensors, sync_folder, write_tensors
+from sedd_jax.convert.weights import Tensors, open_tensors, write_tensors
+from sedd_jax.files import load_json, sync_folder
 
 MAX_FILE = 32 << 30  # bytes
 MAX_PICKLE = 64 << 20  # bytes of the pickle in it, which holds names and places but no numbers

@@ -7,21 +7,21 @@ is read. Tensors are read and written one by one. Imports no jax: the child proc
 Source: github.com/huggingface/safetensors, README.
 """
 
-import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from sedd_jax.files import load_json, replacing, shown
+
 DIGEST = "sedd_jax.sha256"  # in the metadata of our own files
 MAX_HEADER = 100_000_000  # bytes, the format's own limit
-MAX_DEPTH = 32  # of JSON: whoever reads or copies it then may do so by recursion
 _PIECE = 1 << 20
 _ITEMS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -118,7 +118,7 @@ def compare(
     for fault, wrong in (("lacks", missing), ("has a tensor too many:", extra)):
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise ValueError(f"{where} {fault} {_shown(wrong[0])}{more}; {rule}")
+            raise ValueError(f"{where} {fault} {shown(wrong[0])}{more}; {rule}")
     for name, shape in {**expected, **optional}.items():
         if name in found and tuple(found[name]) != tuple(shape):
             raise ValueError(
@@ -142,7 +142,7 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with _replacing(file) as out:
+    with replacing(file) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             array = np.ascontiguousarray(tensors[name], "<f4").reshape(-1)
@@ -152,76 +152,6 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
             out.write(data)
         out.seek(8 + text.index(b"0" * 64))
         out.write(digest.hexdigest().encode())
-
-
-@contextlib.contextmanager
-def _replacing(file: Path):
-    """A file to write that takes `file`'s place when it is complete and on disk."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    out = part.open("xb")  # before the try: a file that is there already is not ours to delete
-    try:
-        with out:
-            yield out
-            out.flush()
-            os.fsync(out.fileno())
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Until the names in the folder are on disk."""
-    with contextlib.suppress(OSError):  # some file systems cannot
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def load_json(text: str | bytes, where: str) -> dict[str, Any]:
-    """A JSON object; ValueError for a name given twice, NaN, too deep a nesting or another type."""
-
-    def no_duplicates(pairs):
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{_shown(twice)} is there twice")
-        return found
-
-    def no_constants(word):
-        raise ValueError(f"{word} is no number of JSON")
-
-    try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constants)
-        inside = [value]
-        for _ in range(MAX_DEPTH):
-            inside = [child for node in inside for child in _children(node)]
-        if inside:
-            raise ValueError(f"it is nested over {MAX_DEPTH} deep")
-    except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{where} is no JSON: {reason}; get it again") from error
-    kind = type(value).__name__
-    if kind != "dict":
-        raise ValueError(f"{where} holds a {kind}, not an object; get it again")
-    return value
-
-
-def _children(node: Any) -> Iterable[Any]:
-    if isinstance(node, dict):
-        return node.values()
-    return node if isinstance(node, list) else ()
-
-
-def _shown(name: str, most: int = 60) -> str:
-    """A name from outside for a message: one line, not too long."""
-    plain = name if name.isprintable() else repr(name)
-    return plain if len(plain) <= most else plain[: most - 3] + "..."
 
 
 def _read_header(file: Path, most: int) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -249,7 +179,7 @@ def _read_header(file: Path, most: int) -> tuple[dict[str, Entry], dict[str, str
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.begin != place:
             kind = "overlap" if entry.begin < place else "leave a gap"
-            raise ValueError(f"tensors of {where} {kind} before {_shown(name)}; get it again")
+            raise ValueError(f"tensors of {where} {kind} before {shown(name)}; get it again")
         place = entry.end
     if place != size:
         raise ValueError(f"{where} has {size - place} bytes after its last tensor; get it again")
@@ -257,13 +187,13 @@ def _read_header(file: Path, most: int) -> tuple[dict[str, Entry], dict[str, str
 
 
 def _entry(name: str, value: Any, start: int, size: int, where: str) -> Entry:
-    fault = f"{_shown(name)} in {where}"
+    fault = f"{shown(name)} in {where}"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{fault} has no dtype, shape and data_offsets; get it again")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEMS:
-        shown = _shown(str(dtype))
-        raise ValueError(f"{fault} is stored as {shown}; known: {', '.join(_ITEMS)}")
+        kind = shown(str(dtype))
+        raise ValueError(f"{fault} is stored as {kind}; known: {', '.join(_ITEMS)}")
     for key, numbers in (("shape", shape), ("data_offsets", offsets)):
         # type, because True is an int to isinstance
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
@@ -300,6 +230,6 @@ def _check_digest(file: Path, entries: Mapping[str, Entry], wanted: str) -> None
                 left -= len(piece)
     if digest.hexdigest() != wanted:
         raise ValueError(
-            f"{str(file)!r} has sha256 {digest.hexdigest()}, its header says {_shown(wanted, 70)}: "
+            f"{str(file)!r} has sha256 {digest.hexdigest()}, its header says {shown(wanted, 70)}: "
             "it was damaged after it was written; get it again"
         )

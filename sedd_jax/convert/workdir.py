@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import sharding, state
-from sedd_jax.checkpoint import Checkpoints
-from sedd_jax.convert.placing import appearing, check_new
-from sedd_jax.convert.weights import load_json
+from sedd_jax import experiment, state
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
+from sedd_jax.files import appearing, check_new, load_json
+from sedd_jax.parallel import sharding
+from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -74,12 +74,10 @@ def newest_step(workdir: Workdir) -> int | None:
 
 
 def _shape(config: ConfigDict, vocab_size: int) -> TrainState:
-    model = configuration.make_model(config, configuration.make_graph(config, vocab_size))
-    optimizer = configuration.make_optimizer(config)
+    model = experiment.make_model(config, experiment.make_graph(config, vocab_size))
+    optimizer = experiment.make_optimizer(config)
     key = jax.random.key(0)
-    return jax.eval_shape(
-        lambda: state.init(configuration.init_params(config, model, key), optimizer)
-    )
+    return jax.eval_shape(lambda: state.init(experiment.init_params(config, model, key), optimizer))
 
 
 def _placed(shape: Any, mesh: Mesh | None = None) -> Any:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sedd_jax import files
 from sedd_jax.data.corpora import Corpus, files_of, pydoc, text
 from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.documents import Documents, prepare_documents
 from sedd_jax.data.prepare import prepare
-from sedd_jax.data.published import PUBLISHED, file_sha256, open_published
+from sedd_jax.data.published import PUBLISHED, open_published
 from sedd_jax.data.records import Records, open_records
 from sedd_jax.data.tokenizers import make_tokenizer, named_tokenizer
 
@@ -122,7 +123,7 @@ def text_source(path: str, heldout_fraction: float) -> dict[str, Any]:
     """What one's own text at `path` is: it changes with any byte of any file."""
     listing = hashlib.sha256()
     for label, file in files_of(path):
-        listing.update(f"{file_sha256(file)}  {label}\n".encode())
+        listing.update(f"{files.sha256(file)}  {label}\n".encode())
     return {
         "corpus": "text",
         "version": "1.0.0",

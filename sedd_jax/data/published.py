@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from sedd_jax import files
 from sedd_jax.data.corpora import PATH
 from sedd_jax.data.documents import (
     Choices,
@@ -295,7 +296,7 @@ def _given(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[st
     for archive in row.archives:
         path = folder / archive.name
         if path.is_file():
-            files[archive.name] = file_sha256(path)
+            files[archive.name] = files.sha256(path)
             if files[archive.name] != archive.sha256:
                 raise ValueError(
                     f"{path}: its sha256 {files[archive.name]} is not the published "
@@ -310,7 +311,7 @@ def _given(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[st
         top = PurePosixPath(pattern).parent
         labels = {path: (top / path.name).as_posix() for path in found}
         parts += [Part(path, {label: split}) for path, label in labels.items()]
-        hashes = {label: file_sha256(path) for path, label in labels.items()}
+        hashes = {label: files.sha256(path) for path, label in labels.items()}
         if "*" in pattern and hashes:  # thousands of files; what sha256sum prints of them
             listing = "".join(f"{hashes[label]}  {label}\n" for label in sorted(hashes))
             hashes = {pattern: hashlib.sha256(listing.encode()).hexdigest()}
@@ -336,12 +337,6 @@ def _find(folder: Path, pattern: str) -> list[Path]:
     return []
 
 
-def file_sha256(path: Path) -> str:
-    """Returns the sha256 of a file, in hex, in one pass."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _download(archive: Archive, folder: Path, progress: bool) -> Path:
     """Returns the archive in `folder`, fetched by TFDS and verified; its urls are tried in turn."""
     import requests
@@ -349,7 +344,7 @@ def _download(archive: Archive, folder: Path, progress: bool) -> Path:
     from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
     path = folder / archive.name
-    if path.is_file() and file_sha256(path) == archive.sha256:
+    if path.is_file() and files.sha256(path) == archive.sha256:
         return path
     sweep(folder, ".*.tmp-*")
     faults = []
@@ -363,7 +358,7 @@ def _download(archive: Archive, folder: Path, progress: bool) -> Path:
             with _one_bar(archive, temporary, progress):
                 manager = tfds.download.DownloadManager(download_dir=temporary)
                 found = Path(manager.download(url))
-            sha256 = file_sha256(found)
+            sha256 = files.sha256(found)
             if sha256 == archive.sha256:
                 os.replace(found, path)
                 return path

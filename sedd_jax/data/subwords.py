@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sedd_jax.data import hub
+from sedd_jax import hub
 
 PATH = "data.tokenizer_path (sedd-prepare: --tokenizer_path)"  # the setting, for errors
 LINE = 1000  # characters of a training sentence at most

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.laws import Law, Reveal, Table
+from sedd_jax.diffusion.reverse import Law, Reveal, Table
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import Scores, Sigma, Tokens
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graphs import Graph
-from sedd_jax.diffusion.laws import Law
+from sedd_jax.diffusion.reverse import Law
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
 

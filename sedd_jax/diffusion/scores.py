@@ -10,7 +10,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.draws import categorical
+from sedd_jax.diffusion.draws import categorical
 
 Tokens = jax.Array  # int32 [B, L]
 Sigma = jax.Array  # float32 [B, 1]: total noise, one value a sequence

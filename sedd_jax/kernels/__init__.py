@@ -12,11 +12,11 @@ ATTENTION = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
 HEAD = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
 
 
-def own(forms: Mapping[str, Any], platform: str) -> Any:
+def for_platform(forms: Mapping[str, Any], platform: str) -> Any:
     """What the platform of the devices, as jax names it, has in forms."""
     return forms["gpu" if platform in ("cuda", "rocm") else platform]
 
 
 def choose(forms: Mapping[str, str], named: str | None, platform: str) -> str:
     """The name of the form to use; named is None or "auto" for the platform's own."""
-    return own(forms, platform) if named in (None, "auto") else named
+    return for_platform(forms, platform) if named in (None, "auto") else named

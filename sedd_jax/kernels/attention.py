@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.kernels import ATTENTION, choose, own
+from sedd_jax.kernels import ATTENTION, choose, for_platform
 from sedd_jax.kernels.products import product, transposed
 from sedd_jax.kernels.residuals import packed, unpacked
 
@@ -53,7 +53,7 @@ def attention(
 
 def _xla(q, k, v, is_causal, lengths, platform):
     batch, length, heads, _ = q.shape
-    most = max(1, own(TILES, platform) // length**2)
+    most = max(1, for_platform(TILES, platform) // length**2)
     tile = next(n for n in range(min(most, batch * heads), 0, -1) if batch * heads % n == 0)
     if lengths is not None:
         lengths = jnp.repeat(lengths, heads)

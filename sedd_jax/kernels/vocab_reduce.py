@@ -14,8 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.draws import categorical
-from sedd_jax.kernels import HEAD, choose, own
+from sedd_jax.kernels import HEAD, choose, for_platform
 from sedd_jax.kernels.products import product, transposed
 
 
@@ -86,10 +85,13 @@ def draw(
     excluded: jax.Array,
     where: jax.Array | None = None,
     *,
+    categorical: Callable[[jax.Array, jax.Array], jax.Array],
     platform: str | None = None,
     block: int | None = None,
 ) -> jax.Array:
     """A token in proportion to exp(logit), never the excluded one, int32 [B, L]; 0 outside where.
+
+    categorical(key, log_weights [V]) draws one token, as diffusion.draws.categorical does.
 
     keys has one for each row, [B], and the noise of a position is keyed by its place: a draw
     depends neither on the block size (of positions, for tests) nor on what else is drawn. platform
@@ -99,7 +101,7 @@ def draw(
     vocab = weight.shape[0]
     where = jnp.ones(excluded.shape, bool) if where is None else where
     asked = _asked_first(where.reshape(-1))
-    most = own(DRAWN_LOGITS, platform or jax.default_backend())
+    most = for_platform(DRAWN_LOGITS, platform or jax.default_backend())
     size = block or max(1, min(batch * length, most // vocab))
     order = _padded(asked.order, size)
     flat = hidden.reshape(batch * length, -1)
@@ -214,7 +216,7 @@ class Xla:
 
     @classmethod
     def make(cls, platform: str, tile: Tile | None, count: int, vocab: int) -> "Xla":
-        return cls(tile or _fitted(own(TILES, platform), count, vocab))
+        return cls(tile or _fitted(for_platform(TILES, platform), count, vocab))
 
     def forward(self, hidden, weight, bias, excluded, targets, count):
         tile = self.tile

@@ -1,16 +1,17 @@
 """Scores answered from the last hidden state, without a table where none is asked for."""
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from sedd_jax.diffusion.draws import categorical
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.scores import ScoreFn, Tokens, Where
 from sedd_jax.kernels import vocab_reduce
 from sedd_jax.models.transformer import Output
+from sedd_jax.parallel.sharding import Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class HeadScores:
     xt: Tokens  # int32 [B, L]
     log_scale: jax.Array  # float32 [B, 1]
     vocab_size: int  # clean tokens: the first rows of the head
-    place: Any  # where the output lives: transformer.Anywhere, or sharding.OnMesh
+    placement: Placement  # where the output lives
     implementation: str = "auto"  # of kernels.vocab_reduce
 
     def log_score(self) -> jax.Array:
@@ -40,7 +41,7 @@ class HeadScores:
             hidden, *others = rows
             return reduce(hidden, *head, *others)
 
-        return self.place.over_rows(local, (hidden, self.xt, *rows), (weight, clean))
+        return self.placement.over_rows(local, (hidden, self.xt, *rows), (weight, clean))
 
     def total(self, where: Where = None) -> jax.Array:
         """Log of the sum of scores over clean y != x_l, [B, L]."""
@@ -51,7 +52,7 @@ class HeadScores:
 
         def reduce(*rows):
             return vocab_reduce.total_and_pick(
-                *rows, implementation=self.implementation, platform=self.place.platform
+                *rows, implementation=self.implementation, platform=self.placement.platform
             )
 
         total, pick = self._over_rows(reduce, targets, *_given(where))
@@ -71,7 +72,7 @@ class HeadScores:
             return jnp.einsum("blc,c->bl", hidden, clean[0], precision="highest") + clean[1] - own
 
         hidden, weight, bias = self.output
-        found = self.place.over_rows(local, (hidden, self.xt), (weight, bias))
+        found = self.placement.over_rows(local, (hidden, self.xt), (weight, bias))
         return found - (self.vocab_size - (self.xt < self.vocab_size)) * self.log_scale
 
     def draw(self, keys: jax.Array, where: Where = None) -> Tokens:
@@ -79,7 +80,14 @@ class HeadScores:
 
         def reduce(hidden, weight, bias, xt, keys, *where):
             return vocab_reduce.draw(
-                keys, hidden, weight, bias, xt, *where, platform=self.place.platform
+                keys,
+                hidden,
+                weight,
+                bias,
+                xt,
+                *where,
+                categorical=categorical,
+                platform=self.placement.platform,
             )
 
         return self._over_rows(reduce, keys, *_given(where))
@@ -108,6 +116,6 @@ def make_score_fn(
             {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
         )
         scale = graph.log_scale(sigma)
-        return HeadScores(output, xt, scale, graph.vocab_size, model.place, model.head)
+        return HeadScores(output, xt, scale, graph.vocab_size, model.placement, model.head)
 
     return score_fn

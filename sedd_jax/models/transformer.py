@@ -6,11 +6,10 @@ MASK. Parameters are float32. `dtype` is the dtype of the matrix products; the r
 layer norms and the modulation stay in float32.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 from sedd_jax.kernels.attention import attention
 from sedd_jax.kernels.products import Precision, linear
 from sedd_jax.kernels.residuals import remade
+from sedd_jax.parallel.sharding import Placement
 
 FREQUENCIES = 256
 MLP_RATIO = 4
@@ -33,41 +33,6 @@ REMAT = {
     "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "blocks": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Anywhere:
-    """Where arrays live: wherever the compiler puts them. sharding.OnMesh says it for a mesh."""
-
-    is_split: ClassVar[bool] = False  # over several devices
-
-    @property
-    def platform(self) -> str:
-        """Of the devices, as jax names it."""
-        return jax.default_backend()
-
-    @property
-    def is_one_cpu(self) -> bool:
-        """Whether arrays are whole, on a CPU, whose loops and products want an order of their own."""
-        return self.platform == "cpu" and not self.is_split
-
-    def rows(self, x: jax.Array) -> jax.Array:
-        """An activation, [B, ...]."""
-        return x
-
-    def whole(self, x: jax.Array) -> jax.Array:
-        """A table of tokens that every row uses."""
-        return x
-
-    def over_rows(self, fn: Callable, rows: Any, whole: Any) -> Any:
-        """fn(rows, whole) with trees of activations and of what every row uses, row by row: a
-        device computes it for the rows that it holds."""
-        return fn(rows, whole)
-
-    def over_heads(self, fn: Callable, heads: Any, rows: Any) -> Any:
-        """fn(heads, rows) with trees of [B, L, H, K] and of [B, ...]: a device computes it for the
-        rows and the heads that it holds."""
-        return fn(heads, rows)
 
 
 class Output(NamedTuple):
@@ -116,7 +81,7 @@ class Modulation(nn.Module):
 
     count: int
     size: int
-    place: Any
+    placement: Placement
 
     @nn.compact
     def __call__(self, conditioning):
@@ -124,7 +89,7 @@ class Modulation(nn.Module):
         dense = nn.Dense(
             self.count * self.size, kernel_init=zeros, precision=Precision.HIGHEST, name="linear"
         )
-        out = self.place.rows(dense(conditioning))
+        out = self.placement.rows(dense(conditioning))
         return jnp.split(out, self.count, axis=-1)
 
 
@@ -142,7 +107,7 @@ class Linear(nn.Module):
 
     outputs: tuple[int, ...]
     dtype: jnp.dtype
-    place: Any
+    placement: Placement
     axes: int = 1  # of the inputs
     has_bias: bool = False
     prologue: Callable = lambda x: x
@@ -167,10 +132,10 @@ class Linear(nn.Module):
         def product(arrays, kernel, bias):
             x, *others = prologue(arrays)
             x = x.astype(self.dtype)
-            out = linear(x, kernel, bias, self.axes, is_one_cpu=self.place.is_one_cpu)
+            out = linear(x, kernel, bias, self.axes, is_one_cpu=self.placement.is_one_cpu)
             return (out, *others) if others else out
 
-        return remade(product, self.place.platform)(arrays, kernel, bias)
+        return remade(product, self.placement.platform)(arrays, kernel, bias)
 
 
 class LayerNormWeight(nn.Module):
@@ -196,18 +161,18 @@ class Block(nn.Module):
     dropout: float
     dtype: jnp.dtype
     deterministic: bool
-    place: Any
+    placement: Placement
     attention: str
 
     @nn.compact
     def __call__(self, x, conditioning, lengths):
-        x = self.place.rows(x)
+        x = self.placement.rows(x)
         size = x.shape[-1]
         head = (self.heads, size // self.heads)
-        layer = functools.partial(Linear, dtype=self.dtype, place=self.place)
+        layer = functools.partial(Linear, dtype=self.dtype, placement=self.placement)
 
         def attend(heads, lengths):
-            how = {"implementation": self.attention, "platform": self.place.platform}
+            how = {"implementation": self.attention, "platform": self.placement.platform}
             return attention(*heads, lengths=lengths, **how)
 
         def stays():
@@ -227,21 +192,21 @@ class Block(nn.Module):
             return norm(x, *modulation), x
 
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
-            6, size, self.place, name="modulation"
+            6, size, self.placement, name="modulation"
         )(conditioning)
 
         weight_1, weight_2 = (LayerNormWeight(name=f"norm_{i}")(size) for i in (1, 2))
         qkv = layer((3, *head), prologue=norm, name="qkv")(x, weight_1, shift_1, scale_1)
         q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))  # [B, L, H, K]
-        h = self.place.over_heads(attend, (rotate(q), rotate(k), v), lengths)
+        h = self.placement.over_heads(attend, (rotate(q), rotate(k), v), lengths)
         h = layer((size,), axes=2, name="out")(h)
         branch = (h, gate_1, *stays())
 
         up = layer((MLP_RATIO * size,), has_bias=True, prologue=norm_of_sum, name="up")
         h, x = up(x, branch, weight_2, shift_2, scale_2)
         h = layer((size,), has_bias=True, prologue=gelu, name="down")(h)
-        x = x + remade(gated, self.place.platform)(h, gate_2, *stays())
-        return self.place.rows(x), None
+        x = x + remade(gated, self.placement.platform)(h, gate_2, *stays())
+        return self.placement.rows(x), None
 
 
 class Transformer(nn.Module):
@@ -261,7 +226,7 @@ class Transformer(nn.Module):
     remat: str = "none"  # of REMAT
     attention: str = "auto"  # of kernels.attention
     head: str = "auto"  # of kernels.vocab_reduce
-    place: Any = Anywhere()
+    placement: Placement = Placement()
 
     @nn.compact
     def __call__(
@@ -277,7 +242,7 @@ class Transformer(nn.Module):
         table = (self.dim, self.hidden_size)
 
         embedding = self.param("embedding", rows, table)
-        x = self.place.rows(self.place.whole(embedding)[tokens])
+        x = self.placement.rows(self.placement.whole(embedding)[tokens])
 
         def embedded(name, fan_in):
             bias_init = _torch_bias(fan_in)
@@ -291,7 +256,7 @@ class Transformer(nn.Module):
 
         conditioning = embedded("sigma_1", FREQUENCIES)(sigma_embedding(sigma))
         conditioning = embedded("sigma_2", self.cond_dim)(nn.silu(conditioning))
-        conditioning = self.place.rows(nn.silu(conditioning))
+        conditioning = self.placement.rows(nn.silu(conditioning))
 
         block = Block
         if self.remat != "none":
@@ -309,14 +274,16 @@ class Transformer(nn.Module):
             self.dropout,
             self.dtype,
             deterministic,
-            self.place,
+            self.placement,
             self.attention,
             name="blocks",
         )(x, conditioning, lengths)
 
         norm_weight = LayerNormWeight(name="norm")(self.hidden_size)
-        shift, scale = Modulation(2, self.hidden_size, self.place, name="modulation")(conditioning)
-        hidden = self.place.rows(norm(x, norm_weight, shift, scale).astype(self.dtype))
+        shift, scale = Modulation(2, self.hidden_size, self.placement, name="modulation")(
+            conditioning
+        )
+        hidden = self.placement.rows(norm(x, norm_weight, shift, scale).astype(self.dtype))
         weight = self.param("head_weight", zeros, table)
         bias = self.param("head_bias", zeros, (self.dim,))
-        return Output(hidden, self.place.whole(weight), bias)
+        return Output(hidden, self.placement.whole(weight), bias)

@@ -23,25 +23,17 @@ from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
-from sedd_jax import evaluate
 from sedd_jax.data import Records
-from sedd_jax.devices import GIB, device
-from sedd_jax.program import Program
+from sedd_jax.experiment import Program
+from sedd_jax.files import write_text
+from sedd_jax.inference import bounds
+from sedd_jax.parallel.devices import GIB, device
 
 log = logging.getLogger(__name__)
 
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says why and what to try."""
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace the file at once, so that no reader finds half of it."""
-    if path.exists() and path.read_bytes() == text.encode("utf-8"):
-        return
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 class Signals:
@@ -270,7 +262,7 @@ class Report:
         """Seconds of training so far, with the wait for its input."""
         return self.clock.steps + self.clock.seconds["input"]
 
-    def heldout(self, step: int, nats: evaluate.CorpusBound) -> None:
+    def heldout(self, step: int, nats: bounds.CorpusBound) -> None:
         """Log the bound, nats per token."""
         values = {k: v for k, v in nats._asdict().items() if v is not None}
         self._write("heldout", step, values)

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax import data
-from sedd_jax.devices import GIB, Device, device
-from sedd_jax.dry_run.hlo import Collective
-from sedd_jax.dry_run.targets import Target, parse_target
+from sedd_jax.parallel.devices import GIB, Device, device
+from sedd_jax.training.dry_run.hlo import Collective
+from sedd_jax.training.dry_run.targets import Target, parse_target
 
 __all__ = ["Collective", "Estimate", "Placed", "describe", "dry_run", "parse_target"]
 

@@ -10,11 +10,11 @@ import jax
 from jax.sharding import Mesh
 
 from sedd_jax import config as configuration
-from sedd_jax import convert, data
-from sedd_jax.api import SEDD
+from sedd_jax import convert, data, experiment
 from sedd_jax.convert import workdir as runs
 from sedd_jax.convert.folder import CONFIG, OURS, PICKLED, WEIGHTS
 from sedd_jax.data.tokenizers import Tokenizer
+from sedd_jax.inference.model import SEDD
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def load(
 
 def _download(name: str, revision: str | None) -> Path:
     """The snapshot of a hub id."""
-    from sedd_jax.data import hub
+    from sedd_jax import hub
 
     found = hub.parse(name)
     if found is None:
@@ -141,12 +141,12 @@ def _assemble(config, params, tokenizer: Tokenizer, dtype: str | None, **rest: A
     if dtype is not None:
         config = config.copy_and_resolve_references()
         config.model.dtype = dtype
-    graph = configuration.make_graph(config, tokenizer.vocab_size)
+    graph = experiment.make_graph(config, tokenizer.vocab_size)
     return SEDD(
-        network=configuration.make_model(config, graph, rest.get("mesh")),
+        network=experiment.make_model(config, graph, rest.get("mesh")),
         params=params,
         graph=graph,
-        schedule=configuration.make_schedule(config),
+        schedule=experiment.make_schedule(config),
         tokenizer=tokenizer,
         length=config.data.length,
         config=config,

@@ -19,8 +19,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
+from sedd_jax import hub
 from sedd_jax.config import DTYPES
-from sedd_jax.data import hub
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2

@@ -20,8 +20,8 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
-from sedd_jax import processes, sharding
-from sedd_jax.data.published import file_sha256
+from sedd_jax import files
+from sedd_jax.parallel import processes, sharding
 from sedd_jax.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class _Restore(ocp.args.StandardRestore):
 
 def _seal(folder: Path, about: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    hashes = {path.relative_to(folder).as_posix(): files.sha256(path) for path in files}
     with (folder / SEAL).open("w", encoding="utf-8") as out:
         json.dump({**about, "sha256": hashes}, out, indent=1)
         out.flush()
@@ -69,7 +69,7 @@ def fault_of(folder: Path, about: dict[str, Any]) -> str | None:
         if sealed != about:
             return f"{folder.name}/{SEAL} is of {sealed}, not of {about}"
         for name, sha256 in hashes.items():
-            if file_sha256(folder / name) != sha256:
+            if files.sha256(folder / name) != sha256:
                 return f"{folder.name}/{name} is not what was written"
     except FileNotFoundError as error:
         return f"{folder.name}/{Path(error.filename).relative_to(folder)} is missing"
@@ -115,7 +115,7 @@ class Checkpoints:
         if self._read_only:
             return self._newest(items)
         # Every process restores what process 0 has found sound, and none before it is put aside.
-        step = processes.leader(lambda: self._newest(items))
+        step = processes.on_first_process(lambda: self._newest(items))
         self._manager.reload()
         return step
 

@@ -16,8 +16,8 @@ def main() -> None:
     os.dup2(2, 1)
     asked = json.load(sys.stdin)
     from sedd_jax import config as configuration
-    from sedd_jax.dry_run.measure import measure
-    from sedd_jax.dry_run.targets import parse_target
+    from sedd_jax.training.dry_run.measure import measure
+    from sedd_jax.training.dry_run.targets import parse_target
 
     try:
         found = measure(

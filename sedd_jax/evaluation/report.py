@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from sedd_jax import data, evaluate
-from sedd_jax.api import SEDD
-from sedd_jax.evaluate.scorer import Scorer
-from sedd_jax.progress import write_text
-from sedd_jax.train import open_records
+from sedd_jax import data
+from sedd_jax.evaluation import ngrams
+from sedd_jax.evaluation.scorer import Scorer
+from sedd_jax.files import write_text
+from sedd_jax.inference import bounds
+from sedd_jax.inference.model import SEDD
+from sedd_jax.runs.workdir import open_records
 
 ROWS = (
     ("bound", "SEDD, bound"),
@@ -57,9 +59,9 @@ def evaluate_split(
         progress=progress,
     )
     sizes = sizes_of(records, split, heldout)
-    values = evaluate.in_units(total, **sizes)
+    values = bounds.in_units(total, **sizes)
     for name, nats in ngrams.items():
-        for unit, value in evaluate.one_in_units(nats, **sizes).items():
+        for unit, value in bounds.one_in_units(nats, **sizes).items():
             values[unit][name] = value
     target = {}
     if target_standard_error is not None:
@@ -118,7 +120,7 @@ def evaluate_gpt2(
     share = int(is_scored.sum()) / scored.count
     sizes = sizes_of(records, split, scored)
     sizes = {name: round(size * share) for name, size in sizes.items()}
-    units = evaluate.one_in_units(float(nats[is_scored].sum(dtype=np.float64)), **sizes)
+    units = bounds.one_in_units(float(nats[is_scored].sum(dtype=np.float64)), **sizes)
     return {
         "scorer": scorer.name,
         "dtype": scorer.network.dtype.__name__,
@@ -181,7 +183,7 @@ def _ngrams(records: data.Records, split: str, heldout: data.Blocks) -> dict[str
     if heldout.is_token is not None:
         raise ValueError("n-gram models need packed records; leave --baselines out")
     parsed = (records.parse(source[i]) for i in range(len(source)))
-    bigram = evaluate.Bigram(parsed, records.tokenizer.vocab_size)
+    bigram = ngrams.Bigram(parsed, records.tokenizer.vocab_size)
     return {
         "unigram": bigram.unigram_nats(heldout.tokens),
         "bigram": bigram.bigram_nats(heldout.tokens),

@@ -15,11 +15,16 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import flops, sharding, state
+from sedd_jax import state
 from sedd_jax.data import Blocks
-from sedd_jax.diffusion.graphs import Graph
-from sedd_jax.diffusion.schedules import Schedule
-from sedd_jax.models.transformer import Anywhere, Transformer
+from sedd_jax.diffusion.graphs import GRAPHS, Graph
+from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
+from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
+from sedd_jax.models.head import make_score_fn
+from sedd_jax.models.transformer import Transformer
+from sedd_jax.parallel import flops, sharding
+from sedd_jax.parallel.sharding import Placement
+from sedd_jax.state import LossFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Program:
         is not counted: the convention of MFU (Chowdhery et al. 2022, appendix B).
         """
         # Counted in plain JAX, whatever kernels the devices take.
-        network = self.network.clone(place=Anywhere(), attention="xla")
+        network = self.network.clone(placement=Placement(), attention="xla")
 
         def hidden(params, tokens, sigma):
             return network.apply({"params": params}, tokens, sigma, deterministic=True)
@@ -100,20 +105,20 @@ def make_program(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Program:
     """The program of a checked config for vocab_size clean tokens; ValueError if it does not fit the
     mesh."""
     configuration.check_mesh(config, mesh)
-    graph = configuration.make_graph(config, vocab_size)
-    schedule = configuration.make_schedule(config)
-    network = configuration.make_model(config, graph, mesh)
-    optimizer = configuration.make_optimizer(config)
+    graph = make_graph(config, vocab_size)
+    schedule = make_schedule(config)
+    network = make_model(config, graph, mesh)
+    optimizer = make_optimizer(config)
     shape = jax.eval_shape(lambda: _fresh(config, network, optimizer))
     shape = sharding.with_shardings(shape, sharding.tree_shardings(shape, mesh))
     train_step = state.on_mesh(
         state.make_train_step(
-            configuration.make_loss_fn(config, network, graph, schedule),
+            make_loss_fn(config, network, graph, schedule),
             optimizer,
             clip_norm=config.optimizer.clip_norm,
             decay=config.optimizer.ema_decay,
             microbatches=config.train.microbatches,
-            tile=state.TILE if network.place.is_one_cpu else None,
+            tile=state.TILE if network.placement.is_one_cpu else None,
         ),
         shape,
         mesh,
@@ -129,5 +134,74 @@ def _keys(config: ConfigDict) -> dict[str, jax.Array]:
 def _fresh(
     config: ConfigDict, network: Transformer, optimizer: optax.GradientTransformation
 ) -> state.TrainState:
-    params = configuration.init_params(config, network, _keys(config)["init"])
+    params = init_params(config, network, _keys(config)["init"])
     return state.init(params, optimizer)
+
+
+def make_graph(config: ConfigDict, vocab_size: int) -> Graph:
+    """The graph over the tokenizer's vocabulary."""
+    return configuration.named(GRAPHS, config.graph, vocab_size=vocab_size)
+
+
+def make_schedule(config: ConfigDict) -> Schedule:
+    """The noise schedule."""
+    return configuration.named(SCHEDULES, config.schedule)
+
+
+def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Transformer:
+    """The network for the graph's states, its activations kept with their rows on the mesh."""
+    fields = {**config.model.to_dict(), "dtype": configuration.DTYPES[config.model.dtype]}
+    if mesh is not None:
+        fields["placement"] = Placement(mesh)
+    return Transformer(dim=graph.dim, **fields)
+
+
+def init_params(config: ConfigDict, model: Transformer, key: jax.Array) -> Any:
+    """Fresh float32 parameters."""
+    tokens = jnp.zeros((1, config.data.length), jnp.int32)
+    model = model.clone(placement=Placement())  # one row is not split
+    return model.init(key, tokens, jnp.zeros((1, 1)), deterministic=True)["params"]
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW with a linear warm-up to a constant learning rate; the train step clips."""
+    o = config.optimizer
+
+    def learning_rate(count):  # count is 0 at the first update, which takes 1/warmup of the rate
+        return o.learning_rate * jnp.minimum((count + 1) / max(o.warmup_steps, 1), 1.0)
+
+    return optax.chain(
+        optax.identity(),  # where stored states have the clip, which holds nothing
+        optax.adamw(
+            learning_rate,
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
+            weight_decay=o.weight_decay,
+            mu_dtype=configuration.DTYPES[o.mu_dtype],
+        ),
+    )
+
+
+def make_loss_fn(
+    config: ConfigDict, model: Transformer, graph: Graph, schedule: Schedule
+) -> LossFn:
+    """(params, key, Blocks) -> nats per sequence, [B]; dropout acts."""
+    objective, times = OBJECTIVES[config.objective.name], TIMES[config.objective.times]
+
+    def loss_fn(params, key, blocks):
+        x0, is_token = blocks
+        key_noise, key_dropout = jax.random.split(key)
+        score_fn = make_score_fn(model, params, graph, dropout_key=key_dropout, is_token=is_token)
+        return objective(
+            key_noise,
+            x0,
+            score_fn,
+            graph,
+            schedule,
+            t_min=config.objective.t_min,
+            times=times,
+            is_token=is_token,
+        )
+
+    return loss_fn

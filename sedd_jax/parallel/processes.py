@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as P
 T = TypeVar("T")
 
 
-class Job(NamedTuple):
+class Cluster(NamedTuple):
     """How to find the other processes. All None: from the environment, if it is a cluster's."""
 
     coordinator: str | None = None  # HOST:PORT of process 0
@@ -40,27 +40,27 @@ class Job(NamedTuple):
     heartbeat: int = 100  # seconds until a dead process ends the others
 
 
-def check(job: Job) -> None:
-    """ValueError for a job that cannot be joined."""
-    named = (job.coordinator, job.process_count, job.process_index)
+def check(cluster: Cluster) -> None:
+    """ValueError for a cluster that cannot be joined."""
+    named = (cluster.coordinator, cluster.process_count, cluster.process_index)
     if any(x is not None for x in named):
         if any(x is None for x in named):
             raise ValueError(
-                f"coordinator {job.coordinator!r}, process_count {job.process_count} and "
-                f"process_index {job.process_index} go together; give all three, or none to take "
+                f"coordinator {cluster.coordinator!r}, process_count {cluster.process_count} and "
+                f"process_index {cluster.process_index} go together; give all three, or none to take "
                 "them from SLURM's or the TPU's environment"
             )
-        if not 0 <= job.process_index < job.process_count:
+        if not 0 <= cluster.process_index < cluster.process_count:
             raise ValueError(
-                f"process_index {job.process_index} is not in [0, {job.process_count}), the "
+                f"process_index {cluster.process_index} is not in [0, {cluster.process_count}), the "
                 "process_count; number the processes from 0"
             )
-        _check_address("coordinator", job.coordinator)
-    if job.coordinator_bind is not None:
-        _check_address("coordinator_bind", job.coordinator_bind)
+        _check_address("coordinator", cluster.coordinator)
+    if cluster.coordinator_bind is not None:
+        _check_address("coordinator_bind", cluster.coordinator_bind)
     for name in ("join_timeout", "heartbeat"):
-        if getattr(job, name) < 1:
-            raise ValueError(f"{name} {getattr(job, name)} is below 1; give seconds")
+        if getattr(cluster, name) < 1:
+            raise ValueError(f"{name} {getattr(cluster, name)} is below 1; give seconds")
 
 
 def _check_address(name: str, address: str) -> None:
@@ -69,7 +69,7 @@ def _check_address(name: str, address: str) -> None:
         raise ValueError(f"{name} {address!r} is no HOST:PORT; for example 10.0.0.2:8476")
 
 
-def cluster() -> str | None:
+def kind_of_cluster() -> str | None:
     """The kind of cluster that the environment tells of: slurm, tpu, or None for a plain machine."""
     environment = os.environ
     # Inside srun, that is: a batch script's own shell has the other names, and is one process.
@@ -84,33 +84,37 @@ def cluster() -> str | None:
     return None
 
 
-def join(job: Job) -> None:
+def join(cluster: Cluster) -> None:
     """Join the other processes, before anything touches a device; nothing on a plain machine.
 
     The process ends with one line and exit status 1 if the coordinator, or one of the others, is
     not there within join_timeout seconds. A process that dies later ends the others after
     `heartbeat` seconds.
     """
-    check(job)
-    kind = None if job.coordinator is not None else cluster()
-    if job.coordinator is None and kind is None:
+    check(cluster)
+    kind = None if cluster.coordinator is not None else kind_of_cluster()
+    if cluster.coordinator is None and kind is None:
         return
-    where = f"the coordinator at {job.coordinator}" if job.coordinator else f"the {kind} cluster"
+    where = (
+        f"the coordinator at {cluster.coordinator}"
+        if cluster.coordinator
+        else f"the {kind} cluster"
+    )
     with _ended_after(
-        job.join_timeout,
-        f"cannot join {where} within {job.join_timeout} s: it did not answer, or not every process "
+        cluster.join_timeout,
+        f"cannot join {where} within {cluster.join_timeout} s: it did not answer, or not every process "
         "came; start all processes within that time, check that they reach HOST:PORT, or raise "
         "--join_timeout",
     ):
         jax.distributed.initialize(
-            job.coordinator,
-            job.process_count,
-            job.process_index,
+            cluster.coordinator,
+            cluster.process_count,
+            cluster.process_index,
             # Explicit processes have the devices that they see; SLURM's share a machine's.
             local_device_ids=None if kind else [],
-            coordinator_bind_address=job.coordinator_bind,
-            initialization_timeout=job.join_timeout + 60,
-            heartbeat_timeout_seconds=job.heartbeat,
+            coordinator_bind_address=cluster.coordinator_bind,
+            initialization_timeout=cluster.join_timeout + 60,
+            heartbeat_timeout_seconds=cluster.heartbeat,
         )
         # The first collective: the devices find each other here, or not at all.
         gather_text("")
@@ -162,14 +166,14 @@ def gather_text(text: str) -> list[str]:
     return [bytes(row[:size]).decode("utf-8") for row, size in zip(rows, sizes)]
 
 
-def leader_first(action: Callable[[], T]) -> T:
-    """action() on process 0, and when it is done there on the others; errors as in `together`."""
+def first_then_others(action: Callable[[], T]) -> T:
+    """action() on process 0, and when it is done there on the others; errors as in `on_all_processes`."""
     first = is_first()
-    result = together(lambda: action() if first else None)
-    return together(lambda: result if first else action())
+    result = on_all_processes(lambda: action() if first else None)
+    return on_all_processes(lambda: result if first else action())
 
 
-def together(action: Callable[[], T]) -> T:
+def on_all_processes(action: Callable[[], T]) -> T:
     """action() on every process. A ValueError or OSError of one is raised on all of them."""
     error, result = None, None
     try:
@@ -185,9 +189,9 @@ def together(action: Callable[[], T]) -> T:
     return result
 
 
-def leader(action: Callable[[], T]) -> T:
+def on_first_process(action: Callable[[], T]) -> T:
     """action() on process 0 alone; its result, something that JSON holds, on every process."""
-    result = together(lambda: action() if is_first() else None)
+    result = on_all_processes(lambda: action() if is_first() else None)
     return json.loads(gather_text(json.dumps(result))[0])
 
 
@@ -208,7 +212,7 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
     """ValueError on every process if one does not see what process 0 writes into folder."""
     if is_alone():
         return
-    name = leader(lambda: f".seen-by-all-{os.getpid()}-{time.time_ns()}")
+    name = on_first_process(lambda: f".seen-by-all-{os.getpid()}-{time.time_ns()}")
 
     def write():
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,11 +229,11 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
                 )
             time.sleep(0.1)
 
-    leader(write)
+    on_first_process(write)
     try:
-        together(look)
+        on_all_processes(look)
     finally:
-        leader(lambda: (folder / name).unlink())
+        on_first_process(lambda: (folder / name).unlink())
 
 
 def fetch(tree: Any) -> Any:
@@ -239,7 +243,7 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-class Votes:
+class StopAgreement:
     """Whether any process was asked to stop, the same answer at the same call on every process.
 
     A call starts a sum over the devices and reads that of two calls before: the answer costs no

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sedd_jax import sharding
-from sedd_jax.dry_run import hlo
-from sedd_jax.dry_run.targets import Target
-from sedd_jax.program import make_program
+from sedd_jax.experiment import make_program
+from sedd_jax.parallel import sharding
+from sedd_jax.training.dry_run import hlo
+from sedd_jax.training.dry_run.targets import Target
 
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

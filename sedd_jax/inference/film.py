@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from sedd_jax.trajectory.states import State, encodable
+from sedd_jax.inference.trajectory import State, encodable
 
 PAUSE = 0.1  # seconds between two updates of a notebook's output, at least
 
 
 @dataclass(eq=False)
-class Film:
+class Animation:
     """The states of one call of sampling as a page that plays them.
 
     Batches that came one after the other are put together, state by state.
@@ -38,7 +38,9 @@ class Film:
     @cached_property
     def html(self) -> str:
         """The page: one file, that needs no network and runs nothing found in a text."""
-        template = resources.files("sedd_jax").joinpath("trajectory.html").read_text("utf-8")
+        template = (
+            resources.files("sedd_jax.inference").joinpath("trajectory.html").read_text("utf-8")
+        )
         content = {
             "@TITLE@": html.escape(self.title or "From noise to text"),
             "@FILM@": _script_safe({"title": self.title, **_changes(self.states)}),
@@ -59,7 +61,7 @@ class Film:
 
     def _repr_html_(self) -> str:
         return (  # in a div, for IPython warns of a frame alone
-            f'<div><iframe srcdoc="{html.escape(self.html)}" title="Film" '
+            f'<div><iframe srcdoc="{html.escape(self.html)}" title="Animation" '
             'style="width:100%;height:420px;border:0"></iframe></div>'
         )
 
@@ -72,7 +74,7 @@ class Film:
 
     def __repr__(self) -> str:
         n, length = np.shape(self.states[0].tokens)
-        return f"Film of {len(self.states)} states: {n} x {length} tokens"
+        return f"Animation of {len(self.states)} states: {n} x {length} tokens"
 
 
 def show(
@@ -81,7 +83,7 @@ def show(
     title: str | None = None,
     path: str | Path | None = None,
     live: bool = True,
-) -> Film:
+) -> Animation:
     """The film of `states`, which are shown in a notebook while they come.
 
     Args:
@@ -101,7 +103,7 @@ def show(
         seen.append(state)
         if screen is not None:
             screen.update(state)
-    film = Film(seen, title)
+    film = Animation(seen, title)
     if path is not None:
         film.save(path)
     if screen is not None:
@@ -125,7 +127,7 @@ class _Screen:
             self._handle.update(self._html(state._repr_html_()))
             self._last = now
 
-    def close(self, film: Film) -> None:
+    def close(self, film: Animation) -> None:
         """Puts the film in its place, which then need not be shown again at the cell's end."""
         from IPython import get_ipython
 

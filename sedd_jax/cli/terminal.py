@@ -8,7 +8,7 @@ from typing import TextIO
 
 import numpy as np
 
-from sedd_jax.trajectory.states import State
+from sedd_jax.inference.trajectory import State
 
 
 def screenful(state: State, columns: int, lines: int) -> list[str]:
@@ -33,7 +33,7 @@ def screenful(state: State, columns: int, lines: int) -> list[str]:
     return [*found[:-1], "..."] if len(wrapped) > lines else found
 
 
-class Redrawn:
+class TerminalView:
     """A terminal's lines that each state takes from the one before."""
 
     def __init__(self, terminal: TextIO):

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from sedd_jax import convert, data, evaluate, processes, sharding
+from sedd_jax import convert, data
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion import samplers
 from sedd_jax.diffusion.graphs import Graph
@@ -27,9 +27,11 @@ from sedd_jax.diffusion.likelihood import Bound, check_passes
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn
+from sedd_jax.inference import bounds
+from sedd_jax.inference.trajectory import State
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
-from sedd_jax.trajectory import State
+from sedd_jax.parallel import processes, sharding
 
 SHORTEST = 16  # tokens of the smallest bucket
 
@@ -354,7 +356,7 @@ class SEDD:
         target_standard_error: float | None = None,
         max_passes: int = 1024,
         progress: bool = False,
-    ) -> evaluate.CorpusBound:
+    ) -> bounds.CorpusBound:
         """Upper bound on -log p of int32 [N, L] together, nats: passes + 2 network calls a block.
 
         passes is even; a call takes batch_size blocks. Times and noise depend on seed and a
@@ -371,8 +373,8 @@ class SEDD:
         blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(blocks)
         key = jax.random.key(seed)
 
-        def one_round(r: int) -> evaluate.CorpusBound:
-            return evaluate.corpus_bound(
+        def one_round(r: int) -> bounds.CorpusBound:
+            return bounds.corpus_bound(
                 self.bound_fn,
                 self.params,
                 jax.random.fold_in(key, r),
@@ -387,17 +389,17 @@ class SEDD:
         if target_standard_error is None:
             return one_round(0)
         most = max(1, max_passes // max(passes, 1))
-        return evaluate.bound_until(one_round, target_standard_error, most, tokens=blocks.count)
+        return bounds.bound_until(one_round, target_standard_error, most, tokens=blocks.count)
 
     @functools.cached_property
-    def bound_fn(self) -> evaluate.BoundFn:
-        """Jitted (params, key, Blocks, index, *, passes) -> Bound, for `evaluate.corpus_bound`."""
+    def bound_fn(self) -> bounds.BoundFn:
+        """Jitted (params, key, Blocks, index, *, passes) -> Bound, for `bounds.corpus_bound`."""
 
         def score_fn(params, is_token):
             return make_score_fn(self.network, params, self.graph, is_token=is_token)
 
         t_min = self.config.objective.t_min
-        return evaluate.make_bound_fn(score_fn, self.graph, self.schedule, t_min=t_min)
+        return bounds.make_bound_fn(score_fn, self.graph, self.schedule, t_min=t_min)
 
     # --- keeping
 
@@ -429,7 +431,7 @@ class SEDD:
         message: str = "Upload a SEDD model",
     ) -> str:
         """`save_pretrained` to owner/name on the Hugging Face hub; returns the commit's address."""
-        from sedd_jax.data import hub
+        from sedd_jax import hub
 
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place) / "model"

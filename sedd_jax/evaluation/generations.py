@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from sedd_jax import data
-from sedd_jax.api import SEDD
-from sedd_jax.evaluate import generation, mauve
-from sedd_jax.evaluate.scorer import Scorer
+from sedd_jax.evaluation import generation, mauve
+from sedd_jax.evaluation.scorer import Scorer
+from sedd_jax.inference.model import SEDD
 
 FEW = 500  # references; below, MAUVE says little
 

@@ -134,55 +134,67 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class OnMesh:
-    """Where the network's arrays live on a mesh; see models.transformer.Anywhere.
+class Placement:
+    """Where the network's arrays live: on a mesh, or without one wherever the compiler puts them.
 
-    Without it the compiler, which sees parameters split along the hidden size, splits the
-    activations so too, and adds up those of the whole batch.
+    Without these constraints the partitioner, which sees parameters split along the hidden size,
+    propagates the FSDP split to activations, and sums over those of the whole batch.
     """
 
-    mesh: Mesh
+    mesh: Mesh | None = None
 
     @property
     def is_split(self) -> bool:
         """Whether arrays may be split over several devices."""
-        return self.mesh.size > 1
+        return self.mesh is not None and self.mesh.size > 1
 
     @property
     def platform(self) -> str:
-        """Of the mesh's devices: those that a program is compiled for may be on another machine."""
+        """The devices' platform, as jax names it; a mesh may be of another machine's devices."""
+        if self.mesh is None:
+            return jax.default_backend()
         return self.mesh.devices.flat[0].platform
 
     @property
     def is_one_cpu(self) -> bool:
-        """Whether arrays are whole, on a CPU."""
+        """Whether arrays are whole, on a CPU, whose loops and matmuls want an order of their own."""
         return self.platform == "cpu" and not self.is_split
 
+    def _constrain(self, x: jax.Array, spec: P) -> jax.Array:
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
     def rows(self, x: jax.Array) -> jax.Array:
-        """x, [B, ...], split as the batch is, and along no other axis."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, BATCH))
+        """An activation [B, ...], split as the batch is, and along no other axis."""
+        return self._constrain(x, BATCH)
 
     def whole(self, x: jax.Array) -> jax.Array:
-        """x on every device: gathered once, not in every block of positions that uses it."""
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P()))
+        """A table that every row uses, on every device: gathered once, not once per block."""
+        return self._constrain(x, P())
 
     def over_rows(self, fn: Callable, rows: Any, whole: Any) -> Any:
-        """fn(rows, whole), each device with its rows; the gradient of whole is summed over them."""
+        """fn(rows, whole) with trees of [B, ...] and of what every row uses.
+
+        Each device computes its rows; the gradient of whole is summed over devices.
+        """
         if not self.is_split:
             return fn(rows, whole)
         # An axis that is not named is summed over for the gradient of rows, even one of size 1.
-        kept = P(AXES) if self.mesh.shape["tensor"] == 1 else BATCH
-        split = jax.shard_map(
-            fn, mesh=self.mesh, in_specs=(kept, P()), out_specs=kept, check_vma=False
-        )
-        return split(rows, whole)
+        spec = P(AXES) if self.mesh.shape["tensor"] == 1 else BATCH
+        return self._shard_map(fn, (spec, P()), spec)(rows, whole)
 
     def over_heads(self, fn: Callable, heads: Any, rows: Any) -> Any:
-        """fn(heads, rows), each device with its rows and its heads, [B, L, H, K]."""
+        """fn(heads, rows) with trees of [B, L, H, K] and of [B, ...].
+
+        Each device computes its rows and its heads.
+        """
         if not self.is_split:
             return fn(heads, rows)
-        kept = P(("data", "fsdp"), None, "tensor", None)
-        split = jax.shard_map(
-            fn, mesh=self.mesh, in_specs=(kept, BATCH), out_specs=kept, check_vma=False
+        spec = P(("data", "fsdp"), None, "tensor", None)
+        return self._shard_map(fn, (spec, BATCH), spec)(heads, rows)
+
+    def _shard_map(self, fn: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        return jax.shard_map(
+            fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
-        return split(heads, rows)
