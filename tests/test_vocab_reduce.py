@@ -103,22 +103,6 @@ def test_gradients_of_bfloat16_operands_are_within_a_hundredth(head, tile):
     assert [value.dtype for value in ours] == [jnp.bfloat16, jnp.float32, jnp.float32]
 
 
-@asked
-def test_the_triton_form_answers_alike(head, asked):
-    *params, excluded, targets = head
-    rest = excluded, targets, positions(asked)
-    triton = functools.partial(total_and_pick, implementation="triton")
-    values, slopes = answers(triton, params, *rest)
-    exact_values, exact_slopes = answers(definition, params, *rest)
-    for value, exact in zip((*values, *slopes), (*exact_values, *exact_slopes), strict=True):
-        np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-5)
-
-
-def test_the_triton_form_is_refused_on_a_tpu(head):
-    with pytest.raises(ValueError, match="head 'triton' is for GPUs"):
-        total_and_pick(*head, implementation="triton", platform="tpu")
-
-
 def test_a_few_logits_are_made_at_once_and_answer_alike(head, monkeypatch):
     where = positions("some")
     sorted_ = total_and_pick(*head, where)

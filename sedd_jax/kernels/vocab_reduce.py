@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.kernels import HEAD, choose, for_platform
+from sedd_jax.kernels import for_platform
 from sedd_jax.kernels.products import product, transposed
 
 
@@ -48,7 +48,6 @@ def total_and_pick(
     targets: jax.Array,
     where: jax.Array | None = None,
     *,
-    implementation: str | None = None,
     platform: str | None = None,
     tile: Tile | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -59,15 +58,13 @@ def total_and_pick(
     for: elsewhere both are 0 and nothing is spent. None: all of them. The products are of hidden's
     dtype and summed in float32, and so are the gradients of weight and bias.
 
-    implementation is xla or triton, by default the platform's; platform that of the devices, by
-    default jax's own; tile the size of the xla form's tiles, for tests.
+    platform is that of the devices, by default jax's own; tile the size of the tiles, for tests.
     """
     platform = platform or jax.default_backend()
     shape, vocab = excluded.shape, weight.shape[0]
     count = excluded.size
-    name = choose(HEAD, implementation, platform)
-    form = FORMS[name](platform, tile, count, vocab)
-    at_once = where is None or (count * vocab <= SMALL and name == "xla")
+    form = Xla.make(platform, tile, count, vocab)
+    at_once = where is None or count * vocab <= SMALL
     asked = None if at_once else _asked_first(where.reshape(-1))
     flat = (hidden.reshape(count, -1), weight, bias, excluded.reshape(-1), targets.reshape(-1))
     found = _reduced(form, *flat, asked)
@@ -339,32 +336,3 @@ def _put(arrays, parts, i, size):
         jax.lax.dynamic_update_slice_in_dim(a, part, i * size, 0)
         for a, part in zip(arrays, parts, strict=True)
     )
-
-
-# --- the form of GPU kernels
-
-
-@dataclasses.dataclass(frozen=True)
-class Triton:
-    """vocab_reduce_gpu, in a module of its own; interpreted on a CPU."""
-
-    interpret: bool
-
-    @classmethod
-    def make(cls, platform: str, tile: Tile | None, count: int, vocab: int) -> "Triton":
-        if platform == "tpu":
-            raise ValueError("head 'triton' is for GPUs; use 'auto' or 'xla' on a TPU")
-        return cls(interpret=platform == "cpu")
-
-    def forward(self, *rows):
-        from sedd_jax.kernels import vocab_reduce_gpu
-
-        return vocab_reduce_gpu.forward(*rows, interpret=self.interpret)
-
-    def backward(self, *rows):
-        from sedd_jax.kernels import vocab_reduce_gpu
-
-        return vocab_reduce_gpu.backward(*rows, interpret=self.interpret)
-
-
-FORMS = {"xla": Xla.make, "triton": Triton.make}

@@ -23,7 +23,6 @@ class HeadScores:
     log_scale: jax.Array  # float32 [B, 1]
     vocab_size: int  # clean tokens: the first rows of the head
     placement: Placement  # where the output lives
-    implementation: str = "auto"  # of kernels.vocab_reduce
 
     def log_score(self) -> jax.Array:
         """The whole table, float32 [B, L, D]; 0 at y = x_l."""
@@ -51,9 +50,7 @@ class HeadScores:
         """The same log sum, and log-score at clean targets, [B, L]."""
 
         def reduce(*rows):
-            return vocab_reduce.total_and_pick(
-                *rows, implementation=self.implementation, platform=self.placement.platform
-            )
+            return vocab_reduce.total_and_pick(*rows, platform=self.placement.platform)
 
         total, pick = self._over_rows(reduce, targets, *_given(where))
         pick = jnp.where(targets == self.xt, 0.0, pick - self.log_scale)
@@ -116,6 +113,6 @@ def make_score_fn(
             {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
         )
         scale = graph.log_scale(sigma)
-        return HeadScores(output, xt, scale, graph.vocab_size, model.placement, model.head)
+        return HeadScores(output, xt, scale, graph.vocab_size, model.placement)
 
     return score_fn
