@@ -105,7 +105,7 @@ def main() -> None:
     rows = []
     for passes in numbers:
         found = repeated(lambda *a, passes=passes: ours(*a, passes=passes), options.repeats, seed=1)
-        value = found.diffusion + found.tail
+        value = found.diffusion + found.reconstruction
         calls = passes + 2
         measured = {
             "a sequence": value.var(axis=0, ddof=1).mean(),

@@ -56,9 +56,6 @@ def get_config():
     # time: none, elementwise (all but the products with weights), blocks (all)
 
     config.model.attention = "auto"  # what suits the device, or xla, cudnn (GPU), splash (TPU)
-    config.model.head = (
-        "auto"  # sums over the vocabulary: what suits the device, or xla, triton (GPU)
-    )
 
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 3e-4

@@ -139,7 +139,7 @@ def test_the_log_likelihood_of_texts_is_a_bound_for_each(model):
     texts = ["if", "a much longer text than that", "or", "if"]
     found = model.log_likelihood(texts, seed=5)
     assert found.total.shape == (4,) and (found.standard_error > 0).all()
-    np.testing.assert_allclose(found.total, found.diffusion + found.tail + found.prior)
+    np.testing.assert_allclose(found.total, found.diffusion + found.reconstruction + found.prior)
     assert found.total[1] > found.total[0] and found.total[0] != found.total[3]
     assert (found.normalised <= found.diffusion).all()
     # Not how the texts are cut into batches; nor does a single text need a list.

@@ -253,6 +253,17 @@ def test_a_run_from_before_the_moments_had_a_dtype_goes_on():
     assert configuration.differences(again, config) == []
 
 
+@pytest.mark.parametrize("key", configuration.RETIRED)
+def test_a_retired_key_is_dropped_from_a_saved_config_and_unknown_elsewhere(key):
+    config = shipped("quickstart")
+    older = config.to_dict()
+    section, _, name = key.rpartition(".")
+    older[section][name] = "auto"
+    assert configuration.from_json(json.dumps(older)).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match=f"unknown config key {re.escape(key)}"):
+        configuration.with_values(config, {key: "auto"})
+
+
 def test_the_learning_rate_warms_up_linearly_and_reaches_its_value_at_the_last_warm_up_step():
     config = base.get_config()
     config.optimizer.warmup_steps = 4

@@ -13,7 +13,9 @@ import pytest
 from conftest import TINY, says
 
 from sedd_jax.configs import openwebtext_small, quickstart
-from sedd_jax.experiment import make_program
+from sedd_jax.diffusion.graphs import Absorbing, Uniform
+from sedd_jax.diffusion.schedules import Geometric, LogLinear
+from sedd_jax.experiment import evaluated_fraction, make_program
 from sedd_jax.parallel import sharding
 from sedd_jax.parallel.devices import device
 from sedd_jax.parallel.flops import matmul_flops
@@ -117,6 +119,16 @@ def test_small_costs_what_the_formula_says():
     matrices = 12 * c * c * blocks + 0.999 * 0.5005 * vocab * c
     attention = 2 * length * c * blocks
     assert counted == pytest.approx(3 * 2 * (matrices + attention), rel=2e-3)
+
+
+@pytest.mark.parametrize("schedule", [LogLinear(), Geometric(1e-4, 20.0)])
+def test_the_loss_evaluates_scores_at_masked_tokens_and_with_uniform_noise_at_all(schedule):
+    t_min = 0.01
+    t = t_min + (1.0 - t_min) * np.linspace(0.0, 1.0, 10_001)
+    masked = -np.expm1(-np.asarray(schedule.sigma(t), np.float64)).mean()
+    fraction = evaluated_fraction(Absorbing(VOCAB), schedule, t_min)
+    assert fraction == pytest.approx(masked, abs=2e-3)
+    assert evaluated_fraction(Uniform(VOCAB), schedule, t_min) == 1.0
 
 
 def test_microbatches_do_not_change_the_work(tiny_config):

@@ -111,9 +111,7 @@ def stored_and_computed(name: str, vocab_size: int):
             positive = score / graph.dim
         growth = jnp.exp(sigma)[..., None]
         return {
-            "rate": (lift(graph.rate, x), None),
             "transp_rate": (lift(graph.transp_rate, x), None),
-            "transition": (lift(graph.transition, x, sigma), None),
             "transp_transition": (lift(graph.transp_transition, x, sigma), None),
             "staggered_score": (lift(graph.staggered_score, score, sigma), growth * score),
             "staggered_score_raw": (
@@ -131,9 +129,7 @@ def stored_and_computed(name: str, vocab_size: int):
 
 
 FUNCTIONS = (
-    "rate",
     "transp_rate",
-    "transition",
     "transp_transition",
     "staggered_score",
     "staggered_score_raw",

@@ -47,7 +47,7 @@ def test_the_bound_is_tight_with_the_exact_score(name, schedule):
     # From 0.02 on the weight 1 / t has no tail that the copies could miss; two tokens that are both
     # still noised there add 1e-4 nats.
     part = estimate(graph, schedule, x0, passes=32, t_min=0.02)
-    total = np.asarray(part.diffusion + part.prior + part.tail, np.float64)
+    total = np.asarray(part.diffusion + part.prior + part.reconstruction, np.float64)
     total = total.reshape(-1, copies)
     # The base law is not quite p_1: that gap is known, and 0.01 nats at most.
     gap = [base_gap(graph, schedule, x0) for x0 in everything]
@@ -97,7 +97,7 @@ def expected_parts(graph, schedule, wrong_by, seed, t_min=T_MIN):
         tail = dense.expected_over_noise(graph, schedule, x0, at(reconstruction), [t_min])
         diffusions = dense.integral(graph, schedule, x0, at(diffusion), t_min)
         parts.append((tail[0], *diffusions))
-    return dict(zip(("tail", "value", "normalised"), np.transpose(parts), strict=False))
+    return dict(zip(("reconstruction", "value", "normalised"), np.transpose(parts), strict=False))
 
 
 @graphs
@@ -108,7 +108,7 @@ def test_the_expected_bound_is_minus_log_p_to_five_digits_with_the_exact_score(n
     parts = expected_parts(graph, schedule, 0.0, 0)
     prior = float(graph.prior(schedule.sigma(1.0))) * LAW.ndim
     gap = [base_gap(graph, schedule, x0) for x0 in everything]
-    total = parts["value"] + parts["tail"] + prior - gap
+    total = parts["value"] + parts["reconstruction"] + prior - gap
     np.testing.assert_allclose(total, -np.log(LAW.ravel()), atol=3e-5)
 
 
@@ -117,7 +117,7 @@ def test_the_expected_bound_is_minus_log_p_to_five_digits_with_the_exact_score(n
 def test_wrong_scores_bound_a_law_from_above(name, wrong_by, seed):
     graph, schedule = GRAPHS[name](3), LogLinear()
     parts = expected_parts(graph, schedule, wrong_by, seed)
-    rest = parts["tail"] + float(graph.prior(schedule.sigma(1.0))) * LAW.ndim
+    rest = parts["reconstruction"] + float(graph.prior(schedule.sigma(1.0))) * LAW.ndim
     # exp(-bound) is at most the probability under the law that the scores generate.
     mass = np.exp(-parts["value"] - rest).sum()
     assert mass < 1.0
@@ -144,7 +144,7 @@ def test_diffusion_and_tail_estimate_their_expectations(name):
     x0 = np.repeat(dense.sequences(3, 2), copies, axis=0)
     part = estimate(graph, schedule, x0, wrong_by=0.7, passes=8, t_min=0.1)
     expected = expected_parts(graph, schedule, 0.7, 0, t_min=0.1)
-    pairs = {"diffusion": "value", "tail": "tail"}
+    pairs = {"diffusion": "value", "reconstruction": "reconstruction"}
     if name == "absorbing":
         pairs["normalised"] = "normalised"
     else:
@@ -198,9 +198,9 @@ def test_the_variance_is_slightly_overestimated_and_never_under(name, passes):
         return bound(key, x0, jnp.arange(2), score_fn, graph, schedule, passes=passes, t_min=T_MIN)
 
     part = run(jax.random.split(jax.random.key(0), 20_000))
-    pairs = [(part.diffusion + part.tail, part.variance)]
+    pairs = [(part.diffusion + part.reconstruction, part.variance)]
     if name == "absorbing":
-        pairs.append((part.normalised + part.tail, part.normalised_variance))
+        pairs.append((part.normalised + part.reconstruction, part.normalised_variance))
     for value, claimed in pairs:
         ratio = np.asarray(claimed).mean(axis=0) / np.asarray(value).var(axis=0)
         assert (ratio > 0.9).all(), ratio
@@ -226,7 +226,9 @@ def test_the_places_of_a_pass_are_spread_evenly_over_the_corpus():
     assert len(np.unique(u[0])) == 1_000
 
 
-@pytest.mark.parametrize("counts", [{"passes": 3}, {"passes": 0}, {"passes": 2, "tail_passes": 1}])
+@pytest.mark.parametrize(
+    "counts", [{"passes": 3}, {"passes": 0}, {"passes": 2, "reconstruction_passes": 1}]
+)
 def test_odd_numbers_of_passes_are_refused(counts):
     graph = Absorbing(3)
     score_fn = dense.exact_score_fn(graph, LAW)

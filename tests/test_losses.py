@@ -91,7 +91,7 @@ def test_zero_logits_cost_log_vocab_size_under_absorbing():
         def __init__(self, log_score):
             self.value = log_score
 
-        def total_and_pick(self, targets, where):
+        def total_and_pick(self, targets, needed):
             return self.value + jnp.log(vocab_size), self.value
 
     t = stratified_times(jax.random.key(0), 100_000, 1e-3)[:, None]

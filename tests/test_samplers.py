@@ -415,10 +415,10 @@ class EvenScores:
         table = jnp.full((*self.xt.shape, self.dim), self.log_each)
         return jnp.where(jnp.arange(self.dim) == self.xt[..., None], 0.0, table)
 
-    def total(self, where):
+    def total(self, needed):
         return jnp.full(self.xt.shape, self.log_each + jnp.log(self.vocab_size))
 
-    def draw(self, keys, where):
+    def draw(self, keys, needed):
         shape = self.xt.shape[1:]
         draw = jax.vmap(lambda key: jax.random.randint(key, shape, 0, self.vocab_size, jnp.int32))
         return draw(keys)

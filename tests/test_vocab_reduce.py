@@ -21,13 +21,13 @@ BATCH, LENGTH, SIZE, VOCAB = 2, 7, 5, 11
 TILES = [Tile(1, 1), Tile(3, VOCAB), Tile(14, 5), Tile(4, 4), None]
 tiles = pytest.mark.parametrize("tile", TILES, ids=str)
 SHAPES = re.compile(r"\b(?:f32|bf16)\[([\d,]+)\]")
-ASKED = ["all", "some", "one", "none"]
-asked = pytest.mark.parametrize("asked", ASKED)
+NEEDED = ["all", "some", "one", "none"]
+needed = pytest.mark.parametrize("needed", NEEDED)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_small(monkeypatch):
-    """So that these sizes too put the positions asked for first."""
+    """So that these sizes too put the needed positions first."""
     monkeypatch.setattr(vocab_reduce, "SMALL", 0)
 
 
@@ -46,12 +46,12 @@ def head():
     return tuple(map(jnp.asarray, (hidden, weight, bias, excluded, targets)))
 
 
-def positions(asked):
-    """The positions asked for, bool [B, L], or None for all."""
-    if asked == "all":
+def positions(needed):
+    """The needed positions, bool [B, L], or None for all."""
+    if needed == "all":
         return None
     where = np.zeros((BATCH, LENGTH), bool)
-    where[{"some": np.s_[:, 1::2], "one": np.s_[1, 3], "none": np.s_[:0]}[asked]] = True
+    where[{"some": np.s_[:, 1::2], "one": np.s_[1, 3], "none": np.s_[:0]}[needed]] = True
     return jnp.asarray(where)
 
 
@@ -76,10 +76,10 @@ def answers(reduce, params, *rest):
 
 
 @tiles
-@asked
-def test_values_and_gradients_equal_the_dense_ones(head, tile, asked):
+@needed
+def test_values_and_gradients_equal_the_dense_ones(head, tile, needed):
     *params, excluded, targets = head
-    rest = excluded, targets, positions(asked)
+    rest = excluded, targets, positions(needed)
     values, slopes = answers(lambda *args: total_and_pick(*args, tile=tile), params, *rest)
     exact_values, exact_slopes = answers(definition, params, *rest)
     for value, exact in zip(values, exact_values, strict=True):
@@ -103,23 +103,7 @@ def test_gradients_of_bfloat16_operands_are_within_a_hundredth(head, tile):
     assert [value.dtype for value in ours] == [jnp.bfloat16, jnp.float32, jnp.float32]
 
 
-@asked
-def test_the_triton_form_answers_alike(head, asked):
-    *params, excluded, targets = head
-    rest = excluded, targets, positions(asked)
-    triton = functools.partial(total_and_pick, implementation="triton")
-    values, slopes = answers(triton, params, *rest)
-    exact_values, exact_slopes = answers(definition, params, *rest)
-    for value, exact in zip((*values, *slopes), (*exact_values, *exact_slopes), strict=True):
-        np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-5)
-
-
-def test_the_triton_form_is_refused_on_a_tpu(head):
-    with pytest.raises(ValueError, match="head 'triton' is for GPUs"):
-        total_and_pick(*head, implementation="triton", platform="tpu")
-
-
-def test_a_few_logits_are_made_at_once_and_answer_alike(head, monkeypatch):
+def test_a_few_logits_are_computed_at_once_and_answer_alike(head, monkeypatch):
     where = positions("some")
     sorted_ = total_and_pick(*head, where)
     monkeypatch.setattr(vocab_reduce, "SMALL", 2**18)
@@ -136,7 +120,7 @@ def test_large_logits_stay_finite(head):
     assert all(jnp.isfinite(slope).all() for slope in slopes)
 
 
-def test_what_is_not_asked_for_spoils_no_gradient_however_large_it_is(head):
+def test_what_is_not_needed_spoils_no_gradient_however_large_it_is(head):
     hidden, weight, bias, *ids = head
     where = positions("some")
     huge = jnp.where(where[..., None], hidden, 1e4 * hidden)  # exp of these logits is infinite
@@ -191,12 +175,12 @@ def test_no_array_has_a_number_for_every_token_at_every_position():
 def test_draws_depend_neither_on_the_block_size_nor_on_what_else_is_drawn(head):
     *params, excluded, _ = head
     keys = jax.random.split(jax.random.key(3), BATCH)
-    whole = np.asarray(draw(keys, *params, excluded))
+    whole = np.asarray(draw(*params, excluded, keys))
     blocked = jax.jit(draw, static_argnames="block")
     for block in (1, 3):
-        for asked in ASKED[1:]:
-            where = positions(asked)
-            drawn = blocked(keys, *params, excluded, where, block=block)
+        for needed in NEEDED[1:]:
+            where = positions(needed)
+            drawn = blocked(*params, excluded, keys, where, block=block)
             assert drawn.dtype == jnp.int32
             np.testing.assert_array_equal(drawn, np.where(where, whole, 0))
 
@@ -211,7 +195,7 @@ def test_tokens_are_drawn_in_proportion_and_never_the_excluded_one(head, block):
     def drawn_with(key):
         shut = jnp.tile(excluded[:1], (many, 1))
         keys = jax.random.split(key, many)
-        return draw(keys, hidden, *params[1:], shut, block=block)
+        return draw(hidden, *params[1:], shut, keys, block=block)
 
     drawn = np.concatenate([drawn_with(key) for key in jax.random.split(jax.random.key(0), draws)])
     table = vocab_reduce.logits(*params)[0]
@@ -229,7 +213,7 @@ def test_draws_of_different_places_and_rows_are_independent(head):
     excluded = jnp.full((5_000, 2), VOCAB)
     bias = jnp.where(jnp.arange(VOCAB) < 3, 0.0, -jnp.inf)
     keys = jax.random.split(jax.random.key(0), 5_000)
-    token = jax.jit(draw)(keys, hidden, params[1], bias, excluded)
+    token = jax.jit(draw)(hidden, params[1], bias, excluded, keys)
     for pair in (token, jnp.stack([token[:-1, 0], token[1:, 0]], axis=1)):
         assert dense.p_value(dense.count(pair, 3), np.full(9, 1 / 9)) > dense.P_VALUE
 

@@ -6,7 +6,8 @@ Lou et al. 2024, Theorem 3.6, with the two boundary terms that its tables leave 
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +34,14 @@ class Bound(NamedTuple):
     diffusion: jax.Array
     normalised: jax.Array | None
     prior: jax.Array
-    tail: jax.Array  # reconstruction: -log of the denoiser that sampling ends with, at t_min
-    variance: jax.Array  # of diffusion + tail
-    normalised_variance: jax.Array | None  # of normalised + tail
+    reconstruction: jax.Array  # -log of the denoiser that sampling ends with, at t_min
+    variance: jax.Array  # of diffusion + reconstruction
+    normalised_variance: jax.Array | None  # of normalised + reconstruction
 
     @property
     def total(self) -> jax.Array:
         """The bound on -log p(x0)."""
-        return self.diffusion + self.tail + self.prior
+        return self.diffusion + self.reconstruction + self.prior
 
     @property
     def standard_error(self) -> jax.Array:
@@ -48,16 +49,151 @@ class Bound(NamedTuple):
         return self.variance**0.5
 
 
+class Examples(NamedTuple):
+    """Clean sequences, and what keys their noise."""
+
+    x0: Tokens  # int32 [B, L]
+    index: jax.Array  # int32 [B]: positions in the corpus
+    is_token: jax.Array  # bool [B, L]: False at the padding
+
+    def each(self, fn: Callable, key: jax.Array, *rows: jax.Array) -> Any:
+        """fn(key, *rows of one example [1, ...]) for every example, each with a key of its own."""
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, self.index)
+
+        def one(key, *rows):
+            return jax.tree.map(lambda a: a[0], fn(key, *(row[None] for row in rows)))
+
+        return jax.vmap(one)(keys, *rows)
+
+
+def bound(
+    key: jax.Array,
+    x0: Tokens,
+    index: jax.Array,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    passes: int,
+    reconstruction_passes: int = 2,
+    t_min: float = 1e-3,
+    is_token: jax.Array | None = None,
+) -> Bound:
+    """Bound -log p(x0) with passes + reconstruction_passes network calls a sequence.
+
+    x0 is int32 [B, L], index int32 [B] the examples' positions in the corpus: times and noise
+    depend on (key, index) alone, not on how the corpus is cut into batches. is_token, bool [B, L],
+    leaves padding out. Both numbers of passes must be even, for the error estimate.
+
+    Three things make it need fewer calls than independent times would, and leave it unbiased: the
+    noise levels are stratified over passes and corpus; `graph.probe` draws copies whose weights
+    vary little; and a control variate makes it matter less which tokens a pass happens to noise.
+    """
+    check_passes(passes)
+    check_passes(reconstruction_passes, "reconstruction_passes")
+    key_levels, key_diffusion, key_reconstruction = jax.random.split(key, 3)
+    is_token = jnp.ones(x0.shape, bool) if is_token is None else is_token
+    examples = Examples(x0, index, is_token)
+    process = score_fn, graph, schedule, t_min
+
+    u = stratified(key_levels, index, passes)  # [passes, B]
+    diffusion, normalised = _diffusion(key_diffusion, u, examples, *process)  # [passes, B]
+    reconstruction = _reconstruction(key_reconstruction, reconstruction_passes, examples, *process)
+    prior = graph.prior(schedule.sigma(jnp.ones(len(x0)))) * is_token.sum(axis=-1)  # [B]
+
+    has_total = normalised is not None
+    variance = _pairs_variance(reconstruction)
+    return Bound(
+        diffusion=diffusion.mean(axis=0),
+        normalised=normalised.mean(axis=0) if has_total else None,
+        prior=prior,
+        reconstruction=reconstruction.mean(axis=0),
+        variance=_pairs_variance(diffusion) + variance,
+        normalised_variance=_pairs_variance(normalised) + variance if has_total else None,
+    )
+
+
+def _diffusion(
+    key: jax.Array,
+    u: jax.Array,
+    examples: Examples,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    t_min: float,
+) -> tuple[jax.Array, jax.Array | None]:
+    """The integral of dsigma/dt * score entropy over [t_min, 1], and that of the normalised one:
+    an estimate from each pass, at the noise levels u [passes, B]; [passes, B]."""
+    x0, _, is_token = examples
+
+    def probe(key, x0, u, is_token):
+        return graph.probe(key, x0, u, is_token, schedule, t_min)
+
+    def one_pass(k_and_u):
+        k, u = k_and_u
+        p = examples.each(probe, jax.random.fold_in(key, k), x0, u[:, None], is_token)
+        entropy = graph.score_entropy(score_fn(p.xt, p.sigma), p.sigma, p.xt, x0)
+        return jax.tree.map(lambda e: p.scale * e, entropy), p.weight, p.mean_weight
+
+    # A ScoreEntropy of costs, and the weights: [passes, B, L] each.
+    cost, weight, mean_weight = jax.lax.map(one_pass, (jnp.arange(len(u)), u))
+
+    def estimate(cost):
+        controlled = weight * cost - control_variate(cost, weight, mean_weight)
+        return jnp.sum(controlled, axis=-1, where=is_token)
+
+    if cost.normalised is None:
+        return estimate(cost.value), None
+    normalised = estimate(cost.normalised)
+    # What the scores' totals cost is >= 0; added uncontrolled, the bound is never the smaller one.
+    penalty = jnp.maximum(cost.value - cost.normalised, 0.0)
+    return normalised + jnp.sum(weight * penalty, axis=-1, where=is_token), normalised
+
+
+def control_variate(cost: jax.Array, weight: jax.Array, mean_weight: jax.Array) -> jax.Array:
+    """(weight - mean_weight) * expected cost, which has mean 0; all [passes, B, L].
+
+    What a pass is expected to cost at a token comes from the other passes alone: the mean over
+    those that noised the token, shrunk to the mean over the sequence.
+    """
+    noised = (weight > 0.0).astype(cost.dtype)
+    sums, counts = (a.sum(axis=0) - a for a in (cost * noised, noised))
+    overall = sums.sum(axis=-1, keepdims=True) / jnp.maximum(counts.sum(-1, keepdims=True), 1.0)
+    expected_cost = (sums + overall) / (counts + 1.0)
+    return (weight - mean_weight) * expected_cost
+
+
+def _reconstruction(
+    key: jax.Array,
+    passes: int,
+    examples: Examples,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    t_min: float,
+) -> jax.Array:
+    """-log of the denoiser's probability of x0 at t_min, from each pass, [passes, B]."""
+    x0 = examples.x0
+    t = jnp.full((len(x0), 1), t_min)
+
+    def one_pass(k):
+        xt = examples.each(graph.perturb, jax.random.fold_in(key, k), x0, schedule.sigma(t))
+        log_p = denoise(xt, t, score_fn, graph, schedule).log_probability(x0)
+        return -jnp.sum(log_p, axis=-1, where=examples.is_token)
+
+    return jax.lax.map(one_pass, jnp.arange(passes))
+
+
 def stratified(key: jax.Array, index: jax.Array, passes: int) -> jax.Array:
-    """Places in [0, 1) for every pass over the examples with these indices, float32 [passes, B].
+    """Numbers in [0, 1) for every pass over the examples with these indices, float32 [passes, B].
 
     Pass k of an example falls into the k-th of `passes` equal parts; within the part the examples
     of the corpus are spread evenly from a random offset. Each is uniform in its part.
     """
     offset = jax.random.uniform(key, (passes, 1))
     # index * GOLDEN mod 1 in integers: float32 has no digits left at large indices.
-    turn = index.astype(jnp.uint32) * jnp.uint32(round(GOLDEN * 2**32))
-    u = (offset + turn.astype(jnp.float32) * 2.0**-32) % 1.0
+    multiple = index.astype(jnp.uint32) * jnp.uint32(round(GOLDEN * 2**32))
+    u = (offset + multiple.astype(jnp.float32) * 2.0**-32) % 1.0
     return (jnp.arange(passes)[:, None] + u) / passes
 
 
@@ -70,112 +206,18 @@ def check_passes(passes: int, name: str = "passes") -> None:
 def _pairs_variance(values: jax.Array) -> jax.Array:
     """Variance of the mean over axis 0 from the differences within pairs of neighbours, [B].
 
-    The slope of the pairs' means along axis 0 is taken off; what else the entries' means differ
+    The slope of the pairs' means along axis 0 is subtracted; what else the entries' means differ
     by counts as noise.
     """
     pairs = values.reshape(-1, 2, *values.shape[1:])
     differences = pairs[:, 1] - pairs[:, 0]
     if len(pairs) > 2:
         middle = pairs.mean(axis=1)
-        # Neighbouring pairs are two places apart. A pair's own noise stays out of its slope.
+        # Neighbouring pairs are two entries apart. A pair's own noise stays out of its slope.
         slope = (middle[2:] - middle[:-2]) / 4.0
         first, last = (middle[2] - middle[1]) / 2.0, (middle[-2] - middle[-3]) / 2.0
         differences -= jnp.concatenate([first[None], slope, last[None]])
     return jnp.sum(differences**2, axis=0) / values.shape[0] ** 2
-
-
-def _difficulty(cost: jax.Array, seen: jax.Array) -> jax.Array:
-    """What each pass expects of each token's cost from the other passes alone, [passes, B, L].
-
-    The mean cost of the token where the others saw it, shrunk to the mean over the sequence.
-    """
-    seen = seen.astype(cost.dtype)
-    sums, counts = (a.sum(axis=0) - a for a in (cost * seen, seen))
-    overall = sums.sum(axis=-1, keepdims=True) / jnp.maximum(counts.sum(-1, keepdims=True), 1.0)
-    return (sums + overall) / (counts + 1.0)
-
-
-def bound(
-    key: jax.Array,
-    x0: Tokens,
-    index: jax.Array,
-    score_fn: ScoreFn,
-    graph: Graph,
-    schedule: Schedule,
-    *,
-    passes: int,
-    tail_passes: int = 2,
-    t_min: float = 1e-3,
-    is_token: jax.Array | None = None,
-) -> Bound:
-    """Bound -log p(x0) with passes + tail_passes network calls a sequence.
-
-    x0 is int32 [B, L], index int32 [B] the examples' places in the corpus: times and noise depend
-    on (key, index) alone, not on how the corpus is cut into batches. is_token, bool [B, L], leaves
-    padding out. Both numbers of passes must be even, for the error estimate.
-
-    Three things make it need fewer calls than independent times would, and leave it unbiased: the
-    noise levels are stratified over passes and corpus; `graph.probe` draws copies whose weights
-    vary little; and a token's cost is compared with what the other passes found it to cost, so
-    that it matters less which tokens a pass happens to noise.
-    """
-    check_passes(passes)
-    check_passes(tail_passes, "tail_passes")
-    key_places, key_passes, key_tail = jax.random.split(key, 3)
-    counted = jnp.ones(x0.shape, bool) if is_token is None else is_token
-
-    def probes(key, u):
-        """graph.probe with a key for each example."""
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-
-        def one(key, *example):
-            probe = graph.probe(key, *(a[None] for a in example), schedule, t_min)
-            return jax.tree.map(lambda a: a[0], probe)
-
-        return jax.vmap(one)(keys, x0, u, counted)
-
-    def diffusion_pass(k_and_u):
-        k, u = k_and_u
-        probe = probes(jax.random.fold_in(key_passes, k), u[:, None])
-        scores = score_fn(probe.xt, probe.sigma)
-        entropy = graph.score_entropy(scores, probe.sigma, probe.xt, x0)
-        return jax.tree.map(lambda e: probe.unit * e, entropy), probe.weight, probe.mean_weight
-
-    def tail_pass(k):
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key_tail, k), index)
-        t = jnp.full((x0.shape[0], 1), t_min)
-        perturb = jax.vmap(lambda k, x, sg: graph.perturb(k, x[None], sg[None])[0])
-        xt = perturb(keys, x0, schedule.sigma(t))
-        log_p = denoise(xt, t, score_fn, graph, schedule).log_probability(x0)
-        return -jnp.sum(jnp.where(counted, log_p, 0.0), axis=-1)
-
-    def compared(cost):
-        """The estimate of each pass, [passes, B]."""
-        excess = (weight - mean_weight) * _difficulty(cost, weight > 0.0)
-        return jnp.sum(jnp.where(counted, weight * cost - excess, 0.0), axis=-1)
-
-    places = stratified(key_places, index, passes)
-    entropy, weight, mean_weight = jax.lax.map(diffusion_pass, (jnp.arange(passes), places))
-    tails = jax.lax.map(tail_pass, jnp.arange(tail_passes))
-
-    if entropy.normalised is None:
-        values, normalised = compared(entropy.value), None
-    else:
-        normalised = compared(entropy.normalised)
-        # What the scores' totals cost is >= 0; kept apart and added, the bound stays above.
-        penalty = jnp.maximum(entropy.value - entropy.normalised, 0.0)
-        values = normalised + jnp.sum(jnp.where(counted, weight * penalty, 0.0), axis=-1)
-    tail_variance = _pairs_variance(tails)
-    return Bound(
-        diffusion=values.mean(axis=0),
-        normalised=None if normalised is None else normalised.mean(axis=0),
-        prior=graph.prior(schedule.sigma(jnp.ones((x0.shape[0],)))) * counted.sum(axis=-1),
-        tail=tails.mean(axis=0),
-        variance=_pairs_variance(values) + tail_variance,
-        normalised_variance=(
-            None if normalised is None else _pairs_variance(normalised) + tail_variance
-        ),
-    )
 
 
 def perplexity(nats_per_token: float) -> float:

@@ -1,6 +1,7 @@
-"""Sampling: one reverse step per predictor, and the loop around it. Imports jax only.
+"""Sampling: a predictor is one reverse step, `sample` the loop, `denoise` the last jump.
 
-Everything here is a pure function of arrays and of `(score_fn, graph, schedule)`; the caller jits.
+Imports jax only. Everything here is a pure function of arrays and of `(score_fn, graph, schedule)`;
+the caller jits. A new predictor is a function like `euler` and a line in PREDICTORS.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graphs import Graph
-from sedd_jax.diffusion.reverse import Law
+from sedd_jax.diffusion.reverse import Distribution
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
 
@@ -22,28 +23,30 @@ class Known(NamedTuple):
     is_known: jax.Array  # bool [B, L]
 
     def clamp(self, x: Tokens) -> Tokens:
-        """x with the known tokens put in their places."""
+        """x with the known tokens where they are known."""
         return jnp.where(self.is_known, self.tokens, x)
 
 
 def euler(
     xt: Tokens, t: jax.Array, s: jax.Array, score_fn: ScoreFn, graph: Graph, schedule: Schedule
-) -> Law:
-    """The law of x_s given x_t by one Euler step; t and s are float32 [B, 1]."""
+) -> Distribution:
+    """x_s given x_t by one Euler step, equation (18); t and s are float32 [B, 1], s < t."""
     scores = score_fn(xt, schedule.sigma(t))
     return graph.euler(scores, xt, (t - s) * schedule.dsigma_dt(t))
 
 
 def tweedie(
     xt: Tokens, t: jax.Array, s: jax.Array, score_fn: ScoreFn, graph: Graph, schedule: Schedule
-) -> Law:
-    """The law of x_s given x_t by Tweedie tau-leaping, "analytic" in the original."""
+) -> Distribution:
+    """x_s given x_t by Tweedie tau-leaping, Theorem 4.2; "analytic" in the original."""
     sigma = schedule.sigma(t)
     return graph.tweedie(score_fn(xt, sigma), xt, sigma - schedule.sigma(s))
 
 
-def denoise(xt: Tokens, t: jax.Array, score_fn: ScoreFn, graph: Graph, schedule: Schedule) -> Law:
-    """The law of the clean tokens that sampling ends with, at the last time t, [B, 1]."""
+def denoise(
+    xt: Tokens, t: jax.Array, score_fn: ScoreFn, graph: Graph, schedule: Schedule
+) -> Distribution:
+    """The clean tokens that sampling ends with, given x_t at its last time t, [B, 1]."""
     sigma = schedule.sigma(t)
     return graph.denoise(score_fn(xt, sigma), xt, sigma)
 
@@ -52,19 +55,19 @@ def denoise(xt: Tokens, t: jax.Array, score_fn: ScoreFn, graph: Graph, schedule:
 PREDICTORS = {"euler": euler, "tweedie": tweedie, "none": None}
 
 
-def draw_exact(keys: jax.Array, law: Law) -> Tokens:
+def draw_exact(keys: jax.Array, distribution: Distribution) -> Tokens:
     """A draw in which every token keeps its probability, however rare; a key for each row, [B]."""
-    return law.draw(keys)
+    return distribution.draw(keys)
 
 
-def draw_float32_gumbel(keys: jax.Array, law: Law) -> Tokens:
+def draw_float32_gumbel(keys: jax.Array, distribution: Distribution) -> Tokens:
     """The original's draw, for comparison with published generative perplexities only.
 
     Its noise has 2^23 values, so beside a dominant "stay" a token of probability p is drawn at
-    (1/a) / (exp(1/a) - 1) of its rate, a = p 2^23: text looks better and varies less than the
-    model's law.
+    (1/a) / (exp(1/a) - 1) of its rate, a = p 2^23: text looks better and varies less than what the
+    model says.
     """
-    probabilities = law.probabilities()
+    probabilities = distribution.probabilities()
     u = jax.vmap(lambda key: jax.random.uniform(key, probabilities.shape[1:]))(keys)
     return gumbel_argmax(u, probabilities)
 
@@ -113,9 +116,9 @@ def sample(
 
     One `lax` loop over the times of `grid`: steps may be traced, so another number of steps does
     not recompile. Known tokens are put back before every step and after the denoiser. A sample
-    costs steps + 1 network calls (none's steps cost nothing). index, int32 [B], are the samples'
-    numbers, 0, 1, ... by default: a sample's noise is keyed by its own, not by what else is in the
-    batch.
+    costs steps + 1 network calls; predictor None takes no step and costs one. index, int32 [B], are
+    the samples' numbers, 0, 1, ... by default: a sample's noise is keyed by its own number, not by
+    what else is in the batch.
 
     The loop may be cut: begin and end take the steps begin <= i < end from the state x at step
     begin (unused at 0), and the denoiser comes when end == steps. The parts give what the whole
@@ -136,12 +139,11 @@ def sample(
     def step(i, x):
         t, s = grid(i, steps, t_min), grid(i + 1, steps, t_min)
         s = jnp.where(i + 1 == steps, t_min, s)  # exactly
-        law = predictor(x, t * column, s * column, score_fn, graph, schedule)
-        return clamp(draw(jax.vmap(jax.random.fold_in, (0, None))(key_steps, i), law))
+        distribution = predictor(x, t * column, s * column, score_fn, graph, schedule)
+        return clamp(draw(jax.vmap(jax.random.fold_in, (0, None))(key_steps, i), distribution))
 
     def finish(x):
-        law = denoise(x, t_min * column, score_fn, graph, schedule)
-        return clamp(draw(key_last, law))
+        return clamp(draw(key_last, denoise(x, t_min * column, score_fn, graph, schedule)))
 
     if predictor is not None:
         x = jax.lax.fori_loop(begin, steps if end is None else end, step, x)

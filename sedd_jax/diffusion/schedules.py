@@ -1,7 +1,8 @@
 """Noise schedules: total noise sigma(t) and its slope, for t in [0, 1]. Imports jax only.
 
 Lou et al. 2024 (arXiv 2310.16834), section 5.1. A schedule is a frozen dataclass with two pure
-functions of an array of times, of any shape; both return float32 of that shape.
+functions of an array of times, of any shape; both return float32 of that shape. A new one is such a
+dataclass and a line in SCHEDULES.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ class LogLinear:
         if not 0.0 < self.eps < 1.0:
             raise ValueError(f"schedule eps {self.eps} is outside (0, 1); the paper uses 1e-3")
 
-    def _kept(self, t: jax.Array) -> jax.Array:
+    def _clean(self, t: jax.Array) -> jax.Array:
         # 1 - (1 - eps) t loses four digits near t = 1; this sum of positive terms loses none.
         return (1.0 - t) + self.eps * t
 
@@ -39,12 +40,12 @@ class LogLinear:
         """Total noise at time t, float32, the shape of t."""
         t = jnp.asarray(t, jnp.float32)
         near_zero = -jnp.log1p(-(1.0 - self.eps) * jnp.minimum(t, 0.5))
-        return jnp.where(t < 0.5, near_zero, -jnp.log(self._kept(t)))
+        return jnp.where(t < 0.5, near_zero, -jnp.log(self._clean(t)))
 
     def dsigma_dt(self, t: jax.Array) -> jax.Array:
         """Slope of the total noise at time t, float32, the shape of t."""
         t = jnp.asarray(t, jnp.float32)
-        return (1.0 - self.eps) / self._kept(t)
+        return (1.0 - self.eps) / self._clean(t)
 
 
 @dataclasses.dataclass(frozen=True)

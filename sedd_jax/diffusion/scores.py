@@ -1,4 +1,4 @@
-"""The seam: what one network call knows, asked through a few questions. Imports jax only.
+"""The seam: what one network call knows, answered through a few questions. Imports jax only.
 
 Losses, samplers and the bound take a `ScoreFn` and never see parameters, a model or a config.
 """
@@ -14,29 +14,29 @@ from sedd_jax.diffusion.draws import categorical
 
 Tokens = jax.Array  # int32 [B, L]
 Sigma = jax.Array  # float32 [B, 1]: total noise, one value a sequence
-Where = jax.Array | None  # bool [B, L]: the positions asked for; None: all
+Needed = jax.Array | None  # bool [B, L]: the positions whose answers are used; None: all
 
 
 class Scores(Protocol):
     """The ratios p_sigma(y at l) / p_sigma(x_l at l) of one noised batch x.
 
-    Clean tokens are y < vocab_size; the sums and the draw below leave y = x_l out. They are asked
-    for some of the positions: at the others the answers are finite and mean nothing.
+    Clean tokens are y < vocab_size; the sums and the draw below leave y = x_l out. Where a position
+    is not needed the answer is finite and means nothing.
     """
 
     def log_score(self) -> jax.Array:
         """The whole table, float32 [B, L, D]; 0 at y = x_l."""
 
-    def total(self, where: Where) -> jax.Array:
+    def total(self, needed: Needed) -> jax.Array:
         """Log of the sum of scores over clean y != x_l, float32 [B, L]."""
 
-    def total_and_pick(self, targets: Tokens, where: Where) -> tuple[jax.Array, jax.Array]:
+    def total_and_pick(self, targets: Tokens, needed: Needed) -> tuple[jax.Array, jax.Array]:
         """The same log sum, and the log-score at targets; [B, L] each."""
 
     def log_sum(self) -> jax.Array:
         """Sum of the log-scores of clean y != x_l, float32 [B, L]."""
 
-    def draw(self, keys: jax.Array, where: Where) -> Tokens:
+    def draw(self, keys: jax.Array, needed: Needed) -> Tokens:
         """A clean token y != x_l drawn in proportion to its score, int32 [B, L].
 
         keys has one for each row, [B]: a row's draw does not depend on the rows beside it.
@@ -53,7 +53,7 @@ def draw_categorical(keys: jax.Array, log_weights: jax.Array) -> Tokens:
 
 @dataclasses.dataclass(frozen=True)
 class DenseScores:
-    """Scores answered from a table, for tests, toy laws and small vocabularies.
+    """Scores answered from a table, for tests, small distributions and small vocabularies.
 
     log_score at y = x_l is set to 0 whatever the table holds there.
     """
@@ -72,15 +72,15 @@ class DenseScores:
         clean = self.table[..., : self.vocab_size]
         return jnp.where(states == self.xt[..., None], -jnp.inf, clean)
 
-    def total(self, where: Where = None) -> jax.Array:
+    def total(self, needed: Needed = None) -> jax.Array:
         return jax.nn.logsumexp(self._others(), axis=-1)
 
-    def total_and_pick(self, targets: Tokens, where: Where = None) -> tuple[jax.Array, jax.Array]:
+    def total_and_pick(self, targets: Tokens, needed: Needed = None) -> tuple[jax.Array, jax.Array]:
         pick = jnp.take_along_axis(self.log_score(), targets[..., None], axis=-1)
-        return self.total(where), pick[..., 0]
+        return self.total(needed), pick[..., 0]
 
     def log_sum(self) -> jax.Array:
         return self.log_score()[..., : self.vocab_size].sum(axis=-1)
 
-    def draw(self, keys: jax.Array, where: Where = None) -> Tokens:
+    def draw(self, keys: jax.Array, needed: Needed = None) -> Tokens:
         return draw_categorical(keys, self._others())

@@ -108,13 +108,13 @@ def corpus_bound(
         return float(np.concatenate(values)[:count].sum(dtype=np.float64))
 
     total = jax.tree.map(add_up, *results)
-    ends = total.tail + total.prior
+    ends = total.reconstruction + total.prior
     normalised = total.normalised
     return CorpusBound(
         bound=total.diffusion + ends,
         bound_standard_error=math.sqrt(total.variance),
         diffusion=total.diffusion,
-        tail=total.tail,
+        tail=total.reconstruction,
         prior=total.prior,
         normalised=None if normalised is None else normalised + ends,
         normalised_standard_error=(

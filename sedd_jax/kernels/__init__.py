@@ -1,7 +1,7 @@
 """Array kernels that know no graph: products, attention, and the reductions over the vocabulary.
 
-Attention and the reductions have several forms behind one function. `choose` picks one: the form
-that is named, or the one that suits the platform of the devices, as jax names it.
+Attention has several forms behind one function. `choose` picks one: the form that is named, or the
+one that suits the platform of the devices, as jax names it.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,6 @@ from typing import Any
 
 # What each platform takes where nothing is named; xla, plain JAX, runs everywhere.
 ATTENTION = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
-HEAD = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
 
 
 def for_platform(forms: Mapping[str, Any], platform: str) -> Any:

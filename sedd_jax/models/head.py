@@ -1,6 +1,8 @@
-"""Scores answered from the last hidden state, without a table where none is asked for."""
+"""Scores answered from the last hidden state: no [B, L, D] table unless it is asked for."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 
 from sedd_jax.diffusion.draws import categorical
 from sedd_jax.diffusion.graphs import Graph
-from sedd_jax.diffusion.scores import ScoreFn, Tokens, Where
+from sedd_jax.diffusion.scores import Needed, ScoreFn, Tokens
 from sedd_jax.kernels import vocab_reduce
 from sedd_jax.models.transformer import Output
 from sedd_jax.parallel.sharding import Placement
@@ -23,7 +25,6 @@ class HeadScores:
     log_scale: jax.Array  # float32 [B, 1]
     vocab_size: int  # clean tokens: the first rows of the head
     placement: Placement  # where the output lives
-    implementation: str = "auto"  # of kernels.vocab_reduce
 
     def log_score(self) -> jax.Array:
         """The whole table, float32 [B, L, D]; 0 at y = x_l."""
@@ -31,70 +32,49 @@ class HeadScores:
         states = jnp.arange(table.shape[-1])
         return jnp.where(states == self.xt[..., None], 0.0, table)
 
-    def _over_rows(self, reduce, *rows: jax.Array):
-        """reduce(hidden, weight, bias, xt, *rows), on each device for the rows it holds."""
-        hidden, weight, bias = self.output
-        # No score of MASK is asked for: left out so, and not by a copy of the other rows.
-        clean = jnp.where(jnp.arange(bias.shape[0]) < self.vocab_size, bias, -jnp.inf)
-
-        def local(rows, head):
-            hidden, *others = rows
-            return reduce(hidden, *head, *others)
-
-        return self.placement.over_rows(local, (hidden, self.xt, *rows), (weight, clean))
-
-    def total(self, where: Where = None) -> jax.Array:
+    def total(self, needed: Needed = None) -> jax.Array:
         """Log of the sum of scores over clean y != x_l, [B, L]."""
-        return self.total_and_pick(jnp.full_like(self.xt, -1), where)[0]
+        return self.total_and_pick(jnp.full_like(self.xt, -1), needed)[0]
 
-    def total_and_pick(self, targets: Tokens, where: Where = None) -> tuple[jax.Array, jax.Array]:
+    def total_and_pick(self, targets: Tokens, needed: Needed = None) -> tuple[jax.Array, jax.Array]:
         """The same log sum, and log-score at clean targets, [B, L]."""
-
-        def reduce(*rows):
-            return vocab_reduce.total_and_pick(
-                *rows, implementation=self.implementation, platform=self.placement.platform
-            )
-
-        total, pick = self._over_rows(reduce, targets, *_given(where))
+        total, pick = self._reduce(vocab_reduce.total_and_pick, targets, needed)
         pick = jnp.where(targets == self.xt, 0.0, pick - self.log_scale)
         return total - self.log_scale, pick
 
     def log_sum(self) -> jax.Array:
-        """Sum of the log-scores of clean y != x_l, [B, L]: a product with the sum of the weights."""
+        """Sum of the log-scores of clean y != x_l, [B, L]: a matmul with the sum of the weights."""
 
-        def local(rows, head):
-            hidden, xt = rows
-            weight, bias = head
+        def sum_of_logits(rows, head):
+            (hidden, xt), (weight, bias) = rows, head
             hidden = hidden.astype(jnp.float32)
-            clean = weight[: self.vocab_size].sum(axis=0), bias[: self.vocab_size].sum()
-            own = (hidden * weight[xt]).sum(axis=-1) + bias[xt]
-            own = jnp.where(xt < self.vocab_size, own, 0.0)
-            return jnp.einsum("blc,c->bl", hidden, clean[0], precision="highest") + clean[1] - own
+            clean_weight, clean_bias = weight[: self.vocab_size], bias[: self.vocab_size]
+            all_clean = jnp.einsum(
+                "blc,c->bl", hidden, clean_weight.sum(axis=0), precision="highest"
+            )
+            at_xt = (hidden * weight[xt]).sum(axis=-1) + bias[xt]
+            return all_clean + clean_bias.sum() - jnp.where(xt < self.vocab_size, at_xt, 0.0)
 
         hidden, weight, bias = self.output
-        found = self.placement.over_rows(local, (hidden, self.xt), (weight, bias))
-        return found - (self.vocab_size - (self.xt < self.vocab_size)) * self.log_scale
+        summed = self.placement.over_rows(sum_of_logits, (hidden, self.xt), (weight, bias))
+        return summed - (self.vocab_size - (self.xt < self.vocab_size)) * self.log_scale
 
-    def draw(self, keys: jax.Array, where: Where = None) -> Tokens:
+    def draw(self, keys: jax.Array, needed: Needed = None) -> Tokens:
         """A clean token drawn in proportion to its score, [B, L]."""
+        draw = functools.partial(vocab_reduce.draw, categorical=categorical)
+        return self._reduce(draw, keys, needed)
 
-        def reduce(hidden, weight, bias, xt, keys, *where):
-            return vocab_reduce.draw(
-                keys,
-                hidden,
-                weight,
-                bias,
-                xt,
-                *where,
-                categorical=categorical,
-                platform=self.placement.platform,
-            )
+    def _reduce(self, reduce: Callable, *rows: jax.Array | None):
+        """reduce(hidden, weight, bias, xt, *rows) over the clean tokens; each device its rows."""
+        hidden, weight, bias = self.output
+        # MASK has no score: it is left out by its bias, and not by a copy of the other rows.
+        clean = jnp.where(jnp.arange(bias.shape[0]) < self.vocab_size, bias, -jnp.inf)
 
-        return self._over_rows(reduce, keys, *_given(where))
+        def local(rows, head):
+            hidden, *rest = rows
+            return reduce(hidden, *head, *rest, platform=self.placement.platform)
 
-
-def _given(where: Where) -> tuple[jax.Array, ...]:
-    return () if where is None else (where,)
+        return self.placement.over_rows(local, (hidden, self.xt, *rows), (weight, clean))
 
 
 def make_score_fn(
@@ -115,7 +95,6 @@ def make_score_fn(
         output = model.apply(
             {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
         )
-        scale = graph.log_scale(sigma)
-        return HeadScores(output, xt, scale, graph.vocab_size, model.placement, model.head)
+        return HeadScores(output, xt, graph.log_scale(sigma), graph.vocab_size, model.placement)
 
     return score_fn

@@ -225,7 +225,6 @@ class Transformer(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"  # of REMAT
     attention: str = "auto"  # of kernels.attention
-    head: str = "auto"  # of kernels.vocab_reduce
     placement: Placement = Placement()
 
     @nn.compact
