@@ -84,7 +84,7 @@ def test_every_key_is_read_somewhere():
         if section == "mesh":
             reads = r"make_mesh\(config\.mesh\)"
         elif key in ("graph.name", "schedule.name"):
-            reads = rf"_make\(\w+, config\.{section}\b"
+            reads = rf"named\(\w+, config\.{section}\b"
         assert re.search(reads, text), f"nothing reads config.{key}"
 
 
