@@ -80,7 +80,8 @@ class Ours:
         config = self._config(batch_size, length)
         make_mesh = _first_module("parallel.sharding", "sharding").make_mesh
         mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [self.device])
-        program = self.experiment.make_program(config, self.size["vocab_size"], mesh)
+        make = getattr(self.experiment, "make_experiment", None) or self.experiment.make_program
+        program = make(config, self.size["vocab_size"], mesh)
 
         def start():
             state = program.fresh()

@@ -2,7 +2,7 @@
 
 Started by measure.Worker. A line of standard input is {"call": NAME, "arguments": {...}}, a line of
 standard output {"value": ...} or {"error": ..., "trace": ...}; anything else that the frameworks
-print goes to standard error. NAME is one of CALLS, each a function of the side's `Program`:
+print goes to standard error. NAME is one of CALLS, each a function of the side's `Experiment`:
 ours.Ours or original.Original, which have the same methods.
 """
 

@@ -11,24 +11,23 @@ def get_config():
     config.seed = 0  # of parameters, noise, dropout and data order
 
     config.data = ml_collections.ConfigDict()
-    config.data.corpus = "text"  # text (your own files), pydoc (ships with Python) or a published
-    # one: text8, wikitext2, wikitext103, ptb, lambada, lm1b, openwebtext
-    config.data.path = ""  # text: folder of .txt (a document each) or .jsonl ({"text": ...}) files;
-    # a published corpus: folder with its archive or files, empty to download them
+    # text (your own files), pydoc (ships with Python), or a published one: text8, wikitext2,
+    # wikitext103, ptb, lambada, lm1b, openwebtext
+    config.data.corpus = "text"
+    # text: folder of .txt (a document each) or .jsonl ({"text": ...}) files; a published corpus:
+    # folder with its archive or files, empty to download them
+    config.data.path = ""
     config.data.tokenizer = "gpt2"  # gpt2, bert, sentencepiece, text8, characters, bytes
-    config.data.tokenizer_path = (
-        ""  # gpt2, bert: folder, tokenizer.json or hub id@commit, empty for
-    )
-    # the published one; sentencepiece: .model file, or train:8000 for a vocabulary of 8000
+    # gpt2, bert: folder, tokenizer.json or hub id@commit, empty for the published one;
+    # sentencepiece: .model file, or train:8000 for a vocabulary of 8000
+    config.data.tokenizer_path = ""
     config.data.length = 1024  # tokens in a block
     config.data.form = "packed"  # packed: documents one after the other; padded: one a block
     config.data.windows = "aligned"  # aligned blocks, or random: any L tokens in a row (packed)
     config.data.train_split = "train"
     config.data.heldout_split = "validation"
     config.data.heldout_fraction = 0.05  # of documents, where the corpus has no split of its own
-    config.data.records = (
-        ""  # folder made by sedd-prepare; empty: made on first use, WORKDIR/records
-    )
+    config.data.records = ""  # folder of sedd-prepare; empty: WORKDIR/records, made on first use
 
     config.graph = ml_collections.ConfigDict()
     config.graph.name = "absorbing"  # absorbing or uniform
@@ -51,10 +50,10 @@ def get_config():
     config.model.heads = 12
     config.model.cond_dim = 128  # width of the noise level's embedding
     config.model.dropout = 0.1  # probability
-    config.model.dtype = "bfloat16"  # of the matrix products: float32 or bfloat16
-    config.model.remat = "none"  # made again in the backward pass, which takes less memory and more
-    # time: none, elementwise (all but the products with weights), blocks (all)
-
+    config.model.dtype = "bfloat16"  # of the matmuls: float32 or bfloat16
+    # What the backward pass recomputes, for less memory and more time: none, elementwise (all but
+    # the matmuls with weights), blocks (all)
+    config.model.remat = "none"
     config.model.attention = "auto"  # what suits the device, or xla, cudnn (GPU), splash (TPU)
 
     config.optimizer = ml_collections.ConfigDict()
@@ -64,8 +63,9 @@ def get_config():
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.0
-    config.optimizer.mu_dtype = "float32"  # of the first moments: bfloat16 takes 2 bytes less a
-    # parameter. The second ones stay float32: in bfloat16 a change of 1 - b2 would be rounded away
+    # Of the first moments: bfloat16 takes 2 bytes less a parameter. The second moments are always
+    # float32: in bfloat16 a change of 1 - b2 would be rounded away
+    config.optimizer.mu_dtype = "float32"
     config.optimizer.clip_norm = 1.0  # global norm of the gradient
     config.optimizer.ema_decay = 0.9999
 
@@ -76,12 +76,12 @@ def get_config():
     config.train.log_every = 50  # steps
     config.train.eval_every = 5000  # steps
     config.train.max_skipped = 50  # steps skipped in a row, for loss or gradient not finite
-    config.train.stuck_seconds = 3600  # without a step, batch or save (compiling counts):
-    # the process ends; 0: never
+    # The process ends after so long without a step, batch or save (compiling counts); 0: never
+    config.train.stuck_seconds = 3600
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = 10_000  # steps
-    config.checkpoint.keep = 3  # newest checkpoints kept
+    config.checkpoint.keep = 3  # how many of the newest are not deleted
 
     config.evaluate = ml_collections.ConfigDict()
     config.evaluate.blocks = 256  # held-out blocks scored while training; sedd-eval scores all
@@ -97,14 +97,14 @@ def get_config():
         "uniform"  # times of the steps: uniform, or cosine: short ones at the start
     )
     config.sample.every = 0  # steps of training between samples in WORKDIR/samples; 0: none
-    config.sample.count = 4  # of them
+    config.sample.count = 4  # samples each time
 
     config.profile = ml_collections.ConfigDict()
     config.profile.start = 0  # first step of the profile in WORKDIR/profile
     config.profile.steps = 0  # steps profiled; 0: none
 
     config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1  # devices the batch is split over; -1: all that are left
+    config.mesh.data = -1  # devices the batch is split over; -1: all that the other axes leave
     config.mesh.fsdp = 1  # devices the batch and the parameters are split over
     config.mesh.tensor = 1  # devices heads and MLP are split over
     return config

@@ -1,7 +1,7 @@
-"""What a config may say, and the objects it names. Config objects stop at this floor.
+"""The keys of a config and the constraints on their values; nothing is built here.
 
-`check` rejects every bad value and combination before any work starts; each `make_` builds one
-part from its section. The tables are the ones that hold the parts, so a new part is known here.
+`check` refuses every bad value and combination before any work starts. Names are looked up in the
+tables of the parts themselves, so a part that is added there is allowed here.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd_jax.configs import base
@@ -23,13 +22,12 @@ from sedd_jax.diffusion.samplers import DRAWS, GRIDS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES
 from sedd_jax.kernels import attention
 from sedd_jax.models.transformer import REMAT
-from sedd_jax.parallel.sharding import batch_parts
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Constraint:
     """What a value must satisfy, in code and in words."""
 
     holds: Callable[[Any], bool]
@@ -42,25 +40,27 @@ def _is_number(x: Any) -> bool:
     return is_number and abs(x) <= sys.float_info.max
 
 
-def _one_of(table: Mapping[str, Any]) -> Rule:
-    return Rule(lambda x: isinstance(x, str) and x in table, f"one of {', '.join(table)}")
+def _one_of(table: Mapping[str, Any]) -> Constraint:
+    return Constraint(lambda x: isinstance(x, str) and x in table, f"one of {', '.join(table)}")
 
 
-def _whole(least: int, most: float = math.inf) -> Rule:
-    words = f"a whole number >= {least}" + ("" if most == math.inf else f" and <= {most}")
-    return Rule(lambda x: isinstance(x, int) and _is_number(x) and least <= x <= most, words)
+def _whole(low: int, high: float = math.inf) -> Constraint:
+    words = f"a whole number >= {low}" + ("" if high == math.inf else f" and <= {high}")
+    return Constraint(lambda x: isinstance(x, int) and _is_number(x) and low <= x <= high, words)
 
 
-_ANY_TEXT = Rule(lambda x: isinstance(x, str), "text")
-_TRUTH = Rule(lambda x: isinstance(x, bool), "True or False")
-_POSITIVE = Rule(lambda x: _is_number(x) and x > 0, "a finite number above 0")
-_NOT_NEGATIVE = Rule(lambda x: _is_number(x) and x >= 0, "a finite number >= 0")
-_INSIDE = Rule(lambda x: _is_number(x) and 0 < x < 1, "inside (0, 1)")
-_DECAY = Rule(lambda x: _is_number(x) and 0 <= x < 1, "in [0, 1)")
-_AXIS = Rule(lambda x: isinstance(x, int) and (x == -1 or x >= 1), "a whole number >= 1, or -1")
-_PASSES = Rule(lambda x: isinstance(x, int) and x >= 2 and x % 2 == 0, "an even number >= 2")
+_ANY_TEXT = Constraint(lambda x: isinstance(x, str), "text")
+_BOOLEAN = Constraint(lambda x: isinstance(x, bool), "True or False")
+_POSITIVE = Constraint(lambda x: _is_number(x) and x > 0, "a finite number above 0")
+_NOT_NEGATIVE = Constraint(lambda x: _is_number(x) and x >= 0, "a finite number >= 0")
+_INSIDE = Constraint(lambda x: _is_number(x) and 0 < x < 1, "inside (0, 1)")
+_DECAY = Constraint(lambda x: _is_number(x) and 0 <= x < 1, "in [0, 1)")
+_AXIS = Constraint(
+    lambda x: isinstance(x, int) and (x == -1 or x >= 1), "a whole number >= 1, or -1"
+)
+_PASSES = Constraint(lambda x: isinstance(x, int) and x >= 2 and x % 2 == 0, "an even number >= 2")
 
-RULES: dict[str, Rule] = {
+KEYS: dict[str, Constraint] = {
     "seed": _whole(0, 2**32 - 1),
     "data.corpus": _one_of(CORPORA),
     "data.path": _ANY_TEXT,
@@ -74,11 +74,11 @@ RULES: dict[str, Rule] = {
     "data.heldout_fraction": _INSIDE,
     "data.records": _ANY_TEXT,
     "graph.name": _one_of(GRAPHS),
-    "graph.scale_by_sigma": _TRUTH,
+    "graph.scale_by_sigma": _BOOLEAN,
     "schedule.name": _one_of(SCHEDULES),
     "schedule.eps": _INSIDE,
     "schedule.sigma_min": _POSITIVE,
-    "schedule.sigma_max": Rule(
+    "schedule.sigma_max": Constraint(
         lambda x: _is_number(x) and 0 < x <= 80,
         "a number above 0 and at most 80: float32 has no exp(sigma) beyond",
     ),
@@ -129,7 +129,7 @@ RULES: dict[str, Rule] = {
 }
 
 # A run may be resumed with other values of these: they change neither the model nor its noise.
-# Where the data is may change too: data.json tells whether it is the same.
+# The data may be in another folder: data.json says whether it is the same data.
 MAY_CHANGE = (
     "train.steps",
     "train.log_every",
@@ -144,8 +144,7 @@ MAY_CHANGE = (
 )
 MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh", "profile")
 
-
-# Runs from before these keys did what their defaults say.
+# Keys that a saved config may lack: runs from before them did what the default says.
 AS_BEFORE = ("optimizer.mu_dtype",)
 # Keys that saved configs may still hold, and why they went.
 RETIRED = {"model.head": "a Triton kernel for the head was slower on a GPU than plain JAX"}
@@ -161,20 +160,20 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def check_value(key: str, value: Any) -> None:
-    """ValueError unless there is such a key, like "data.length", and it may have the value."""
-    if key not in RULES:
-        raise ValueError(f"unknown config key {key}; known: {', '.join(RULES)}")
-    if not RULES[key].holds(value):
+    """ValueError unless there is such a key, like "data.length", and the value is allowed."""
+    if key not in KEYS:
+        raise ValueError(f"unknown config key {key}; known: {', '.join(KEYS)}")
+    if not KEYS[key].holds(value):
         shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-        raise ValueError(f"config.{key} {shown} is not allowed; it must be {RULES[key].words}")
+        raise ValueError(f"config.{key} {shown} is not allowed; it must be {KEYS[key].words}")
 
 
 def check(config: ConfigDict) -> None:
-    """Raise ValueError at the first value or combination that cannot be meant."""
+    """ValueError for the first value or combination that is not allowed."""
     values = dict(flatten(config))
     for key, value in values.items():
         check_value(key, value)
-    for key in RULES:
+    for key in KEYS:
         if key not in values:
             raise ValueError(f"config.{key} is missing; start from configs/base.py")
 
@@ -192,19 +191,26 @@ def check(config: ConfigDict) -> None:
             f"config.model.hidden_size {config.model.hidden_size} over {config.model.heads} heads "
             "gives an odd head size; rotary position embedding needs an even one"
         )
-    graph_fields = [field.name for field in dataclasses.fields(GRAPHS[config.graph.name])]
-    if config.graph.scale_by_sigma and "scale_by_sigma" not in graph_fields:
+    if config.graph.scale_by_sigma and not _has_field(GRAPHS[config.graph.name], "scale_by_sigma"):
         raise ValueError(
             f"config.graph.scale_by_sigma True does not fit the {config.graph.name} graph, whose "
             "logits are the log-scores; set it to False"
         )
     if [values[f"mesh.{axis}"] for axis in config.mesh].count(-1) > 1:
         raise ValueError("config.mesh holds -1 more than once; one axis may take what is left")
-    named(SCHEDULES, config.schedule)  # which refuses bad combinations
+    low, high = config.schedule.sigma_min, config.schedule.sigma_max
+    if low >= high and _has_field(SCHEDULES[config.schedule.name], "sigma_min"):
+        raise ValueError(
+            f"config.schedule must have sigma_min < sigma_max, not {low} and {high}; change one"
+        )
+
+
+def _has_field(cls: type, name: str) -> bool:
+    return name in (field.name for field in dataclasses.fields(cls))
 
 
 def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """The config with {"data.records": ...} set; ValueError for a key or value that is none."""
+    """The config with values such as {"data.records": DIR}; ValueError for a bad key or value."""
     config = config.copy_and_resolve_references()
     for key, value in values.items():
         check_value(key, value)
@@ -239,7 +245,7 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """The config of `to_json`; ValueError if the text is not one."""
     values = json.loads(text)
-    sections = {key.split(".")[0] for key in RULES if not may_change(key)}
+    sections = {key.split(".")[0] for key in KEYS if not may_change(key)}
     if not isinstance(values, dict) or not sections <= set(values):
         raise ValueError(
             f"{' '.join(text.split())[:60]!r} is no config of sedd_jax; give the folder of a run"
@@ -249,7 +255,7 @@ def from_json(text: str) -> ConfigDict:
         if isinstance(values.get(section), dict):
             values[section].pop(name, None)
     config = ConfigDict(values)
-    # Keys that are newer than the run, and change nothing that it has done, are as by default.
+    # Keys that are newer than the run, and change nothing of what it did, have their defaults.
     for key, value in flatten(base.get_config()):
         if may_change(key) or key in AS_BEFORE:
             section, _, name = key.rpartition(".")
@@ -258,27 +264,3 @@ def from_json(text: str) -> ConfigDict:
             if name not in config[section]:
                 config[section][name] = value
     return config
-
-
-def named(table: Mapping[str, type], section: ConfigDict, **given: Any) -> Any:
-    """The dataclass that section names, with those of its fields that the section holds."""
-    cls = table[section.name]
-    fields = {field.name for field in dataclasses.fields(cls)} & set(section) - {"name"}
-    return cls(**given, **{field: section[field] for field in fields})
-
-
-def check_mesh(config: ConfigDict, mesh: Mesh) -> None:
-    """ValueError if the mesh cannot split the batch or the heads."""
-    if config.model.heads % mesh.shape["tensor"]:
-        raise ValueError(
-            f"config.model.heads {config.model.heads} is not divisible by the mesh's "
-            f"tensor={mesh.shape['tensor']}; change one of them"
-        )
-    parts = batch_parts(mesh)
-    rows = config.train.batch_size // config.train.microbatches
-    if rows % parts:
-        raise ValueError(
-            f"config.train.batch_size {config.train.batch_size} in {config.train.microbatches} "
-            f"microbatches gives {rows} rows, not divisible by the {parts} devices of the mesh's "
-            "data and fsdp axes; change one of them"
-        )

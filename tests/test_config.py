@@ -17,7 +17,7 @@ from sedd_jax.configs import base
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Absorbing, Uniform
 from sedd_jax.diffusion.schedules import Geometric, LogLinear
-from sedd_jax.experiment import make_program
+from sedd_jax.experiment import make_experiment
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import sharding
 
@@ -62,7 +62,7 @@ def test_the_papers_configs_hold_the_papers_hyperparameters(name):
 
 
 def test_every_key_of_the_base_config_has_a_rule_and_every_rule_a_key():
-    assert {key for key, _ in configuration.flatten(base.get_config())} == set(configuration.RULES)
+    assert {key for key, _ in configuration.flatten(base.get_config())} == set(configuration.KEYS)
 
 
 def test_every_key_is_read_somewhere():
@@ -72,19 +72,19 @@ def test_every_key_is_read_somewhere():
         "schedule": (LogLinear, Geometric),
         "model": (Transformer,),
     }
-    for key in configuration.RULES:
+    for key in configuration.KEYS:
         section, _, name = key.rpartition(".")
         if any(name in cls.__dataclass_fields__ for cls in built.get(section, ())):
             continue
         reads = (
-            rf"\.{section}\.{name}\b|\b(o|ours|wanted)\.{name}\b"
+            rf"\.{section}\.{name}\b|\b(o|ours|section|sample)\.{name}\b"
             if section
             else rf"config\.{name}\b"
         )
         if section == "mesh":
-            reads = r"make_mesh\(config\.mesh\)"
+            reads = r"make_mesh\(config\.mesh\b"
         elif key in ("graph.name", "schedule.name"):
-            reads = rf"_make\(\w+, config\.{section}\b"
+            reads = rf"_build\(\w+, config\.{section}\b"
         assert re.search(reads, text), f"nothing reads config.{key}"
 
 
@@ -154,7 +154,7 @@ def test_a_bad_value_is_refused_with_the_key_the_value_and_the_rule(key):
         target[name] = BAD[key]
     with pytest.raises(ValueError, match=re.escape(f"config.{key} {BAD[key]!r}")) as error:
         configuration.check(config)
-    assert configuration.RULES[key].words in str(error.value)
+    assert configuration.KEYS[key].words in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -278,13 +278,13 @@ def test_the_learning_rate_warms_up_linearly_and_reaches_its_value_at_the_last_w
     np.testing.assert_allclose(rates, expected, rtol=1e-4)
 
 
-def test_a_programs_step_clips_the_global_norm(tiny_config):
+def test_the_train_step_clips_the_global_norm(tiny_config):
     tiny_config.optimizer.clip_norm = 0.01
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    program = make_program(tiny_config, 27, mesh)
+    run = make_experiment(tiny_config, 27, mesh)
     x0 = np.arange(8 * 32, dtype=np.int32).reshape(8, 32) % 27
     batch = sharding.put_whole(Blocks(x0), mesh)
-    after, metrics = program.train_step(program.start(), batch, program.keys["train"])
+    after, metrics = run.train_step(run.start(), batch, run.keys["train"])
     first_moments = jax.tree.leaves(after.opt_state[1][0].mu)
     norm = np.sqrt(sum((np.asarray(m) ** 2).sum() for m in first_moments))
     assert metrics["grad_norm"] > 0.02

@@ -15,9 +15,10 @@ from original_models import GRAPHS, TOKENIZER, assert_same, config_of, golden, m
 from sedd_jax import config as configuration
 from sedd_jax import convert, experiment, state
 from sedd_jax.cli import convert_command, train_command
-from sedd_jax.convert import names, workdir
+from sedd_jax.convert import names
 from sedd_jax.data import make_tokenizer
 from sedd_jax.diffusion.losses import Loss
+from sedd_jax.runs import workdir
 
 torch = pytest.importorskip("torch", minversion="2.10", reason="torch >= 2.10 is not installed")
 both_graphs = pytest.mark.parametrize("graph", GRAPHS)
@@ -33,15 +34,15 @@ def random_state(graph: str, step: int = STEP):
     config.data.tokenizer = TOKENIZER.name
     ema, mu, nu = (model_of(graph, seed)[2] for seed in (1, 2, 3))
     nu = jax.tree.map(np.square, nu)
-    found = workdir.Moments(step - 1, mu, nu)  # one step was skipped
-    train_state = workdir.new_state(
+    found = experiment.Moments(step - 1, mu, nu)  # one step was skipped
+    train_state = experiment.imported_state(
         config,
         vocab_size,
         params=params,
         ema=ema,
         step=step,
         ema_updates=step - 1,
-        found=found,
+        moments=found,
         schedule_count=step,
     )
     return config, train_state
@@ -109,7 +110,7 @@ def test_imported_state_is_the_originals_leaf_by_leaf(tmp_path, graph):
 
     same(ours.params, [theirs["model"][name] for name in order])
     same(ours.ema, theirs["ema"]["shadow_params"])
-    found = workdir.moments(ours.opt_state)
+    found = experiment.moments(ours.opt_state)
     rows = [theirs["optimizer"]["state"][i] for i in range(len(order))]
     same(found.mu, [row["exp_avg"] for row in rows])
     same(found.nu, [row["exp_avg_sq"] for row in rows])
@@ -223,7 +224,7 @@ def test_a_fresh_optimizer_keeps_the_step_and_begins_the_moments(theirs, tmp_pat
     notices = convert.import_run(theirs, tmp_path / "two", tokenizer=TOKENIZER, optimizer=False)
     assert any("begin again" in notice for notice in notices)
     after = read(tmp_path / "two")
-    found = workdir.moments(after.opt_state)
+    found = experiment.moments(after.opt_state)
     assert (after.step, found.count, after.skipped) == (STEP, 0, 0)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((found.mu, found.nu)))
     assert_same(after.ema, random_state("absorb")[1].ema)
@@ -283,7 +284,7 @@ def test_a_summary_that_is_odd_leaves_the_numbers_out(theirs, tmp_path, caplog, 
 
 def test_a_run_before_its_first_step_has_no_moments(tmp_path):
     config, train_state = random_state("absorb")
-    start = workdir.new_state(config, 37, params=train_state.params, ema=train_state.ema)
+    start = experiment.imported_state(config, 37, params=train_state.params, ema=train_state.ema)
     workdir.write_workdir(
         tmp_path / "one", config=config, tokenizer=TOKENIZER, train_state=start, original=None
     )

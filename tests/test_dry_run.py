@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from conftest import TINY, says
 
+from sedd_jax import experiment
 from sedd_jax.configs import openwebtext_small, quickstart
 from sedd_jax.diffusion.graphs import Absorbing, Uniform
 from sedd_jax.diffusion.schedules import Geometric, LogLinear
-from sedd_jax.experiment import evaluated_fraction, make_program
+from sedd_jax.experiment import evaluated_fraction
 from sedd_jax.parallel import sharding
 from sedd_jax.parallel.devices import device
 from sedd_jax.parallel.flops import matmul_flops
@@ -39,7 +40,7 @@ def meshed(config, data, fsdp, tensor):
 
 def program(config, parts=1):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:parts])
-    return make_program(config, VOCAB, mesh)
+    return experiment.make_experiment(config, VOCAB, mesh)
 
 
 # --- operations
@@ -113,7 +114,7 @@ def test_small_costs_what_the_formula_says():
     config = openwebtext_small.get_config()
     config.train.batch_size = 2
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
-    counted = make_program(config, 50_257, mesh).flops / (2 * 1024)
+    counted = experiment.make_experiment(config, 50_257, mesh).flops / (2 * 1024)
     c, blocks, length, vocab = 768, 12, 1024, 50_257
     # The head at the masked tokens: (1 - 1e-3) t of them, t in [1e-3, 1].
     matrices = 12 * c * c * blocks + 0.999 * 0.5005 * vocab * c

@@ -46,15 +46,15 @@ class Request(NamedTuple):
 
 def parse_train(name: str, argv: list[str]) -> Request:
     """--config=FILE[:ARGUMENT], --config.key=value, --workdir=DIR and the flags of `USAGE`."""
-    from sedd_jax.config import RULES
+    from sedd_jax.config import KEYS
     from sedd_jax.parallel.processes import Cluster
 
     argv = [_find_config(argument) for argument in argv]
     for argument in argv:
         if argument.startswith("--config."):
             key = argument[len("--config.") :].split("=")[0]
-            if key not in RULES:
-                near = difflib.get_close_matches(key, RULES, n=3) or list(RULES)
+            if key not in KEYS:
+                near = difflib.get_close_matches(key, KEYS, n=3) or list(KEYS)
                 raise ValueError(f"unknown config key {key}; did you mean {', '.join(near)}?")
     values = flags.FlagValues()
     about = {"flag_values": values, "sys_argv": [name, *argv]}
@@ -97,14 +97,13 @@ def parse_train(name: str, argv: list[str]) -> Request:
 
 def _saved_config(argv: list[str]) -> ConfigDict | None:
     """The config of the run in --workdir, if there is one and --config names no other."""
-    from sedd_jax.config import from_json
+    from sedd_jax.runs.workdir import saved_config
 
     arguments = [argument.lstrip("-").split("=", 1) for argument in argv]
     workdirs = [rest[0] for name, *rest in arguments if name == "workdir" and rest]
     if not workdirs or any(name == "config" for name, *_ in arguments):
         return None
-    file = Path(workdirs[-1]) / "config.json"
-    return from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return saved_config(Path(workdirs[-1]))
 
 
 def _find_config(argument: str) -> str:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sedd_jax import config as configuration
+from sedd_jax import experiment
 from sedd_jax.convert import folder as hub
-from sedd_jax.convert import names, original, run, workdir
+from sedd_jax.convert import names, original, run
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.files import check_new
+from sedd_jax.runs import workdir
 
 FORMS = ("hub", "original", "workdir")
 WEIGHTS = ("ema", "raw")
@@ -180,7 +182,7 @@ def _start(model: _Model, target: Path, changes: Mapping[str, Any]) -> _Model:
         model.config, {"data.tokenizer": model.tokenizer.name, **changes}
     )
     params = model.params
-    train_state = workdir.new_state(config, model.vocab_size, params=params, ema=params)
+    train_state = experiment.imported_state(config, model.vocab_size, params=params, ema=params)
     workdir.write_workdir(
         target,
         config=config,

@@ -142,10 +142,10 @@ def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[st
     """(config, notices): ours as it was written, keys that are newer as configs/base.py has them."""
     known = dict(configuration.flatten(values))
     for key in known:
-        if key not in configuration.RULES:
+        if key not in configuration.KEYS:
             raise ValueError(f"unknown config key {key[:60]!r} in {where}; update sedd_jax")
     config = configuration.with_values(base.get_config(), known)
-    missing = [key for key in configuration.RULES if key not in known]
+    missing = [key for key in configuration.KEYS if key not in known]
     told = ", ".join(f"{key} {dict(configuration.flatten(config))[key]!r}" for key in missing)
     return config, ((f"{where} lacks these, taken as {told}",) if missing else ())
 

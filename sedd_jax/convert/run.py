@@ -15,11 +15,12 @@ import yaml
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax.convert import names, original, torch_files, workdir
+from sedd_jax import experiment
+from sedd_jax.convert import names, original, torch_files
 from sedd_jax.convert.folder import check_tokenizer
-from sedd_jax.convert.workdir import Moments
 from sedd_jax.data import Tokenizer
 from sedd_jax.files import appearing, check_new
+from sedd_jax.runs import workdir
 
 YAML = Path(".hydra/config.yaml")
 NEWEST = Path("checkpoints-meta/checkpoint.pth")
@@ -114,17 +115,17 @@ def import_run(
         names.check_buffer(read.part("model"), sizes, repr(str(run.checkpoint)))
         found = None
         if facts["moments"]:
-            found = Moments(_count(facts, "count"), tree("exp_avg"), tree("exp_avg_sq"))
+            found = experiment.Moments(_count(facts, "count"), tree("exp_avg"), tree("exp_avg_sq"))
         else:
             notices.append("AdamW's moments and the warm-up of the learning rate begin again")
-        train_state = workdir.new_state(
+        train_state = experiment.imported_state(
             config,
             run.vocab_size,
             params=tree("model"),
             ema=tree("ema"),
             step=step,
             ema_updates=_count(facts, "ema_updates"),
-            found=found,
+            moments=found,
             schedule_count=0 if found is None else step,
         )
     if facts["ema_decay"] != config.optimizer.ema_decay:
@@ -157,7 +158,7 @@ def export_run(source: Path, out: Path) -> int:
     # `train.py +load_dir=OUT` asks for these two, which the original's own runs lack.
     theirs = {**theirs, "work_dir": str(out.absolute())}
     sizes = names.sizes_of(config, vocab_size)
-    found = workdir.moments(train_state.opt_state)
+    found = experiment.moments(train_state.opt_state)
     o, step = config.optimizer, int(train_state.step)
     facts = {
         "step": step,

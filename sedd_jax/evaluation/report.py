@@ -14,7 +14,7 @@ from sedd_jax.evaluation.scorer import Scorer
 from sedd_jax.files import write_text
 from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
-from sedd_jax.runs.workdir import open_records
+from sedd_jax.runs import workdir as runs
 
 ROWS = (
     ("bound", "SEDD, bound"),
@@ -87,7 +87,7 @@ def evaluate_heldout(
     model: SEDD, workdir: Path, *, baselines: bool = False, **options: Any
 ) -> dict[str, Any]:
     """evaluate_split on the run's own held-out text; baselines adds the n-gram models."""
-    records = open_records(model.config, workdir)
+    records = runs.open_records(model.config, workdir)
     train = (records, model.config.data.train_split) if baselines else None
     return evaluate_split(model, records, model.config.data.heldout_split, train=train, **options)
 
@@ -306,13 +306,10 @@ def report(
     states = list(model.stream(num_samples=8, seed=0, updates=12))
     samples = states[-1].texts
     result = evaluate_heldout(model, workdir, passes=passes, baselines=True, progress=True)
-    metrics = [
-        json.loads(line)
-        for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    records = open_records(model.config, workdir)
+    metrics = runs.read_metrics(workdir)
+    records = runs.open_records(model.config, workdir)
     vocabulary = words_of(records, model.config.data.train_split)
-    picture(workdir / "picture.png", metrics, result, [state.texts[0] for state in states])
+    picture(workdir / runs.PICTURE, metrics, result, [state.texts[0] for state in states])
     summary = {
         "bits_per_character": {
             name: result["bits_per_character"][name]
@@ -332,5 +329,5 @@ def report(
         "word_rate": word_rate(samples, vocabulary),
         "heldout": result,
     }
-    write_text(workdir / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False))
+    write_text(workdir / runs.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
     return summary

@@ -11,14 +11,14 @@ from jax.sharding import Mesh
 
 from sedd_jax import config as configuration
 from sedd_jax import convert, data, experiment
-from sedd_jax.convert import workdir as runs
 from sedd_jax.convert.folder import CONFIG, OURS, PICKLED, WEIGHTS
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.inference.model import SEDD
+from sedd_jax.parallel import sharding
+from sedd_jax.runs import workdir as runs
 
 log = logging.getLogger(__name__)
 
-RUN = (runs.CONFIG, runs.TOKENIZER, runs.CHECKPOINTS)
 SOURCES = (
     "give the workdir of a sedd-train that has saved a checkpoint, an exported folder or a hub id"
 )
@@ -82,7 +82,8 @@ def _download(name: str, revision: str | None) -> Path:
 
 def _reader(folder: Path) -> Callable[..., SEDD]:
     """How to read the folder; ValueError tells what was looked for."""
-    if all((folder / name).exists() for name in RUN):
+    missing = runs.missing_files(folder)
+    if not missing:
         return _load_run
     if (folder / CONFIG).is_file() and any((folder / n).is_file() for n in (WEIGHTS, PICKLED)):
         return _load_folder
@@ -91,7 +92,6 @@ def _reader(folder: Path) -> Callable[..., SEDD]:
             f"{str(folder)!r} is a run of the original code; turn it into a folder first: "
             f"sedd-convert --from={folder} --to=FOLDER"
         )
-    missing = [name for name in RUN if not (folder / name).exists()]
     raise ValueError(
         f"{str(folder)!r} holds no model: neither a training run ({', '.join(missing)} missing) "
         f"nor {CONFIG} with {WEIGHTS} or {PICKLED}; {SOURCES}"
@@ -119,7 +119,7 @@ def _load_folder(
         tokenizer = data.tokenizer_from_dict(found.tokenizer)
     tokenizer = _make_tokenizer(tokenizer, found.vocab_size)
     convert.check_tokenizer(tokenizer, found.vocab_size, folder)
-    params = jax.device_put(found.params, runs.shardings(found.params, mesh))
+    params = jax.device_put(found.params, sharding.tree_shardings(found.params, mesh))
     rest = {"step": found.step, "about": found.about, "original": found.original}
     return _assemble(found.config, params, tokenizer, dtype, mesh=mesh, **rest)
 

@@ -1,8 +1,8 @@
-"""Several processes as one: joining them, and what they must agree on. Imports jax only.
+"""Several processes that act as one: joining, agreeing, stopping. Imports jax only.
 
 Every process runs the same program on its own devices. What one of them sees alone (a signal, a
-missing file, a config that differs) is told to all here, so that all go on or all stop at the same
-place: a process that stops alone leaves the others waiting in the next collective for ever.
+missing file, a config that differs) is shared with all here, so that all go on or all stop at the
+same step: a process that stops alone leaves the others waiting in the next collective for ever.
 """
 
 import collections
@@ -70,13 +70,13 @@ def _check_address(name: str, address: str) -> None:
 
 
 def kind_of_cluster() -> str | None:
-    """The kind of cluster that the environment tells of: slurm, tpu, or None for a plain machine."""
+    """The kind of cluster that the environment describes: slurm, tpu, or None for one machine."""
     environment = os.environ
     # Inside srun, that is: a batch script's own shell has the other names, and is one process.
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return "slurm"
     if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] in ("", "tpu"):
-        # A worker of Kubernetes is told its peers; a Cloud TPU machine has the chips' device files.
+        # Kubernetes names a worker's peers; a Cloud TPU machine has the chips' device files.
         if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
             return "tpu"
         if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
@@ -102,9 +102,9 @@ def join(cluster: Cluster) -> None:
     )
     with _ended_after(
         cluster.join_timeout,
-        f"cannot join {where} within {cluster.join_timeout} s: it did not answer, or not every process "
-        "came; start all processes within that time, check that they reach HOST:PORT, or raise "
-        "--join_timeout",
+        f"cannot join {where} within {cluster.join_timeout} s: it did not answer, or not every "
+        "process came; start all processes within that time, check that they reach HOST:PORT, or "
+        "raise --join_timeout",
     ):
         jax.distributed.initialize(
             cluster.coordinator,
@@ -118,21 +118,21 @@ def join(cluster: Cluster) -> None:
         )
         # The first collective: the devices find each other here, or not at all.
         gather_text("")
-    # jax has put a handler of its own there, which only notes that the signal came.
+    # jax has installed a handler that only records that the signal came.
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
-def _ended_after(seconds: float, words: str) -> Iterator[None]:
-    """End the process with words and exit status 1 if what is inside takes longer.
+def _ended_after(seconds: float, message: str) -> Iterator[None]:
+    """End the process with the message and exit status 1 if the body takes longer.
 
-    From a thread, because jax does not come back from a join that fails: it aborts the process with
-    a stack trace of its own.
+    From a thread, because jax does not return from a join that fails: it aborts the process with a
+    stack trace.
     """
 
     def end():
-        print(f"sedd_jax: error: {words}", file=sys.stderr, flush=True)
+        print(f"sedd_jax: error: {message}", file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(seconds, end)
@@ -155,7 +155,7 @@ def is_first() -> bool:
 
 
 def gather_text(text: str) -> list[str]:
-    """Every process's text, in order; all must call it at the same place."""
+    """Every process's text, in order. A collective: all processes must call it."""
     if is_alone():
         return [text]
     mine = text.encode("utf-8")
@@ -167,7 +167,7 @@ def gather_text(text: str) -> list[str]:
 
 
 def first_then_others(action: Callable[[], T]) -> T:
-    """action() on process 0, and when it is done there on the others; errors as in `on_all_processes`."""
+    """action() on process 0, then on the others; errors as in `on_all_processes`."""
     first = is_first()
     result = on_all_processes(lambda: action() if first else None)
     return on_all_processes(lambda: result if first else action())
@@ -180,17 +180,17 @@ def on_all_processes(action: Callable[[], T]) -> T:
         result = action()
     except (ValueError, OSError) as raised:
         error = raised
-    told = gather_text("" if error is None else str(error) or type(error).__name__)
+    messages = gather_text("" if error is None else str(error) or type(error).__name__)
     if error is not None:
         raise error
-    for index, words in enumerate(told):
-        if words:
-            raise ValueError(f"process {index}: {words}")
+    for index, message in enumerate(messages):
+        if message:
+            raise ValueError(f"process {index}: {message}")
     return result
 
 
 def on_first_process(action: Callable[[], T]) -> T:
-    """action() on process 0 alone; its result, something that JSON holds, on every process."""
+    """action() on process 0 alone; every process returns its result, which JSON must hold."""
     result = on_all_processes(lambda: action() if is_first() else None)
     return json.loads(gather_text(json.dumps(result))[0])
 
@@ -219,7 +219,7 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
         (folder / name).touch()
 
     def look():
-        end = time.monotonic() + seconds  # a network's file system may show a file late
+        end = time.monotonic() + seconds  # a network file system may show a file late
         while not (folder / name).exists():
             if time.monotonic() > end:
                 raise ValueError(
@@ -244,16 +244,16 @@ def fetch(tree: Any) -> Any:
 
 
 class StopAgreement:
-    """Whether any process was asked to stop, the same answer at the same call on every process.
+    """Whether is_requested() on any process: the same answer at the same call on every process.
 
-    A call starts a sum over the devices and reads that of two calls before: the answer costs no
-    wait, because by then the devices have it.
+    A call starts a reduction over the devices and reads that of two calls before, which the devices
+    have finished by then: no call waits.
     """
 
-    LATE = 2
+    DELAY = 2
 
-    def __init__(self, asked: Callable[[], bool], mesh: Mesh):
-        self._asked, self._stop = asked, False
+    def __init__(self, is_requested: Callable[[], bool], mesh: Mesh):
+        self._is_requested, self._stop = is_requested, False
         self._single = is_alone()
         self._rows = NamedSharding(mesh, P(mesh.axis_names))
         self._count = mesh.size
@@ -262,11 +262,11 @@ class StopAgreement:
 
     def __call__(self) -> bool:
         if self._single:
-            return self._asked()
+            return self._is_requested()
         if not self._stop:
-            vote = np.array([self._asked()])
-            votes = jax.make_array_from_callback((self._count,), self._rows, lambda _: vote)
-            self._pending.append(self._any(votes))
-            if len(self._pending) > self.LATE:
+            flag = np.array([self._is_requested()])
+            flags = jax.make_array_from_callback((self._count,), self._rows, lambda _: flag)
+            self._pending.append(self._any(flags))
+            if len(self._pending) > self.DELAY:
                 self._stop = bool(self._pending.popleft())
         return self._stop

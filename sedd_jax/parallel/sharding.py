@@ -1,8 +1,7 @@
-"""Where arrays live: the device mesh, and one table that places every parameter on it.
+"""The device mesh, and one table of rules that shards every parameter over it. Imports jax only.
 
-Imports jax only. The network holds no sharding words; a leaf is placed by the first rule whose
-pattern is found in its path, so parameters, their moving average and the optimizer's moments
-follow the same rule.
+The network holds no sharding words: a leaf is sharded by the first rule whose pattern matches in
+its path, so parameters, their moving average and the optimizer's moments follow the same rule.
 """
 
 import dataclasses
@@ -44,15 +43,15 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = [int(sizes[axis]) for axis in AXES]
-    wanted = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
+    requested = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
     if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
-        raise ValueError(f"mesh {wanted}: every size must be at least 1, and one may be -1")
+        raise ValueError(f"mesh {requested}: every size must be at least 1, and one may be -1")
     rest = math.prod(size for size in shape if size != -1)
     if -1 in shape and len(devices) % rest == 0:
         shape[shape.index(-1)] = len(devices) // rest
     if math.prod(shape) != len(devices):
         raise ValueError(
-            f"mesh {wanted} does not multiply to {len(devices)} devices; "
+            f"mesh {requested} does not multiply to {len(devices)} devices; "
             "set one size to -1 to fit it to them"
         )
     kinds = (AxisType.Auto,) * len(AXES)
@@ -61,18 +60,18 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         return jax.make_mesh(tuple(shape), AXES, devices=devices, axis_types=kinds)
-    # Between slices is the data centre's network, slower than a slice's own links: only the
+    # The data centre's network between slices is slower than the links within one: only the
     # gradients of data parallelism cross it.
     if shape[0] % slices:
         raise ValueError(
-            f"mesh data={shape[0]} does not divide over {slices} TPU slices; fsdp and tensor stay "
-            f"inside a slice, so make data a multiple of {slices}"
+            f"mesh data={shape[0]} does not divide over {slices} TPU slices; fsdp and tensor do "
+            f"not cross slices, so make data a multiple of {slices}"
         )
     inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1)
-    places = mesh_utils.create_hybrid_device_mesh(
+    grid = mesh_utils.create_hybrid_device_mesh(
         inside, across, devices, allow_split_physical_axes=True
     )
-    return Mesh(places, AXES, axis_types=kinds)
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def path_name(path) -> str:
@@ -81,17 +80,21 @@ def path_name(path) -> str:
 
 
 def spec_for(name: str, shape: tuple[int, ...]) -> P:
-    """The first rule whose pattern is found in name; ValueError if there is none."""
+    """The spec of the first rule whose pattern matches in name; ValueError if there is none."""
     for pattern, spec in RULES:
         if re.search(pattern, name):
             return spec
     raise ValueError(f"no sharding rule for {name} {shape}; add one to sharding.RULES")
 
 
-def tree_shardings(tree, mesh: Mesh):
-    """The NamedSharding of every leaf of a tree of arrays or shapes."""
+def tree_shardings(tree: Any, mesh: Mesh | None) -> Any:
+    """The sharding of every leaf of a tree of arrays or shapes: by RULES, or, without a mesh, all
+    on the first device."""
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda leaf: device, tree)
 
-    def place(path, leaf):
+    def leaf_sharding(path, leaf):
         name = path_name(path)
         spec = spec_for(name, leaf.shape)
         for size, axis in zip(leaf.shape, spec):
@@ -102,13 +105,13 @@ def tree_shardings(tree, mesh: Mesh):
                 )
         return NamedSharding(mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
 def with_shardings(shape: Any, shardings: Any) -> Any:
     """A tree of shapes, each leaf with its sharding."""
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         shape,
         shardings,
     )
@@ -135,7 +138,7 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where the network's arrays live: on a mesh, or without one wherever the compiler puts them.
+    """How the network's arrays are sharded: over a mesh, or without one as the compiler likes.
 
     Without these constraints the partitioner, which sees parameters split along the hidden size,
     propagates the FSDP split to activations, and sums over those of the whole batch.
@@ -157,7 +160,7 @@ class Placement:
 
     @property
     def is_one_cpu(self) -> bool:
-        """Whether arrays are whole, on a CPU, whose loops and matmuls want an order of their own."""
+        """Whether arrays are whole, on one CPU, which kernels/ has forms for."""
         return self.platform == "cpu" and not self.is_split
 
     def _constrain(self, x: jax.Array, spec: P) -> jax.Array:

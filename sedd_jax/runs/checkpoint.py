@@ -4,15 +4,14 @@ A checkpoint holds two items: `ema`, which evaluation and sampling read alone, a
 rest of the state. A restored state is bit-equal to the saved one on any mesh.
 
 Orbax restores a file with a flipped bit as if nothing were wrong, and it never falls back. So each
-item is sealed with the sha256 of its files before Orbax commits it, and a checkpoint that is not
-what was sealed is passed over for the one before.
+item is sealed with the sha256 of its files before Orbax commits it, and a checkpoint that differs
+from its seal is passed over for the one before.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -53,16 +52,13 @@ class _Restore(ocp.args.StandardRestore):
 
 
 def _seal(folder: Path, about: dict[str, Any]) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {path.relative_to(folder).as_posix(): files.sha256(path) for path in files}
-    with (folder / SEAL).open("w", encoding="utf-8") as out:
-        json.dump({**about, "sha256": hashes}, out, indent=1)
-        out.flush()
-        os.fsync(out.fileno())
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): files.sha256(path) for path in paths}
+    files.write_text(folder / SEAL, json.dumps({**about, "sha256": hashes}, indent=1))
 
 
 def fault_of(folder: Path, about: dict[str, Any]) -> str | None:
-    """What makes an item's folder not the one that was sealed with `about`; None if nothing does."""
+    """How an item's folder differs from the one that was sealed with `about`; None if it does not."""
     try:
         sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         hashes = sealed.pop("sha256")
@@ -82,8 +78,8 @@ class Checkpoints:
     """The checkpoints of one run, newest last. Use as a context manager: leaving waits for saves."""
 
     def __init__(self, folder: str | Path, *, keep: int | None = None, read_only: bool = False):
-        """keep: how many of the newest stay. A reader must be read_only: the one that writes
-        clears away unfinished saves, and would take another's for leftovers."""
+        """keep: how many of the newest are not deleted. A reader must be read_only: a writer
+        deletes unfinished saves, and would take another process's for leftovers."""
         self._handlers = {item: _Sealing() for item in ITEMS}
         with _without_warnings() if read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
@@ -105,16 +101,16 @@ class Checkpoints:
         self._manager.close()
 
     def newest(self, items: tuple[str, ...] = ITEMS) -> int | None:
-        """The newest step whose items are what was sealed; None if there is no checkpoint.
+        """The newest step whose items match their seals; None if there is no checkpoint.
 
-        One that is not is passed over with a warning, and by a writer put into the folder
+        A damaged one is passed over with a warning, and a writer moves it into the folder
         quarantine beside the checkpoints, so that its number is free again. ValueError, and
         nothing is moved, if there are checkpoints and none is sound: training must not begin anew
         over them.
         """
         if self._read_only:
             return self._newest(items)
-        # Every process restores what process 0 has found sound, and none before it is put aside.
+        # Process 0 checks, and moves the damaged ones, before any process restores.
         step = processes.on_first_process(lambda: self._newest(items))
         self._manager.reload()
         return step
@@ -145,7 +141,7 @@ class Checkpoints:
                 fault,
             )
             if not self._read_only:
-                self._put_aside(self.folder / str(number))
+                self._quarantine(self.folder / str(number))
         return step
 
     def needed(self, items: tuple[str, ...] = ITEMS) -> int:
@@ -157,7 +153,7 @@ class Checkpoints:
             )
         return step
 
-    def _put_aside(self, folder: Path) -> None:
+    def _quarantine(self, folder: Path) -> None:
         quarantine = self.folder.with_name("quarantine")
         quarantine.mkdir(exist_ok=True)
         taken = sum(1 for path in quarantine.iterdir() if path.name.split("-")[0] == folder.name)
@@ -189,7 +185,7 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # the system's, Orbax's and TensorStore's: all of the disk
+        except Exception as error:  # of the system, Orbax or TensorStore: each is about the disk
             reason = " ".join(str(error).split())[:300]
             raise OSError(
                 f"cannot write a checkpoint in {str(self.folder)!r}: {reason}; make room there and "
@@ -215,12 +211,12 @@ class Checkpoints:
 
     def _compare(self, step: int, saved: Any, shape: Any) -> None:
         """ValueError if names, shapes or dtypes differ: Orbax would cast a dtype silently."""
-        found, wanted = _leaves(saved), _leaves(shape)
-        for name in {**found, **wanted}:
-            if found.get(name) != wanted.get(name):
+        stored, needed = _leaves(saved), _leaves(shape)
+        for name in {**stored, **needed}:
+            if stored.get(name) != needed.get(name):
                 raise ValueError(
                     f"checkpoint {step} in {str(self.folder)!r} holds {name} as "
-                    f"{found.get(name, 'nothing')}, the model needs {wanted.get(name, 'nothing')};"
+                    f"{stored.get(name, 'nothing')}, the model needs {needed.get(name, 'nothing')};"
                     " use the config that it was trained with"
                 )
 
@@ -231,7 +227,7 @@ def _about(step: int, item: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Orbax warns whoever only reads that it only reads."""
+    """Orbax warns every reader that it is one."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)

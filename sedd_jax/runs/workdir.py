@@ -1,41 +1,58 @@
-"""A run's folder (workdir): what is in it, whose it is, and its packed corpus.
+"""A run's folder (workdir): the one module that knows what is in it, under which name.
 
-It holds config.json, tokenizer.json, data.json (what the data is), records/ (the packed corpus,
-unless data.records names another folder), checkpoints/, metrics.jsonl, tensorboard/, and samples/
-and profile/ where they were requested.
+config.json      what the run is; data.json: what its data is; tokenizer.json
+records/         the packed corpus, unless data.records names another folder
+checkpoints/     of Checkpoints; quarantine/ beside it: the damaged ones
+metrics.jsonl    a JSON object a line; tensorboard/: the same as events
+samples/         STEP.txt, and profile/: where the config asks for them
+original.json    the config that an imported run came with
+summary.json     and picture.png: of sedd-report
 """
 
 import json
 import logging
 import re
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import data
-from sedd_jax.files import write_text
+from sedd_jax import data, experiment
+from sedd_jax.data import Tokenizer, tokenizer_from_dict
+from sedd_jax.files import appearing, check_new, load_json, write_text
+from sedd_jax.parallel import processes, sharding
+from sedd_jax.runs.checkpoint import Checkpoints
+from sedd_jax.state import TrainState
 
 log = logging.getLogger(__name__)
+
+CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer.json"
+RECORDS, CHECKPOINTS = "records", "checkpoints"
+METRICS, TENSORBOARD, SAMPLES, PROFILE = "metrics.jsonl", "tensorboard", "samples", "profile"
+ORIGINAL, SUMMARY, PICTURE = "original.json", "summary.json", "picture.png"
+
+
+# --- a run that begins or goes on
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """ValueError if another config's run, or somebody's files, are in workdir."""
-    saved = workdir / "config.json"
-    if saved.exists():
-        lines = configuration.differences(configuration.from_json(saved.read_text()), config)
+    saved = saved_config(workdir)
+    if saved is not None:
+        lines = configuration.differences(saved, config)
         if lines:
+            more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
             raise ValueError(
-                f"workdir {str(workdir)!r} holds a run of another config ({_first(lines)}); "
-                "choose another workdir, or the config that it began with"
+                f"workdir {str(workdir)!r} holds a run of another config "
+                f"({'; '.join(lines[:5])}{more}); choose another workdir, or the config that it "
+                "began with"
             )
     elif workdir.exists():
         # A start that was interrupted leaves these, and nothing else.
-        ours = re.compile(
-            r"records|\.records\.\w+|\.seen-by-all-\S+"
-            r"|(config|tokenizer|data)\.json(\.part)?|\.(config|tokenizer|data)\.json\.\d+\.part"
-        )
+        names = "|".join(map(re.escape, (RECORDS, CONFIG, DATA, TOKENIZER)))
+        ours = re.compile(rf"({names})(\.part)?|\.({names})\.\S+|\.seen-by-all-\S+")
         if not workdir.is_dir() or not all(ours.fullmatch(p.name) for p in workdir.iterdir()):
             raise ValueError(
                 f"workdir {str(workdir)!r} is not empty and holds no run; choose a new folder"
@@ -46,90 +63,229 @@ def claim_workdir(config: ConfigDict, workdir: Path, records: data.Records) -> N
     """Write what the run is: its data's fingerprint, its tokenizer and, last, its config.
 
     A resumed run has the same data and tokenizer; its config may differ in MAY_CHANGE's keys.
-    ValueError if the tokenizer is another one: a converted run has no data.json to tell.
+    ValueError if the tokenizer is another one: a converted run has no data.json that says so.
     """
-    saved = workdir / "tokenizer.json"
-    if saved.exists():
-        before = data.tokenizer_from_dict(json.loads(saved.read_text(encoding="utf-8")))
-        if before.fingerprint() != records.tokenizer.fingerprint():
-            raise ValueError(
-                f"the records in {str(records.folder)!r} were made with another tokenizer than "
-                f"the run in {str(workdir)!r}; prepare them with "
-                f"sedd-prepare --tokenizer={saved}"
-            )
-    if jax.process_index() == 0:
+    saved = workdir / TOKENIZER
+    if saved.exists() and _read_tokenizer(saved).fingerprint() != records.tokenizer.fingerprint():
+        raise ValueError(
+            f"the records in {str(records.folder)!r} were made with another tokenizer than "
+            f"the run in {str(workdir)!r}; prepare them with sedd-prepare --tokenizer={saved}"
+        )
+    if processes.is_first():
         workdir.mkdir(parents=True, exist_ok=True)
-        write_text(workdir / "data.json", json.dumps(records.fingerprint, indent=1))
-        write_text(workdir / "tokenizer.json", json.dumps(records.tokenizer.to_dict()))
-        write_text(workdir / "config.json", configuration.to_json(config))
+        write_text(workdir / DATA, json.dumps(records.fingerprint, indent=1))
+        write_text(workdir / TOKENIZER, json.dumps(records.tokenizer.to_dict()))
+        write_text(workdir / CONFIG, configuration.to_json(config))
 
 
-def _first(lines: list[str], most: int = 5) -> str:
-    rest = f" and {len(lines) - most} more" if len(lines) > most else ""
-    return "; ".join(lines[:most]) + rest
-
-
-def records_folder(config: ConfigDict, workdir: Path) -> Path:
-    """Where the run's packed corpus is."""
-    return Path(config.data.records or workdir / "records")
+def saved_config(workdir: Path) -> ConfigDict | None:
+    """The config of the run in workdir, not checked; None if there is none."""
+    file = Path(workdir) / CONFIG
+    return configuration.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
     """The packed corpus, made on first use; ValueError if it does not fit the config and the run."""
-    folder, wanted = records_folder(config, workdir), config.data
-    were_there = (folder / "fingerprint.json").exists()
-    if not were_there:
-        log.info("preparing corpus %s in blocks of %d tokens", wanted.corpus, wanted.length)
+    folder, section = records_folder(config, workdir), config.data
+    is_new = not (folder / "fingerprint.json").exists()
+    if is_new:
+        log.info("preparing corpus %s in blocks of %d tokens", section.corpus, section.length)
         data.make_records(
-            wanted.corpus,
+            section.corpus,
             folder,
-            path=wanted.path,
-            heldout_fraction=wanted.heldout_fraction,
-            tokenizer=wanted.tokenizer,
-            tokenizer_path=wanted.tokenizer_path,
-            length=wanted.length,
-            form=wanted.form,
-            progress=wanted.corpus != "pydoc",
+            path=section.path,
+            heldout_fraction=section.heldout_fraction,
+            tokenizer=section.tokenizer,
+            tokenizer_path=section.tokenizer_path,
+            length=section.length,
+            form=section.form,
+            progress=section.corpus != "pydoc",
         )
     records = open_records(config, workdir)
     source = records.fingerprint["source"]
-    for field, found, asked in (
-        ("corpus", source.get("corpus"), wanted.corpus),
+    stored = {
+        "corpus": source.get("corpus"),
         # A corpus with splits of its own has no such fraction.
-        (
-            "heldout_fraction",
-            source.get("heldout_fraction", wanted.heldout_fraction),
-            wanted.heldout_fraction,
-        ),
-        ("tokenizer", records.tokenizer.name, wanted.tokenizer),
-        ("length", records.length, wanted.length),
-        ("form", records.fingerprint["form"], wanted.form),
-    ):
-        if found != asked:
+        "heldout_fraction": source.get("heldout_fraction", section.heldout_fraction),
+        "tokenizer": records.tokenizer.name,
+        "length": records.length,
+        "form": records.fingerprint["form"],
+    }
+    for field, value in stored.items():
+        if value != section[field]:
             raise ValueError(
-                f"the records in {str(folder)!r} have {field} {found!r}, config.data.{field} is "
-                f"{asked!r}; name another folder in config.data.records or change the config"
+                f"the records in {str(folder)!r} have {field} {value!r}, config.data.{field} is "
+                f"{section[field]!r}; name another folder in config.data.records or change the "
+                "config"
             )
-    if were_there and wanted.corpus == "text" and wanted.path and Path(wanted.path).exists():
-        now = data.text_source(wanted.path, wanted.heldout_fraction)
+    if not is_new and section.corpus == "text" and section.path and Path(section.path).exists():
+        now = data.text_source(section.path, section.heldout_fraction)
         if source["files"] != now["files"]:
             raise ValueError(
-                f"the records in {str(folder)!r} are not of the text that is at {wanted.path!r} "
+                f"the records in {str(folder)!r} are not of the text that is at {section.path!r} "
                 "now; name another folder in config.data.records, or put the old text back"
             )
-    for split in (wanted.train_split, wanted.heldout_split):
+    for split in (section.train_split, section.heldout_split):
         records.counts(split)
     return records
+
+
+def records_folder(config: ConfigDict, workdir: Path) -> Path:
+    """Where the run's packed corpus is."""
+    return Path(config.data.records or workdir / RECORDS)
 
 
 def open_records(config: ConfigDict, workdir: Path) -> data.Records:
     """The run's packed corpus; ValueError if it is not the one that the run began with."""
     records = data.open_records(records_folder(config, workdir))
-    began = workdir / "data.json"
-    if began.exists() and json.loads(began.read_text(encoding="utf-8")) != records.fingerprint:
+    saved = workdir / DATA
+    if saved.exists() and json.loads(saved.read_text(encoding="utf-8")) != records.fingerprint:
         raise ValueError(
-            f"the records in {str(records.folder)!r} are not those that {str(began)!r} describes: "
+            f"the records in {str(records.folder)!r} are not those that {str(saved)!r} describes: "
             "the text, the tokenizer or Python's version has changed; put the old ones back, or "
             "begin in a new workdir"
         )
     return records
+
+
+def read_metrics(workdir: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, up to last_step; a line torn by a kill is left out."""
+    rows, file = [], workdir / METRICS
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if last_step is None or row["step"] <= last_step:
+            rows.append(row)
+    return rows
+
+
+# --- a run that is read
+
+
+class Workdir(NamedTuple):
+    """What a run is, without its weights."""
+
+    folder: Path
+    config: ConfigDict
+    tokenizer: Tokenizer
+    original: dict | None  # the config that an imported run came with
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Which of the files that make a folder a training run it lacks."""
+    return [n for n in (CONFIG, TOKENIZER, CHECKPOINTS) if not (folder / n).exists()]
+
+
+def open_workdir(folder: Path) -> Workdir:
+    """A training run's folder; ValueError if it is none."""
+    folder = Path(folder)
+    missing = missing_files(folder)
+    if missing:
+        raise ValueError(
+            f"{str(folder)!r} holds no training run: {', '.join(missing)} missing; give the "
+            "--workdir of a sedd-train that has saved a checkpoint"
+        )
+    config = saved_config(folder)
+    configuration.check(config)
+    file = folder / ORIGINAL
+    original = load_json(file.read_bytes(), repr(str(file))) if file.exists() else None
+    return Workdir(folder, config, _read_tokenizer(folder / TOKENIZER), original)
+
+
+def _read_tokenizer(file: Path) -> Tokenizer:
+    return tokenizer_from_dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def newest_step(workdir: Workdir) -> int | None:
+    """The newest checkpoint's step."""
+    with _checkpoints(workdir) as checkpoints:
+        return checkpoints.newest()
+
+
+def read_state(workdir: Workdir) -> TrainState:
+    """The newest checkpoint's whole train state, on one device."""
+    with _checkpoints(workdir) as checkpoints:
+        return checkpoints.restore(checkpoints.needed(), _placed(_shape(workdir), None))
+
+
+def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
+    """(step, moving average) of the newest checkpoint, reading nothing else.
+
+    Placed as sharding.RULES say, or on one device without a mesh.
+    """
+    with _checkpoints(workdir) as checkpoints:
+        return checkpoints.restore_ema(_placed(_shape(workdir).ema, mesh))
+
+
+def _checkpoints(workdir: Workdir) -> Checkpoints:
+    return Checkpoints(workdir.folder / CHECKPOINTS, read_only=True)
+
+
+def _shape(workdir: Workdir) -> TrainState:
+    return experiment.state_shape(workdir.config, workdir.tokenizer.vocab_size)
+
+
+def _placed(shape: Any, mesh: Mesh | None) -> Any:
+    return sharding.with_shardings(shape, sharding.tree_shardings(shape, mesh))
+
+
+def about(workdir: Workdir) -> dict[str, Any]:
+    """What a model card says of the moving average: its corpus, and the numbers of sedd-report.
+
+    Without the numbers, and with a warning, where summary.json is not as sedd-report writes it.
+    """
+    facts = {"weights": "ema", "corpus": workdir.config.data.corpus, "numbers": []}
+    summary = workdir.folder / SUMMARY
+    if summary.is_file():
+        try:
+            facts["numbers"] = _numbers(summary)
+        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            log.warning(
+                "%r is left out, it is not as sedd-report writes it (%s); run that again",
+                str(summary),
+                reason,
+            )
+    return facts
+
+
+def _numbers(summary: Path) -> list[dict[str, str]]:
+    heldout, numbers = load_json(summary.read_bytes(), repr(str(summary)))["heldout"], []
+    how = (
+        f"upper bound, {heldout['passes']} noise levels a block, {heldout['blocks']} blocks of "
+        f"split {heldout['split']!r}, step {heldout['step']}, seed {heldout['seed']}"
+    )
+    for unit in ("bits_per_character", "nats_per_token"):
+        value, error = (heldout[unit][key] for key in ("bound", "bound_standard_error"))
+        number = {"name": unit.replace("_", " "), "value": f"{value:.3f} +- {error:.3f}"}
+        numbers.append({**number, "how": how})
+    return numbers
+
+
+# --- a run that is written whole
+
+
+def write_workdir(
+    folder: Path,
+    *,
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    train_state: TrainState,
+    original: dict | None,
+) -> None:
+    """A run's folder that sedd-train resumes from; ValueError if it is there and not empty.
+
+    No data.json: training writes it when it has the data.
+    """
+    folder = Path(folder)
+    check_new(folder)
+    with appearing(folder) as part:
+        (part / CONFIG).write_text(configuration.to_json(config), encoding="utf-8")
+        (part / TOKENIZER).write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
+        if original is not None:
+            (part / ORIGINAL).write_text(json.dumps(original, indent=1), encoding="utf-8")
+        with Checkpoints(part / CHECKPOINTS) as checkpoints:
+            checkpoints.save(int(train_state.step), train_state)
+            checkpoints.wait()

@@ -1,6 +1,6 @@
 """What a user and the operating system see of training: progress, metrics, signals.
 
-A run's metrics go to metrics.jsonl (a JSON object a line) and to TensorBoard events.
+Takes numbers and paths, no config.
 """
 
 import contextlib
@@ -19,15 +19,14 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
-from sedd_jax.data import Records
-from sedd_jax.experiment import Program
 from sedd_jax.files import write_text
 from sedd_jax.inference import bounds
-from sedd_jax.parallel.devices import GIB, device
+from sedd_jax.parallel import processes
+from sedd_jax.parallel.devices import GIB
+from sedd_jax.runs import workdir as runs
 
 log = logging.getLogger(__name__)
 
@@ -37,20 +36,20 @@ class TrainingStopped(RuntimeError):
 
 
 class Signals:
-    """While entered, the first SIGINT or SIGTERM only sets `asked`; the next acts as usual."""
+    """While entered, the first SIGINT or SIGTERM only sets `received`; the next acts as usual."""
 
     def __init__(self):
-        self.asked = False
+        self.received = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
-    def _ask(self, number, frame) -> None:
-        self.asked = True
+    def _receive(self, number, frame) -> None:
+        self.received = True
         self.__exit__()
 
     def __exit__(self, *exception) -> None:
@@ -61,12 +60,12 @@ class Signals:
 class Watchdog:
     """While entered, the process ends if nothing calls `alive` for that many seconds; 0: never.
 
-    A host that is stuck (a lost file system, a collective that a peer never joined) is noticed by
-    nobody else: it is alive. It writes the stacks of all threads to standard error and exits with
-    status 1, and its peers end for want of its heartbeat.
+    Nobody else notices a host that is stuck (a lost file system, a collective that a peer never
+    joined): it is alive. It writes the stacks of all threads to standard error and exits with
+    status 1, and its peers end when its heartbeat is missing.
     """
 
-    GRACE = 30  # seconds that a thread of Python's gets, before one that needs no interpreter acts
+    GRACE = 30  # seconds until faulthandler acts, which needs no interpreter, if the thread cannot
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -107,34 +106,30 @@ class Watchdog:
 
 
 class Profile:
-    """A window of config.profile.steps steps from config.profile.start, kept in WORKDIR/profile."""
+    """Traces `steps` steps from number `first` on into folder, on process 0."""
 
-    def __init__(self, section: ConfigDict, workdir: Path):
-        self.first, self.end = section.start, section.start + section.steps
-        self.folder = workdir / "profile"
-        self.runs = False
+    def __init__(self, folder: Path, first: int, steps: int):
+        self.folder, self.window = folder, range(first, first + steps)
+        self._is_on = False
 
     def __enter__(self) -> Self:
         return self
 
     def before(self, step: int) -> None:
         """To be called before every step with its number from 0."""
-        wanted = self.first <= step < self.end and jax.process_index() == 0
-        if wanted != self.runs:
+        if (step in self.window and processes.is_first()) != self._is_on:
             jax.effects_barrier()
-            if wanted:
-                jax.profiler.start_trace(str(self.folder))
+            if self._is_on:
+                self.__exit__()
             else:
-                self._stop()
-            self.runs = wanted
-
-    def _stop(self) -> None:
-        jax.profiler.stop_trace()
-        log.info("a profile of the steps from %d on is in %s", self.first, self.folder)
+                jax.profiler.start_trace(str(self.folder))
+                self._is_on = True
 
     def __exit__(self, *exception) -> None:
-        if self.runs:
-            self._stop()
+        if self._is_on:
+            jax.profiler.stop_trace()
+            self._is_on = False
+            log.info("a profile of steps from %d on is in %s", self.window.start, self.folder)
 
 
 class Clock:
@@ -156,7 +151,7 @@ class Clock:
 
     @property
     def total(self) -> float:
-        """Seconds since the process began to train."""
+        """Seconds since training began in this process."""
         return time.perf_counter() - self.began
 
     @property
@@ -165,93 +160,96 @@ class Clock:
         return self.total - sum(self.seconds.values())
 
 
-class Report:
+class Progress:
     """Progress bar, metrics.jsonl and TensorBoard events; reads the device only when logging."""
 
-    def __init__(self, program: Program, records: Records, workdir: Path, step: int):
-        self.program, self.config = program, program.config
-        self.records, self.workdir = records, workdir
-        self.clock = Clock()
-        self.tokens_per_block = records.tokens_per_block(self.config.data.train_split)
-        self.pending: list[dict[str, jax.Array]] = []
-        self.since = self._training_seconds()
-        peak = device(program.mesh.devices.flat[0].device_kind)
-        self.flops_per_second = peak and peak.flops * program.mesh.size
-        self.writes = jax.process_index() == 0
-        self.bar = tqdm(
+    COUNTERS = ("skipped", "skipped_in_a_row")
+
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        *,
+        steps: int,
+        tokens_per_sequence: float,  # on average: padding is no token
+        tokens_per_step: float,
+        peak_share_per_step: float | None,  # seconds of the devices' peak that a step needs
+        max_skipped: int,
+    ):
+        """Goes on after `step` of `steps`; metrics of later steps, which a kill undid, go.
+
+        A window's MFU is its steps a second times peak_share_per_step, where the peak is known.
+        """
+        self.workdir, self.clock = workdir, Clock()
+        self.tokens_per_sequence, self.tokens_per_step = tokens_per_sequence, tokens_per_step
+        self.peak_share_per_step, self.max_skipped = peak_share_per_step, max_skipped
+        self._pending: list[dict[str, jax.Array]] = []
+        self._since = self._training_seconds()
+        self._writes = processes.is_first()
+        self._bar = tqdm(
             desc="train",
-            total=self.config.train.steps,
+            total=steps,
             initial=step,
             unit="step",
-            disable=not self.writes,
+            disable=not self._writes,
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
-        if self.writes:
-            write_text(workdir / "metrics.jsonl", lines_up_to(workdir / "metrics.jsonl", step))
-            self.lines = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
-            self.events = SummaryWriter(str(workdir / "tensorboard"))
+        if self._writes:
+            rows = runs.read_metrics(workdir, last_step=step)
+            file = workdir / runs.METRICS
+            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            self._lines = file.open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(workdir / runs.TENSORBOARD))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.bar.close()
-        if self.writes:
-            self.lines.close()
-            self.events.close()
-
-    def began(self, found: int | None) -> None:
-        """Say what is trained, and from which checkpoint."""
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.program.shape.params))
-        log.info(
-            "%s parameters, %s blocks of %d tokens, mesh %s%s; %s",
-            f"{parameters:,}",
-            f"{self.records.counts(self.config.data.train_split)['blocks']:,}",
-            self.records.length,
-            dict(self.program.mesh.shape),
-            f", {jax.process_count()} processes" if jax.process_count() > 1 else "",
-            f"resuming at step {found}" if found else "starting; compiling the train step",
-        )
-
-    def compiled(self, train_step: jax.stages.Compiled) -> None:
-        """Say what compiling took and what the step needs."""
-        memory = train_step.memory_analysis()
-        need = "" if memory is None else f", {_bytes(memory) / GIB:.2f} GiB a device"
-        log.info("compiled in %.1f s%s", self.clock.seconds["compile"], need)
+        self._bar.close()
+        if self._writes:
+            self._lines.close()
+            self._events.close()
 
     def collect(self, metrics: dict[str, jax.Array]) -> None:
-        self.pending.append(metrics)
-        self.bar.update()
+        """One step's metrics, still on the device."""
+        self._pending.append(metrics)
+        self._bar.update()
 
     def train(self, step: int) -> None:
-        """Log the mean over the steps since the last call; steps that were skipped do not count."""
-        window = jax.device_get(self.pending)
+        """Log the mean over the steps since the last call; steps that were skipped do not count.
+
+        TrainingStopped where max_skipped steps in a row were skipped.
+        """
+        window = jax.device_get(self._pending)
         now = self._training_seconds()
-        rate = len(window) / (now - self.since)  # steps a second
+        steps_per_second = len(window) / (now - self._since)
+        self._pending, self._since = [], now
         finite = [m for m in window if np.isfinite(m["loss"]) and np.isfinite(m["grad_norm"])]
+        means = {
+            name: float(np.mean([m[name] for m in finite])) if finite else math.nan
+            for name in window[-1]
+            if name not in self.COUNTERS
+        }
         values = {
-            "nats_per_token": _mean(m["loss"] for m in finite) / self.tokens_per_block,
-            "grad_norm": _mean(m["grad_norm"] for m in finite),
-            "tokens_per_second": rate * self.config.train.batch_size * self.tokens_per_block,
+            "nats_per_token": means.pop("loss") / self.tokens_per_sequence,
+            "grad_norm": means.pop("grad_norm"),
+            "tokens_per_second": steps_per_second * self.tokens_per_step,
             "skipped": int(window[-1]["skipped"]),
             "goodput": self.clock.steps / self.clock.total,
+            **means,
         }
-        if "log_z" in window[-1]:
-            values["log_z"] = _mean(m["log_z"] for m in finite)
-        if self.flops_per_second is not None:
-            values["mfu"] = rate * self.program.flops / self.flops_per_second
+        if self.peak_share_per_step is not None:
+            values["mfu"] = steps_per_second * self.peak_share_per_step
         values |= {f"{phase}_seconds": s for phase, s in self.clock.seconds.items() if s}
-        values |= device_memory()
-        self.pending, self.since = [], now
-        self._write("train", step, values)
+        self._write("train", step, values | device_memory())
         mfu = f", MFU {values['mfu']:.0%}" if "mfu" in values else ""
-        self.bar.set_postfix_str(
+        self._bar.set_postfix_str(
             f"loss {values['nats_per_token']:.3f} nats/token, "
             f"{values['tokens_per_second']:,.0f} tokens/s{mfu}",
             refresh=False,
         )
         in_a_row = max(int(m["skipped_in_a_row"]) for m in window)
-        if in_a_row >= self.config.train.max_skipped:
+        if in_a_row >= self.max_skipped:
             raise TrainingStopped(
                 f"loss or gradient was not finite in {in_a_row} steps in a row by step {step}; "
                 "nothing was updated in them: resume with a lower optimizer.learning_rate in a new "
@@ -264,50 +262,32 @@ class Report:
 
     def heldout(self, step: int, nats: bounds.CorpusBound) -> None:
         """Log the bound, nats per token."""
-        values = {k: v for k, v in nats._asdict().items() if v is not None}
-        self._write("heldout", step, values)
-        if self.writes:
-            self.bar.write(
+        self._write("heldout", step, {k: v for k, v in nats._asdict().items() if v is not None})
+        if self._writes:
+            self._bar.write(
                 f"step {step}: held-out bound {nats.bound:.3f} +- {nats.bound_standard_error:.3f} "
                 "nats/token"
             )
 
     def samples(self, step: int, texts: list[str]) -> None:
-        """Keep the texts in WORKDIR/samples/STEP.txt and in the events."""
-        if not self.writes:
-            return
-        text = "\n\n".join(f"--- {n} ---\n{one}" for n, one in enumerate(texts, start=1))
-        (self.workdir / "samples").mkdir(exist_ok=True)
-        write_text(self.workdir / "samples" / f"{step}.txt", text + "\n")
-        self.events.add_text("samples", text, step)
+        """Write the texts to samples/STEP.txt and to the events."""
+        if self._writes:
+            text = "\n\n".join(f"--- {n} ---\n{one}" for n, one in enumerate(texts, start=1))
+            folder = self.workdir / runs.SAMPLES
+            folder.mkdir(exist_ok=True)
+            write_text(folder / f"{step}.txt", text + "\n")
+            self._events.add_text("samples", text, step)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        if not self.writes:
+        if not self._writes:
             return
-        seconds = round(self.clock.total, 3)
-        row = {"kind": kind, "step": step, "seconds": seconds}
+        row = {"kind": kind, "step": step, "seconds": round(self.clock.total, 3)}
         # JSON has no NaN: a window in which every step was skipped has null.
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.lines.write(json.dumps(row) + "\n")
-        self.lines.flush()
+        self._lines.write(json.dumps(row) + "\n")
+        self._lines.flush()
         for name, value in values.items():
-            self.events.add_scalar(f"{kind}/{name}", value, step)
-
-
-def lines_up_to(file: Path, step: int) -> str:
-    """The lines of metrics that a run resumed at step keeps; a line torn by a kill is none."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    return "".join(kept)
-
-
-def _bytes(memory: Any) -> int:
-    """What a device must hold at once for a compiled program."""
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
+            self._events.add_scalar(f"{kind}/{name}", value, step)
 
 
 def device_memory() -> dict[str, float]:
@@ -319,8 +299,3 @@ def device_memory() -> dict[str, float]:
         for theirs, ours in names.items()
         if all(theirs in s for s in stats)
     }
-
-
-def _mean(values) -> float:
-    values = list(values)
-    return float(np.mean(values)) if values else float("nan")

@@ -1,27 +1,26 @@
-"""The experiment, told from the config to the last checkpoint.
-
-A run's folder (workdir) holds config.json, tokenizer.json, data.json (what the data is), records/ (the packed corpus, unless
-data.records names another place), checkpoints/, metrics.jsonl, tensorboard/, and samples/ and profile/
-where they were asked for.
-"""
+"""The experiment, from the config to the last checkpoint."""
 
 import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from sedd_jax import __version__, data
 from sedd_jax import config as configuration
-from sedd_jax.experiment import make_program
+from sedd_jax.experiment import Experiment, make_experiment, make_mesh
 from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
+from sedd_jax.models.head import make_score_fn
 from sedd_jax.parallel import processes, sharding
+from sedd_jax.parallel.devices import GIB, device
 from sedd_jax.runs import workdir as runs
 from sedd_jax.runs.checkpoint import Checkpoints
-from sedd_jax.training.progress import Profile, Report, Signals, Watchdog
+from sedd_jax.state import TrainState
+from sedd_jax.training.progress import Profile, Progress, Signals, Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -29,131 +28,204 @@ log = logging.getLogger(__name__)
 def train(config: ConfigDict, workdir: str | Path) -> int:
     """Train until config.train.steps, resuming from workdir's newest checkpoint if there is one.
 
-    Returns the step reached: fewer than asked for if SIGINT or SIGTERM came to any process, after
-    which a checkpoint is written; a second signal ends at once. ValueError, on every process, before
-    any work for what the config, the corpus or the workdir cannot give; TrainingStopped for loss or
-    gradient that is not finite config.train.max_skipped times in a row.
+    Returns the step reached, below config.train.steps if SIGINT or SIGTERM came to any process,
+    after which a checkpoint is written; a second signal ends at once. ValueError, on every process,
+    before any work for what the config, the corpus or the workdir cannot give; TrainingStopped for
+    a loss or gradient that is not finite config.train.max_skipped times in a row.
     """
-    processes.check_same("config", dict(configuration.flatten(config)))
-    processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
-    configuration.check(config)
     workdir = Path(workdir)
-    mesh = sharding.make_mesh(config.mesh)
-    configuration.check_mesh(config, mesh)
-    processes.on_all_processes(lambda: runs.check_workdir(config, workdir))
-    processes.check_shared(workdir)
-    records = processes.first_then_others(lambda: runs.prepare_data(config, workdir))
-    processes.on_all_processes(lambda: runs.claim_workdir(config, workdir, records))
-
-    program = make_program(config, records.tokenizer.vocab_size, mesh)
-    key_train = program.keys["train"]
+    experiment, records = set_up(config, workdir)
+    mesh, keys, steps = experiment.mesh, experiment.keys, config.train.steps
     heldout = data.read_blocks(records, config.data.heldout_split, config.evaluate.blocks)
-    model = SEDD(
-        network=program.network,
-        params=program.shape.ema,
-        graph=program.graph,
-        schedule=program.schedule,
-        tokenizer=records.tokenizer,
-        length=config.data.length,
-        config=config,
-        step=None,
-        mesh=mesh,
-    )
 
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        votes = processes.StopAgreement(lambda: signals.asked, mesh)
+        any_signal = processes.StopAgreement(lambda: signals.received, mesh)
         watchdog = stack.enter_context(Watchdog(config.train.stuck_seconds))
-        checkpoints = stack.enter_context(
-            Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep)
-        )
 
         def must_stop() -> bool:
             watchdog.alive()
-            return votes()
+            return any_signal()
 
-        found = checkpoints.newest()
-        if found is None:
-            train_state = program.start()
-        else:
-            train_state = checkpoints.restore(found, program.shape)
+        folder = workdir / runs.CHECKPOINTS
+        checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
+        train_state = restore_or_start(experiment, checkpoints)
         step = int(train_state.step)
-        report = stack.enter_context(Report(program, records, workdir, step))
-        report.began(found)
-        if step < config.train.steps:  # a run that is done compiles nothing
-            with report.clock("compile"):
-                train_step = program.compile()
-            report.compiled(train_step)
-        batches = data.train_batches(
-            records,
-            seed=config.seed,
-            batch_size=config.train.batch_size,
-            start_step=step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            split=config.data.train_split,
-            windows=config.data.windows,
-        )
-        stack.callback(batches.close)
-        profile = stack.enter_context(Profile(config.profile, workdir))
+        progress = stack.enter_context(make_progress(experiment, records, workdir, step))
+        log_start(experiment, records, step)
+        evaluate = make_evaluate(experiment, keys["evaluate"], heldout, must_stop)
+        draw_texts = make_draw_texts(experiment, records.tokenizer, must_stop)
+        profile = Profile(workdir / runs.PROFILE, config.profile.start, config.profile.steps)
+        stack.enter_context(profile)
+        batches = stack.enter_context(contextlib.closing(train_batches(experiment, records, step)))
+        if step < steps:  # a run that is done compiles nothing
+            train_step = compile_step(experiment, progress)
 
-        def every(steps: int) -> bool:
-            return step % steps == 0 or step == config.train.steps
+        def is_due(every: int) -> bool:
+            return every > 0 and (step % every == 0 or step == steps)
 
-        while step < config.train.steps and not must_stop():
+        while step < steps and not must_stop():
             profile.before(step)
-            with report.clock("input"):
+            with progress.clock("input"):
                 batch = sharding.put_batch(next(batches), mesh)
-            train_state, metrics = train_step(train_state, batch, key_train)
+            train_state, metrics = train_step(train_state, batch, keys["train"])
             step += 1
-            report.collect(metrics)
-            if every(config.train.log_every):
-                report.train(step)
-            if every(config.checkpoint.every):
-                with report.clock("checkpoint"):
+            progress.collect(metrics)
+            if is_due(config.train.log_every):
+                progress.train(step)
+            if is_due(config.checkpoint.every):
+                with progress.clock("checkpoint"):
                     checkpoints.save(step, train_state)  # copied; written in the background
-            if every(config.train.eval_every):
-                with report.clock("evaluate"):
-                    total = bounds.corpus_bound(
-                        model.bound_fn,
-                        train_state.ema,
-                        program.keys["evaluate"],
-                        heldout,
-                        passes=config.evaluate.passes,
-                        batch_size=config.evaluate.batch_size,
-                        t_min=config.objective.t_min,
-                        mesh=mesh,
-                        should_stop=must_stop,
-                    )
+            if is_due(config.train.eval_every):
+                with progress.clock("evaluate"):
+                    total = evaluate(train_state.ema)
                 if total is not None:
-                    report.heldout(step, total.per(heldout.count))
-            if config.sample.every and every(config.sample.every):
-                with report.clock("sample"):
-                    texts = draw_texts(model.with_params(train_state.ema), must_stop)
+                    progress.heldout(step, total.per(heldout.count))
+            if is_due(config.sample.every):
+                with progress.clock("sample"):
+                    texts = draw_texts(train_state.ema)
                 if texts is not None:
-                    report.samples(step, texts)
-        with report.clock("checkpoint"):
+                    progress.samples(step, texts)
+        with progress.clock("checkpoint"):
             checkpoints.save(step, train_state)
             checkpoints.wait()
-    if step < config.train.steps:
+    if step < steps:
         log.info("stopped by a signal at step %d; run the same command to go on", step)
     return step
 
 
-def draw_texts(model: SEDD, must_stop: Callable[[], bool]) -> list[str] | None:
-    """config.sample.count samples as text; None if must_stop() turned true before the end."""
-    wanted = model.config.sample
-    state = None
-    for state in model.stream(
-        num_samples=wanted.count,
-        batch_size=wanted.count,
-        steps=wanted.steps,
-        predictor=wanted.predictor,
-        draw=wanted.draw,
-        grid=wanted.grid,
-        t_min=wanted.t_min,
-        seed=model.config.seed,
-    ):
-        if must_stop():
-            return None
-    return state.texts
+def set_up(config: ConfigDict, workdir: Path) -> tuple[Experiment, data.Records]:
+    """The experiment and its packed corpus; the same on every process, or an error on each."""
+    processes.check_same("config", dict(configuration.flatten(config)))
+    processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
+    configuration.check(config)
+    mesh = make_mesh(config)
+    processes.on_all_processes(lambda: runs.check_workdir(config, workdir))
+    processes.check_shared(workdir)
+    records = processes.first_then_others(lambda: runs.prepare_data(config, workdir))
+    processes.on_all_processes(lambda: runs.claim_workdir(config, workdir, records))
+    return make_experiment(config, records.tokenizer.vocab_size, mesh), records
+
+
+def restore_or_start(experiment: Experiment, checkpoints: Checkpoints) -> TrainState:
+    """The newest checkpoint's state, or the one before the first step."""
+    step = checkpoints.newest()
+    return experiment.start() if step is None else checkpoints.restore(step, experiment.shape)
+
+
+def make_progress(
+    experiment: Experiment, records: data.Records, workdir: Path, step: int
+) -> Progress:
+    """The metrics of a run that is at this step."""
+    config, mesh = experiment.config, experiment.mesh
+    tokens = records.tokens_per_block(config.data.train_split)
+    peak = device(mesh.devices.flat[0].device_kind)
+    return Progress(
+        workdir,
+        step,
+        steps=config.train.steps,
+        tokens_per_sequence=tokens,
+        tokens_per_step=tokens * config.train.batch_size,
+        peak_share_per_step=peak and experiment.flops / (peak.flops * mesh.size),
+        max_skipped=config.train.max_skipped,
+    )
+
+
+def log_start(experiment: Experiment, records: data.Records, step: int) -> None:
+    """Say what is trained, and from which step."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(experiment.shape.params))
+    log.info(
+        "%s parameters, %s blocks of %d tokens, mesh %s%s; %s",
+        f"{parameters:,}",
+        f"{records.counts(experiment.config.data.train_split)['blocks']:,}",
+        records.length,
+        dict(experiment.mesh.shape),
+        "" if processes.is_alone() else f", {jax.process_count()} processes",
+        f"resuming at step {step}" if step else "starting; compiling the train step",
+    )
+
+
+def compile_step(experiment: Experiment, progress: Progress) -> jax.stages.Compiled:
+    """The train step's executable; says what compiling took and what the step needs."""
+    with progress.clock("compile"):
+        compiled = experiment.compile()
+    memory, need = compiled.memory_analysis(), ""
+    if memory is not None:
+        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        needed = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
+        need = f", {needed / GIB:.2f} GiB a device"
+    log.info("compiled in %.1f s%s", progress.clock.seconds["compile"], need)
+    return compiled
+
+
+def train_batches(experiment: Experiment, records: data.Records, start_step: int):
+    """This process's rows of the batches from a step on; close() it."""
+    config = experiment.config
+    return data.train_batches(
+        records,
+        seed=config.seed,
+        batch_size=config.train.batch_size,
+        start_step=start_step,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        split=config.data.train_split,
+        windows=config.data.windows,
+    )
+
+
+def make_evaluate(
+    experiment: Experiment, key: jax.Array, heldout: data.Blocks, must_stop: Callable[[], bool]
+) -> Callable[[Any], bounds.CorpusBound | None]:
+    """params -> the bound on the held-out blocks; None if must_stop() turned true before the end."""
+    t_min = experiment.config.objective.t_min
+
+    def score_fn(params, is_token):
+        return make_score_fn(experiment.network, params, experiment.graph, is_token=is_token)
+
+    bound_fn = bounds.make_bound_fn(score_fn, experiment.graph, experiment.schedule, t_min=t_min)
+    return lambda params: bounds.corpus_bound(
+        bound_fn,
+        params,
+        key,
+        heldout,
+        passes=experiment.config.evaluate.passes,
+        batch_size=experiment.config.evaluate.batch_size,
+        t_min=t_min,
+        mesh=experiment.mesh,
+        should_stop=must_stop,
+    )
+
+
+def make_draw_texts(
+    experiment: Experiment, tokenizer: data.Tokenizer, must_stop: Callable[[], bool]
+) -> Callable[[Any], list[str] | None]:
+    """params -> config.sample.count texts; None if must_stop() turned true before the end."""
+    config, sample = experiment.config, experiment.config.sample
+    model = SEDD(
+        network=experiment.network,
+        params=None,  # each call brings its own
+        graph=experiment.graph,
+        schedule=experiment.schedule,
+        tokenizer=tokenizer,
+        length=config.data.length,
+        config=config,
+        step=None,
+        mesh=experiment.mesh,
+    )
+
+    def draw_texts(params: Any) -> list[str] | None:
+        for state in model.with_params(params).stream(
+            num_samples=sample.count,
+            batch_size=sample.count,
+            steps=sample.steps,
+            predictor=sample.predictor,
+            draw=sample.draw,
+            grid=sample.grid,
+            t_min=sample.t_min,
+            seed=config.seed,
+        ):
+            if must_stop():
+                return None
+        return state.texts
+
+    return draw_texts

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sedd_jax.experiment import make_program
+from sedd_jax import experiment
 from sedd_jax.parallel import sharding
 from sedd_jax.training.dry_run import hlo
 from sedd_jax.training.dry_run.targets import Target
@@ -30,8 +30,8 @@ def measure(
     devices = jax.devices() if target.platform == "cpu" else _topology(target).devices
     if len(devices) != target.count:
         raise ValueError(f"target {target.name!r} has {len(devices)} devices, not {target.count}")
-    mesh = sharding.make_mesh(config.mesh, devices)
-    program = make_program(config, vocab_size, mesh)
+    mesh = experiment.make_mesh(config, devices)
+    program = experiment.make_experiment(config, vocab_size, mesh)
     found = {
         "device_kind": devices[0].device_kind,
         "mesh": dict(mesh.shape),
