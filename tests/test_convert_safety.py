@@ -339,11 +339,13 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path):
 
 
 CHILD = """
-import sys
+import json, sys
 from pathlib import Path
 from sedd_jax.convert import torch_child
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    torch_child.main(["read", str(folder / "x.pth"), str(folder), "model"])
+    file, tensors = (str(folder / name) for name in ("x.pth", "tensors.safetensors"))
+    request = {"work": "read", "file": file, "tensors": tensors, "parts": ["model"]}
+    (folder / "answer.json").write_text(json.dumps(torch_child.answer(request)))
 """
 
 
