@@ -12,6 +12,7 @@ import safetensors.numpy
 import yaml
 from conftest import says
 from golden_set import arrays
+from huggingface_hub import ModelCard
 from original_models import GRAPHS, TOKENIZER, assert_same, config_of, golden, model_of
 
 from sedd_jax import config as configuration
@@ -88,7 +89,7 @@ def test_parameters_survive_the_way_there_and_back(graph):
 @pytest.mark.parametrize("file", ["hf_{}/config.json", "config_{}.yaml"])
 @both_graphs
 def test_config_comes_back_as_it_was(graph, file):
-    from sedd_jax.convert.original import read_config
+    from sedd_jax.convert.original_config import read_config
 
     path = golden_set.FOLDER / file.format(graph)
     theirs = read_config(path)
@@ -165,14 +166,16 @@ def test_missing_fields_are_told_in_one_notice():
         ("graph.type", ["absorb"], ["graph.type ['absorb']", "absorb, uniform"]),
         ("noise.type", "cosine", ["noise.type 'cosine'", "loglinear, geometric"]),
         ("model.n_heads", 5, ["hidden_size 64", "not divisible by model.n_heads 5"]),
-        ("model.hidden_size", 64.0, ["hidden_size 64.0", "an integer in"]),
-        ("model.hidden_size", 10**9, ["hidden_size 1000000000", "an integer in"]),
-        ("model.n_blocks", -3, ["n_blocks -3", "an integer in"]),
-        ("model.n_blocks", True, ["n_blocks True", "an integer in"]),
+        ("model.hidden_size", 64.0, ["hidden_size 64.0", "a whole number"]),
+        ("model.hidden_size", 10**9, ["hidden_size 1000000000", "a whole number"]),
+        ("model.n_blocks", -3, ["n_blocks -3", "a whole number"]),
+        ("model.n_blocks", True, ["n_blocks True", "a whole number"]),
         ("model.n_blocks", None, ["model.n_blocks is missing in config.json"]),
-        ("tokens", 10**12, ["tokens 1000000000000", "an integer in"]),
-        ("optim.lr", float("nan"), ["optim.lr nan", "a number in"]),
-        ("optim.lr", 10**400, ["optim.lr 1000", "a number in"]),
+        ("tokens", 10**12, ["tokens 1000000000000", "a whole number"]),
+        ("optim.lr", float("nan"), ["optim.lr nan", "a finite number"]),
+        ("optim.lr", 10**400, ["optim.lr 1000", "a finite number"]),
+        ("data.train", ["text8"], ["data.train ['text8']", "is not text"]),
+        ("sampling.noise_removal", "yes", ["noise_removal 'yes'", "one of True, False"]),
         ("model", "tiny", ["model.hidden_size is missing"]),
     ],
 )
@@ -188,7 +191,7 @@ def test_a_config_of_something_else_is_refused(place, value, words):
     "text", ["a: &a [1]\nb: *a", "- 1", "a: !!python/name:os.system", "a: [", "a: 2020-01-01"]
 )
 def test_yaml_that_is_no_config_is_refused(tmp_path, text):
-    from sedd_jax.convert.original import read_config
+    from sedd_jax.convert.original_config import read_config
 
     (tmp_path / "config.yaml").write_text(text)
     with says(str(tmp_path / "config.yaml")):
@@ -345,11 +348,6 @@ def test_contradictory_folder_is_refused(exported):
         ({"config": {"graph": {"name": []}}}, ["config.graph.name [] is not allowed"]),
         ({"config": {"seed": 10**400}}, ["config.seed 1000", "is not allowed"]),
         ({"config": {"optimizer": {"learning_rate": 10**400}}}, ["learning_rate 1000"]),
-        ({"about": {"license": ["mit"]}}, ["about.license in", "is no text"]),
-        ({"about": {"weights": 1}}, ["about.weights in", "is no text"]),
-        ({"about": {"numbers": {"a": 1}}}, ["about.numbers in", "name, value, how"]),
-        ({"about": {"numbers": ["a"]}}, ["about.numbers in", "name, value, how"]),
-        ({"about": {"numbers": [{"name": "a", "value": 1, "how": "b"}]}}, ["about.numbers in"]),
     ],
 )
 def test_broken_sedd_jax_json_is_refused(exported, change, words):
@@ -358,6 +356,30 @@ def test_broken_sedd_jax_json_is_refused(exported, change, words):
     (folder / "sedd_jax.json").write_text(json.dumps(ours | change))
     with says(*words):
         convert.read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "about, words",
+    [
+        ({"license": ["mit"]}, ["about.license is left out", "no text"]),
+        ({"weights": 1}, ["about.weights is left out", "no text"]),
+        ({"numbers": {"a": 1}}, ["about.numbers is left out", "name, value, how"]),
+        ({"numbers": ["a"]}, ["about.numbers is left out", "name, value, how"]),
+        ({"numbers": [{"name": "a", "value": 1, "how": "b"}]}, ["about.numbers is left out"]),
+    ],
+)
+def test_odd_facts_do_not_stop_loading_and_are_left_out_of_the_card(exported, caplog, about, words):
+    folder, _, _, params = exported
+    ours = json.loads((folder / "sedd_jax.json").read_text())
+    (folder / "sedd_jax.json").write_text(json.dumps(ours | {"about": about}))
+    read = convert.read_folder(folder)
+    assert_same(read.params, params)
+    assert not caplog.records
+    write_again(exported, about=read.about)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert all(word in warning for word in words)
+    text = (folder / "README.md").read_text()
+    assert "license" not in text and "| weights |" not in text and "Numbers" not in text
 
 
 def test_newer_config_keys_are_taken_from_base_and_told(exported):
@@ -456,11 +478,8 @@ def test_card_says_the_name_that_is_given_and_which_weights_and_text(exported):
 @pytest.mark.parametrize("text", ["mit\n---\ntags: [x]", 'a" b: c', "yes", "# no", "\ud800\x7f🙂"])
 def test_no_license_ends_or_adds_to_the_front_matter(text):
     config, *_ = model_of("absorb")
-    _, front, _ = card.model_card("hub", config, 37, None, None, 5, {"license": text}).split(
-        "---\n", 2
-    )
-    found = yaml.safe_load(front)
-    assert found["license"] == text and found["tags"] == ["sedd", "discrete-diffusion", "jax"]
+    front = ModelCard(card.model_card("hub", config, 37, None, None, 5, {"license": text})).data
+    assert front.license == text and front.tags == ["sedd", "discrete-diffusion", "jax"]
 
 
 def test_lazy_names_are_all_there():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from sedd_jax import config as configuration
 from sedd_jax.convert import folder as hub
-from sedd_jax.convert import names, original, run, workdir
+from sedd_jax.convert import names, original_config, run, workdir
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.files import check_new
 
@@ -88,7 +88,9 @@ def convert(
     model = model._replace(tokenizer=tokenizer or model.tokenizer)
     if model.tokenizer is not None:
         hub.check_tokenizer(model.tokenizer, model.vocab_size, source)
-    elif original.TOKENIZERS.get(model.vocab_size) != "gpt2":  # which is what load would take
+    elif (
+        original_config.TOKENIZERS.get(model.vocab_size) != "gpt2"
+    ):  # which is what load would take
         notice = f"no tokenizer is known for {model.vocab_size} tokens; add --tokenizer"
         model = model._replace(notices=(*model.notices, notice))
     if form == "workdir":

@@ -16,8 +16,8 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax.configs import base
-from sedd_jax.convert import names, original, torch_files, weights
-from sedd_jax.convert.card import check_about, model_card
+from sedd_jax.convert import names, original_config, torch_files, weights
+from sedd_jax.convert.card import model_card
 from sedd_jax.data import Tokenizer
 from sedd_jax.files import appearing, load_json
 
@@ -64,8 +64,8 @@ def read_folder(folder: Path) -> Pretrained:
             f"no {CONFIG} in {str(folder)!r}; give a folder that the original's save_pretrained or "
             "sedd-convert has written"
         )
-    theirs = original.read_config(folder / CONFIG)
-    config, vocab_size, notices = original.from_original_config(theirs, str(folder / CONFIG))
+    theirs = original_config.read_config(folder / CONFIG)
+    config, vocab_size, notices = original_config.from_original_config(theirs, str(folder / CONFIG))
     tokenizer, step, about = None, None, {}
     if (folder / OURS).exists():
         ours = _read_ours(folder / OURS)
@@ -133,9 +133,7 @@ def _read_ours(file: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if key not in ours or type(ours[key]) not in kind:
             raise ValueError(f"{key} of {str(file)!r} is missing or of a wrong type; get it again")
-    about = ours["about"] or {}
-    check_about(about, repr(str(file)))
-    return {**ours, "about": about}
+    return {**ours, "about": ours["about"] or {}}
 
 
 def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[str, ...]]:
@@ -187,14 +185,12 @@ def write_folder(
 
     params is our tree, float32; original the config.json that the model came with, if it did.
     name is the card's title and what it says to load, the folder's name by default. about goes
-    into sedd_jax.json and the card: the texts "license", "corpus" and "weights", and "numbers", a
-    list of {"name", "value", "how"}, all texts. The folder appears whole: written beside and renamed. ValueError if it is
-    there and is no such export.
+    into sedd_jax.json, and what `card.model_card` knows of it into the card. The folder appears
+    whole: written beside and renamed. ValueError if it is there and is no such export.
     """
     folder = Path(folder)
     check_replaceable(folder)
     about, name = about or {}, name or os.path.basename(os.path.abspath(folder))
-    check_about(about, "what was given")
     sizes = names.sizes_of(config, vocab_size)
     tensors = names.to_original(params)
     shapes = {name: array.shape for name, array in tensors.items()}
@@ -218,9 +214,9 @@ def write_folder(
 
 
 def _original_config(config: ConfigDict, vocab_size: int, theirs: dict | None) -> dict:
-    for fault in original.cannot_say(config):
+    for fault in original_config.cannot_say(config):
         log.warning("config.json cannot say %s", fault)
-    return original.to_original_config(config, vocab_size, theirs)
+    return original_config.to_original_config(config, vocab_size, theirs)
 
 
 def _write_json(file: Path, value: Any, *, sort_keys: bool = False) -> None:

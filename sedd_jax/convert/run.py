@@ -15,7 +15,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax.convert import names, original, torch_files, workdir
+from sedd_jax.convert import names, original_config, torch_files, workdir
 from sedd_jax.convert.folder import check_tokenizer
 from sedd_jax.convert.workdir import Moments
 from sedd_jax.data import Tokenizer
@@ -47,8 +47,8 @@ def open_original_run(source: Path) -> OriginalRun:
                 f"no {str(file)!r}; give the folder of a run of the original code, or a .pth file "
                 "in its checkpoints or checkpoints-meta"
             )
-    theirs = original.read_config(folder / YAML)
-    found = original.from_original_config(theirs, str(folder / YAML))
+    theirs = original_config.read_config(folder / YAML)
+    found = original_config.from_original_config(theirs, str(folder / YAML))
     return OriginalRun(checkpoint, found.config, found.vocab_size, theirs, found.notices)
 
 
@@ -148,12 +148,12 @@ def export_run(source: Path, out: Path) -> int:
     check_new(out)
     ours = workdir.open_workdir(source)
     config, vocab_size = ours.config, ours.tokenizer.vocab_size
-    for fault in original.cannot_say(config):
+    for fault in original_config.cannot_say(config):
         raise ValueError(
             f"the original cannot go on with {fault}; export --form=hub, which carries the weights"
         )
     train_state = workdir.read_state(ours)
-    theirs = original.to_original_config(config, vocab_size, ours.original)
+    theirs = original_config.to_original_config(config, vocab_size, ours.original)
     # `train.py +load_dir=OUT` asks for these two, which the original's own runs lack.
     theirs = {**theirs, "work_dir": str(out.absolute())}
     sizes = names.sizes_of(config, vocab_size)
@@ -164,18 +164,11 @@ def export_run(source: Path, out: Path) -> int:
         "count": found.count,
         "ema_decay": o.ema_decay,
         "ema_updates": int(train_state.ema_updates),
-        "group": {
+        "optimizer": {
             "lr": o.learning_rate * min(step / max(o.warmup_steps, 1), 1.0),
-            "betas": [o.b1, o.b2],
+            "betas": (o.b1, o.b2),
             "eps": o.eps,
             "weight_decay": o.weight_decay,
-            "amsgrad": False,
-            "maximize": False,
-            "foreach": None,
-            "capturable": False,
-            "differentiable": False,
-            "fused": None,
-            "decoupled_weight_decay": True,
         },
     }
     parts = {"ema": names.to_original(train_state.ema)}
