@@ -1,8 +1,11 @@
 """Names, configs and hub folders of the original code, to ours and back."""
 
+import hashlib
 import json
 import tracemalloc
+from pathlib import Path
 
+import flax.traverse_util
 import golden_set
 import jax
 import ml_dtypes
@@ -18,9 +21,9 @@ from original_models import GRAPHS, TOKENIZER, assert_same, config_of, golden, m
 from sedd_jax import config as configuration
 from sedd_jax import convert, experiment
 from sedd_jax.convert import card, names
-from sedd_jax.data import tokenizer_from_dict
 from sedd_jax.models.head import make_score_fn
 
+EARLIER = Path(__file__).parent / "earlier"  # what earlier versions have written
 both_graphs = pytest.mark.parametrize("graph", GRAPHS)
 
 
@@ -201,6 +204,23 @@ def test_yaml_that_is_no_config_is_refused(tmp_path, text):
 # The folder
 
 
+@pytest.mark.parametrize(
+    "graph, vocab_size, digest",  # of the parameters, as version 0.1.0 read them
+    [
+        ("absorbing", 24, "9d225a27b3360760185f52a1698e168e40327f4492dcacf1347e0a115e1e6584"),
+        ("uniform", 300, "17386346548d4494a34f7d2b3cfe344b865418ad358e1a768679a3806b8cd05b"),
+    ],
+)
+def test_a_folder_of_the_version_before_gives_the_same_parameters(graph, vocab_size, digest):
+    read = convert.read_folder(EARLIER / f"hub_{graph}")
+    actual = hashlib.sha256()
+    for name, a in sorted(flax.traverse_util.flatten_dict(read.params, sep="/").items()):
+        actual.update(f"{name} {a.dtype} {list(a.shape)}\n".encode() + a.tobytes())
+    assert actual.hexdigest() == digest
+    assert (read.vocab_size, read.step, read.config.graph.name) == (vocab_size, 8, graph)
+    assert read.tokenizer.vocab_size == vocab_size and read.about["weights"] == "ema"
+
+
 @pytest.fixture(params=GRAPHS)
 def exported(request, tmp_path):
     """(folder, our config, vocab_size, params) of an export."""
@@ -229,7 +249,7 @@ def test_folder_gives_back_what_was_written(exported):
     assert_same(read.params, params)
     assert read.config.to_dict() == config.to_dict()
     assert (read.vocab_size, read.step, read.notices) == (vocab_size, 7, ())
-    assert tokenizer_from_dict(read.tokenizer) == TOKENIZER
+    assert read.tokenizer == TOKENIZER
     assert read.about["license"] == "mit"
 
 
