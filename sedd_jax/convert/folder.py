@@ -139,7 +139,7 @@ def _read_ours(file: Path) -> dict[str, Any]:
 
 
 def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[str, ...]]:
-    """(config, notices): ours as it was written, keys that are newer as configs/base.py has them."""
+    """(config, notices): ours as written; keys that are newer as configs/base.py has them."""
     known = dict(configuration.flatten(values))
     for key in known:
         if key not in configuration.RULES:

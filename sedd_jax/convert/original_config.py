@@ -1,7 +1,7 @@
 """The original's config to ours and back: its config.json, or the .hydra/config.yaml of a run.
 
-What the original has and we have not (ngpus, snapshots, cache_dir) stays in its own dict, over
-which ours is laid.
+What the original has and we have not (ngpus, snapshots, cache_dir) comes along in its own
+dict, over which ours is laid.
 """
 
 import copy
@@ -245,17 +245,17 @@ def _to_theirs(field: str, value: Any) -> Any:
     return -1.0 if field == "optim.grad_clip" and value == NO_CLIP else value
 
 
-def _get(tree: Any, place: str) -> Any:
+def _get(tree: Any, path: str) -> Any:
     """The value at "model.length"; None where it, or its section, is missing."""
-    for key in place.split("."):
+    for key in path.split("."):
         if not isinstance(tree, (Mapping, ConfigDict)) or key not in tree:
             return None
         tree = tree[key]
     return tree
 
 
-def _put(tree: Any, place: str, value: Any) -> None:
-    *sections, last = place.split(".")
+def _put(tree: Any, path: str, value: Any) -> None:
+    *sections, last = path.split(".")
     for key in sections:
         if not isinstance(_get(tree, key), (dict, ConfigDict)):
             tree[key] = {}

@@ -119,7 +119,7 @@ def write(file: Path, model: Mapping[str, np.ndarray], parts: Mapping, facts: di
 
 
 def _check_archive(file: Path, max_bytes: int) -> None:
-    """ValueError unless the file is an archive as torch.save writes: uncompressed, a small pickle."""
+    """ValueError unless it is an archive as torch.save writes: uncompressed, a small pickle."""
     where = repr(str(file))
     try:
         size = file.stat().st_size
