@@ -168,23 +168,27 @@ def entry(shape, begin, end, dtype="F32"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+BY_THE_LIBRARY = ["file': Error while deserializing header", "get it again"]
+
+
 @pytest.mark.parametrize(
     "header, words",
     [
         ({"w": entry([2], 0, 8)}, []),
-        ({"w": entry([2**40], 0, 2**42)}, ["lies outside the file"]),
-        ({"w": entry([2**62, 2**62], 0, 8)}, ["its shape needs more than 10^18"]),
-        ({"w": entry([2], 4, 12)}, ["lies outside the file"]),
-        ({"w": entry([1], 0, 4)}, ["4 bytes after its last tensor"]),
-        ({"w": entry([1], 0, 4), "v": entry([2], 0, 8)}, ["overlap before v"]),
-        ({"w": entry([1], 4, 8)}, ["leave a gap before w"]),
+        ({"w": entry([2**40], 0, 2**42)}, BY_THE_LIBRARY),
+        ({"w": entry([2**62, 2**62], 0, 8)}, BY_THE_LIBRARY),
+        ({"w": entry([2], 4, 12)}, BY_THE_LIBRARY),
+        ({"w": entry([1], 0, 4)}, BY_THE_LIBRARY),
+        ({"w": entry([1], 0, 4), "v": entry([2], 0, 8)}, BY_THE_LIBRARY),
+        ({"w": entry([1], 4, 8)}, BY_THE_LIBRARY),
         ({"w": entry([2], 0, 8, "I32")}, ["stored as I32; known: F32, F16, BF16"]),
-        ({"w": entry([2], 0, 8), "__metadata__": {"a": 1}}, ["is not text by name"]),
-        ({"w": {**entry([2], 0, 8), "more": 1}}, ["no dtype, shape and data_offsets"]),
+        ({"w": entry([2], 0, 8), "__metadata__": {"a": 1}}, BY_THE_LIBRARY),
+        ({"w": {**entry([2], 0, 8), "more": 1}}, ["no dtype, shape and data_offsets alone"]),
+        ({"w": [entry([2], 0, 8)]}, ["no dtype, shape and data_offsets alone"]),
         ({"v": entry([2], 0, 8)}, ["lacks w"]),
         ({"w": entry([1], 0, 4), "v": entry([1], 4, 8)}, ["a tensor too many: v"]),
         ({"w": entry([1, 2], 0, 8)}, ["has shape [1, 2], not [2]"]),
-        ({"w": entry([1] * 99 + [2], 0, 8)}, ["lies outside"]),
+        ({"w": entry([1] * 99 + [2], 0, 8)}, ["w in", "has shape [1, 1, 1"]),
         ({"../../etc/passwd": entry([2], 0, 8)}, ["lacks w"]),
         ({"w": entry([2], 0, 8), "/tmp/x\n": entry([0], 8, 8)}, ["too many: '/tmp/x\\n'"]),
     ],
@@ -197,6 +201,15 @@ def test_headers_are_checked_before_a_byte_of_data_is_read(tmp_path, header, wor
     with says(*words):
         convert.open_tensors(tmp_path / "file", {"w": (2,)})
     assert {p.name for p in tmp_path.iterdir()} == {"file"}
+
+
+def test_a_name_that_is_there_twice_is_refused(tmp_path):
+    text = ", ".join(f'"w": {json.dumps(entry(shape, 0, 8))}' for shape in ([2], [1, 2])).encode()
+    text = b"{" + text + b"}"
+    data = np.float32([1, 2]).tobytes()
+    (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with says("the header of", "w is there twice"):
+        convert.open_tensors(tmp_path / "file", {"w": (2,)})
 
 
 @pytest.mark.parametrize(
@@ -326,11 +339,13 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path):
 
 
 CHILD = """
-import sys
+import json, sys
 from pathlib import Path
 from sedd_jax.convert import torch_child
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    torch_child.main(["read", str(folder / "x.pth"), str(folder), "model"])
+    file, tensors = (str(folder / name) for name in ("x.pth", "tensors.safetensors"))
+    request = {"work": "read", "file": file, "tensors": tensors, "parts": ["model"]}
+    (folder / "answer.json").write_text(json.dumps(torch_child.answer(request)))
 """
 
 

@@ -1,13 +1,15 @@
 """The model card of an exported folder: what is known about the model, and nothing else."""
 
 import json
-import math
+import logging
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 from ml_collections import ConfigDict
 
 from sedd_jax.data import Tokenizer
+
+log = logging.getLogger(__name__)
 
 PAPER = "https://arxiv.org/abs/2310.16834"
 _NUMBER = ("name", "value", "how")
@@ -25,23 +27,28 @@ def model_card(
 ) -> str:
     """README.md with its YAML front matter; name is what sedd_jax.load is to be given.
 
-    about, which `check_about` has passed, may hold "license", "corpus", "weights" and "numbers".
+    about may hold the texts "license", "corpus" and "weights", and "numbers", a list of
+    {"name", "value", "how"}, all texts; what is not so is left out, with a warning.
     """
-    sizes, corpus = config.model, about.get("corpus") or config.data.corpus
-    weights = about.get("weights")
+    about = _checked(about)
+    sizes, schedule, corpus = config.model, config.schedule, about.get("corpus")
+    corpus, weights = corpus or config.data.corpus, about.get("weights")
+    noise = f"{schedule.name}, eps {schedule.eps:g}"
+    if schedule.name == "geometric":
+        noise = f"geometric, {schedule.sigma_min:g} to {schedule.sigma_max:g}"
+    token_kind = config.data.tokenizer if tokenizer is None else tokenizer.name
     facts = {
         "parameters": f"{parameters:,}",
         "hidden size, blocks, heads": f"{sizes.hidden_size}, {sizes.blocks}, {sizes.heads}",
         "length": f"{config.data.length} tokens",
         "graph": config.graph.name,
-        "schedule": _schedule(config.schedule),
+        "schedule": noise,
         "trained on": {"text": "a text of its own"}.get(corpus, corpus),
-        "tokenizer": f"{_tokenizer(config, tokenizer)}, {vocab_size} tokens",
+        "tokenizer": f"{token_kind}, {vocab_size} tokens",
         "step": "unknown" if step is None else f"{step:,}",
         **({"weights": _WEIGHTS.get(weights, weights)} if weights else {}),
     }
     lines = [
-        *_front_matter(about),
         f"# {_plain(name)}",
         "",
         f"A Score Entropy Discrete Diffusion (SEDD) language model ([paper]({PAPER})).",
@@ -56,58 +63,42 @@ def model_card(
         "",
         *_table(("", ""), facts.items()),
     ]
-    numbers = about.get("numbers") or []
-    if numbers:
-        rows = [tuple(row[key] for key in _NUMBER) for row in numbers]
+    if about.get("numbers"):
+        rows = [tuple(row[key] for key in _NUMBER) for row in about["numbers"]]
         lines += ["", "## Numbers", "", *_table(("what", "value", "how it was made"), rows)]
-    return "\n".join(lines) + "\n"
+    front = ModelCardData(
+        license=about.get("license") or None,
+        library_name="sedd_jax",
+        pipeline_tag="text-generation",
+        tags=["sedd", "discrete-diffusion", "jax"],
+    )
+    text = "\n".join(lines)
+    return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}\n"))
 
 
-def check_about(about: dict[str, Any], where: str) -> None:
-    """ValueError unless what the card shows is text, and "numbers" a list of rows of it."""
+def _checked(about: dict[str, Any]) -> dict[str, Any]:
+    """What of it is as it should be."""
 
     def is_number(row: Any) -> bool:
         return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _NUMBER)
 
-    for key in ("license", "corpus", "weights"):
-        if about.get(key) is not None and not isinstance(about[key], str):
-            raise ValueError(f"about.{key} in {where} is no text; mend it, or leave it out")
-    numbers = about.get("numbers")
-    if numbers is not None and not (isinstance(numbers, list) and all(map(is_number, numbers))):
-        raise ValueError(
-            f"about.numbers in {where} is no list of objects with the texts {', '.join(_NUMBER)}; "
-            "mend it, or leave it out"
-        )
-
-
-def _front_matter(about: dict[str, Any]) -> list[str]:
-    return [
-        "---",
-        *([f"license: {_yaml(about['license'])}"] if about.get("license") else []),
-        "library_name: sedd_jax",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- sedd",
-        "- discrete-diffusion",
-        "- jax",
-        "---",
-        "",
-    ]
-
-
-def _schedule(schedule: ConfigDict) -> str:
-    if schedule.name == "geometric":
-        return f"geometric, {schedule.sigma_min:g} to {schedule.sigma_max:g}"
-    return f"{schedule.name}, eps {schedule.eps:g}"
-
-
-def _tokenizer(config: ConfigDict, tokenizer: Tokenizer | None) -> str:
-    return config.data.tokenizer if tokenizer is None else tokenizer.name
-
-
-def _yaml(text: str) -> str:
-    """The text in double quotes, in one line of ASCII: no text ends or adds to the front matter."""
-    return yaml.safe_dump(text, default_style='"', width=math.inf).strip()
+    good = {}
+    for key in ("license", "corpus", "weights", "numbers"):
+        value = about.get(key)
+        if key == "numbers":
+            is_good = isinstance(value, list) and all(map(is_number, value))
+        else:
+            is_good = isinstance(value, str)
+        if is_good:
+            good[key] = value
+        elif value is not None:
+            kind = f"list of objects with the texts {', '.join(_NUMBER)}"
+            log.warning(
+                "about.%s is left out of the card: it is no %s",
+                key,
+                kind if key == "numbers" else "text",
+            )
+    return good
 
 
 def _plain(text: Any) -> str:

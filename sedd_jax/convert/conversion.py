@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 from sedd_jax import config as configuration
 from sedd_jax import experiment
 from sedd_jax.convert import folder as hub
-from sedd_jax.convert import names, original, run
-from sedd_jax.data import Tokenizer, tokenizer_from_dict
+from sedd_jax.convert import names, original_config, run
+from sedd_jax.convert.folder import Pretrained
+from sedd_jax.data import Tokenizer
 from sedd_jax.files import check_new
 from sedd_jax.runs import workdir
 
@@ -29,19 +30,6 @@ class Conversion(NamedTuple):
     step: int | None
     notices: tuple[str, ...]
     next: str  # the command that one would run now
-
-
-class _Model(NamedTuple):
-    """Everything that a hub folder holds."""
-
-    config: Any
-    vocab_size: int
-    params: Any
-    tokenizer: Tokenizer | None
-    step: int | None
-    notices: tuple[str, ...]
-    original: dict | None
-    about: dict
 
 
 def convert(
@@ -90,22 +78,26 @@ def convert(
     model = model._replace(tokenizer=tokenizer or model.tokenizer)
     if model.tokenizer is not None:
         hub.check_tokenizer(model.tokenizer, model.vocab_size, source)
-    elif original.TOKENIZERS.get(model.vocab_size) != "gpt2":  # which is what load would take
+    elif (
+        original_config.TOKENIZERS.get(model.vocab_size) != "gpt2"
+    ):  # which is what load would take
         notice = f"no tokenizer is known for {model.vocab_size} tokens; add --tokenizer"
         model = model._replace(notices=(*model.notices, notice))
     if form == "workdir":
         model = _start(model, target, changes or {})
         next_command = _train(target)
     else:
-        _share(model, target)
+        values = model._asdict()
+        del values["notices"]
+        hub.write_folder(target, **values)
         next_command = f"python -c \"import sedd_jax; print(sedd_jax.load('{target}').sample(1))\""
-    return _told(
+    return _summary(
         kind, form, model.config, model.vocab_size, model.step, model.notices, next_command
     )
 
 
 def _ignored(kind, form, weights, optimizer, tokenizer) -> list[str]:
-    """What of the options would not be heard."""
+    """Options that would have no effect."""
     faults = []
     if weights != "ema" and (kind == "hub" or form != "hub"):
         faults.append(f"--weights={weights} is for a run or a workdir, to --form=hub")
@@ -134,47 +126,48 @@ def recognise(source: Path) -> str:
     )
 
 
-def _from_hub(source: Path, weights: str) -> _Model:
-    found = hub.read_folder(source)
-    tokenizer = None if found.tokenizer is None else tokenizer_from_dict(found.tokenizer)
-    return _Model(
-        found.config,
-        found.vocab_size,
-        found.params,
-        tokenizer,
-        found.step,
-        found.notices,
-        found.original,
-        found.about,
+def _from_hub(source: Path, weights: str) -> Pretrained:
+    return hub.read_folder(source)
+
+
+def _from_run(source: Path, weights: str) -> Pretrained:
+    theirs = run.open_original_run(source)
+    step, params = run.read_original_weights(theirs, weights)
+    return Pretrained(
+        config=theirs.config,
+        vocab_size=theirs.vocab_size,
+        params=params,
+        tokenizer=None,
+        step=step,
+        notices=theirs.notices,
+        about={"weights": weights},
+        original=theirs.theirs,
     )
 
 
-def _from_run(source: Path, weights: str) -> _Model:
-    found = run.open_original_run(source)
-    step, params = run.read_original_weights(found, weights)
-    about = {"weights": weights}
-    return _Model(
-        found.config, found.vocab_size, params, None, step, found.notices, found.theirs, about
-    )
-
-
-def _from_workdir(source: Path, weights: str) -> _Model:
+def _from_workdir(source: Path, weights: str) -> Pretrained:
     ours = workdir.open_workdir(source)
-    if weights == "ema":
-        step, params = workdir.read_average(ours)
+    if weights == "ema":  # whose numbers sedd-report has written
+        (step, params), about = workdir.read_average(ours), workdir.about(ours)
     else:
-        train_state = workdir.read_state(ours)
+        train_state, about = workdir.read_state(ours), {"weights": weights}
         step, params = int(train_state.step), train_state.params
-    # The numbers are of the moving average.
-    about = workdir.about(ours) if weights == "ema" else {"weights": weights}
-    size = ours.tokenizer.vocab_size
-    return _Model(ours.config, size, params, ours.tokenizer, step, (), ours.original, about)
+    return Pretrained(
+        config=ours.config,
+        vocab_size=ours.tokenizer.vocab_size,
+        params=params,
+        tokenizer=ours.tokenizer,
+        step=step,
+        notices=(),
+        about=about,
+        original=ours.original,
+    )
 
 
 _READERS = {"hub": _from_hub, "run": _from_run, "workdir": _from_workdir}
 
 
-def _start(model: _Model, target: Path, changes: Mapping[str, Any]) -> _Model:
+def _start(model: Pretrained, target: Path, changes: Mapping[str, Any]) -> Pretrained:
     """A workdir at step 0 whose parameters are the model's: training it further."""
     if model.tokenizer is None:
         raise ValueError(_NO_TOKENIZER)
@@ -194,25 +187,12 @@ def _start(model: _Model, target: Path, changes: Mapping[str, Any]) -> _Model:
     return model._replace(config=config, step=0, notices=(*model.notices, notice))
 
 
-def _share(model: _Model, target: Path) -> None:
-    hub.write_folder(
-        target,
-        config=model.config,
-        vocab_size=model.vocab_size,
-        params=model.params,
-        tokenizer=model.tokenizer,
-        step=model.step,
-        original=model.original,
-        about=model.about,
-    )
-
-
 def _export(source: Path, target: Path) -> Conversion:
     step = run.export_run(source, target)
     ours = workdir.open_workdir(source)
     next_command = f"python train.py +load_dir={target.absolute()}"
     vocab_size = ours.tokenizer.vocab_size
-    return _told("workdir", "original", ours.config, vocab_size, step, (), next_command)
+    return _summary("workdir", "original", ours.config, vocab_size, step, (), next_command)
 
 
 def _import(source, target, tokenizer, optimizer, changes) -> Conversion:
@@ -223,14 +203,14 @@ def _import(source, target, tokenizer, optimizer, changes) -> Conversion:
     )
     ours = workdir.open_workdir(target)
     vocab_size, step = ours.tokenizer.vocab_size, workdir.newest_step(ours)
-    return _told("run", "workdir", ours.config, vocab_size, step, notices, _train(target))
+    return _summary("run", "workdir", ours.config, vocab_size, step, notices, _train(target))
 
 
 def _train(target: Path) -> str:
     return f"sedd-train --workdir={target}"
 
 
-def _told(kind, form, config, vocab_size, step, notices, next_command) -> Conversion:
+def _summary(kind, form, config, vocab_size, step, notices, next_command) -> Conversion:
     expected = names.expected_tensors(names.sizes_of(config, vocab_size))
     count = sum(math.prod(shape) for shape in expected.values())
     return Conversion(

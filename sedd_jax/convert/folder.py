@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax.configs import base
-from sedd_jax.convert import names, original, torch_files, weights
-from sedd_jax.convert.card import check_about, model_card
-from sedd_jax.data import Tokenizer
+from sedd_jax.convert import names, original_config, torch_files, weights
+from sedd_jax.convert.card import model_card
+from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.files import appearing, load_json
 
 log = logging.getLogger(__name__)
@@ -45,11 +45,11 @@ class Pretrained(NamedTuple):
     config: ConfigDict
     vocab_size: int  # clean tokens
     params: dict  # our tree, numpy float32
-    tokenizer: dict | None  # what data.tokenizer_from_dict takes
+    tokenizer: Tokenizer | None
     step: int | None
     notices: tuple[str, ...]  # what the reader had to assume
     about: dict
-    original: dict  # config.json as it is
+    original: dict | None  # the config that it came with
 
 
 def read_folder(folder: Path) -> Pretrained:
@@ -64,15 +64,17 @@ def read_folder(folder: Path) -> Pretrained:
             f"no {CONFIG} in {str(folder)!r}; give a folder that the original's save_pretrained or "
             "sedd-convert has written"
         )
-    theirs = original.read_config(folder / CONFIG)
-    config, vocab_size, notices = original.from_original_config(theirs, str(folder / CONFIG))
+    theirs = original_config.read_config(folder / CONFIG)
+    config, vocab_size, notices = original_config.from_original_config(theirs, str(folder / CONFIG))
     tokenizer, step, about = None, None, {}
     if (folder / OURS).exists():
         ours = _read_ours(folder / OURS)
-        tokenizer, step, about = ours["tokenizer"], ours["step"], ours["about"]
-        written, told = _config(ours["config"], str(folder / OURS))
+        step, about = ours["step"], ours["about"] or {}
+        if ours["tokenizer"] is not None:
+            tokenizer = tokenizer_from_dict(ours["tokenizer"])
+        written, lacking = _config(ours["config"], str(folder / OURS))
         _check_agreement(folder, (config, vocab_size), (written, ours["vocab_size"]))
-        config, notices = written, told
+        config, notices = written, lacking
     sizes = names.sizes_of(config, vocab_size)
     params = _read_weights(folder, sizes)
     return Pretrained(config, vocab_size, params, tokenizer, step, notices, about, theirs)
@@ -133,21 +135,20 @@ def _read_ours(file: Path) -> dict[str, Any]:
     for key, kind in kinds.items():
         if key not in ours or type(ours[key]) not in kind:
             raise ValueError(f"{key} of {str(file)!r} is missing or of a wrong type; get it again")
-    about = ours["about"] or {}
-    check_about(about, repr(str(file)))
-    return {**ours, "about": about}
+    return ours
 
 
 def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[str, ...]]:
-    """(config, notices): ours as it was written, keys that are newer as configs/base.py has them."""
+    """(config, notices): ours as written; keys that are newer as configs/base.py has them."""
     known = dict(configuration.flatten(values))
     for key in known:
         if key not in configuration.KEYS:
             raise ValueError(f"unknown config key {key[:60]!r} in {where}; update sedd_jax")
     config = configuration.with_values(base.get_config(), known)
     missing = [key for key in configuration.KEYS if key not in known]
-    told = ", ".join(f"{key} {dict(configuration.flatten(config))[key]!r}" for key in missing)
-    return config, ((f"{where} lacks these, taken as {told}",) if missing else ())
+    values = dict(configuration.flatten(config))
+    taken = ", ".join(f"{key} {values[key]!r}" for key in missing)
+    return config, ((f"{where} lacks these, taken as {taken}",) if missing else ())
 
 
 def _check_agreement(folder: Path, theirs: tuple, ours: tuple) -> None:
@@ -187,19 +188,19 @@ def write_folder(
 
     params is our tree, float32; original the config.json that the model came with, if it did.
     name is the card's title and what it says to load, the folder's name by default. about goes
-    into sedd_jax.json and the card: the texts "license", "corpus" and "weights", and "numbers", a
-    list of {"name", "value", "how"}, all texts. The folder appears whole: written beside and renamed. ValueError if it is
-    there and is no such export.
+    into sedd_jax.json, and what `card.model_card` knows of it into the card. The folder appears
+    whole: written beside and renamed. ValueError if it is there and is no such export.
     """
     folder = Path(folder)
     check_replaceable(folder)
     about, name = about or {}, name or os.path.basename(os.path.abspath(folder))
-    check_about(about, "what was given")
     sizes = names.sizes_of(config, vocab_size)
     tensors = names.to_original(params)
     shapes = {name: array.shape for name, array in tensors.items()}
     weights.compare(shapes, names.expected_tensors(sizes), {}, "the parameter tree")
-    theirs = _original_config(config, vocab_size, original)
+    for fault in original_config.cannot_say(config):
+        log.warning("config.json cannot say %s", fault)
+    theirs = original_config.to_original_config(config, vocab_size, original)
     ours = {
         "format": FORMAT,
         "config": config.to_dict(),
@@ -215,12 +216,6 @@ def write_folder(
         card = model_card(name, config, vocab_size, tokenizer, step, count, about)
         (part / CARD).write_text(card, encoding="utf-8")
         weights.write_tensors(part / WEIGHTS, {**tensors, **names.buffer(sizes)})
-
-
-def _original_config(config: ConfigDict, vocab_size: int, theirs: dict | None) -> dict:
-    for fault in original.cannot_say(config):
-        log.warning("config.json cannot say %s", fault)
-    return original.to_original_config(config, vocab_size, theirs)
 
 
 def _write_json(file: Path, value: Any, *, sort_keys: bool = False) -> None:

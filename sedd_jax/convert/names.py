@@ -117,8 +117,8 @@ def check_buffer(tensors: Mapping[str, np.ndarray], sizes: Sizes, where: str) ->
 def from_original(tensors: Mapping[str, np.ndarray], heads: int) -> dict:
     """Our parameter tree from the original's state dict; the buffer is not needed.
 
-    tensors may read its arrays when asked: each is asked for once, and one is held beside the
-    result. ValueError, before any is asked for, if a name is missing.
+    tensors may read an array at its use: each is used once, and one is held beside the result.
+    ValueError, before any is read, if a name is missing.
     """
     count = 0
     while f"blocks.{count}.norm1.weight" in tensors:

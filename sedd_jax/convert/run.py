@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax import experiment
-from sedd_jax.convert import names, original, torch_files
+from sedd_jax.convert import names, original_config, torch_files
 from sedd_jax.convert.folder import check_tokenizer
 from sedd_jax.data import Tokenizer
 from sedd_jax.files import appearing, check_new
@@ -48,9 +48,9 @@ def open_original_run(source: Path) -> OriginalRun:
                 f"no {str(file)!r}; give the folder of a run of the original code, or a .pth file "
                 "in its checkpoints or checkpoints-meta"
             )
-    theirs = original.read_config(folder / YAML)
-    found = original.from_original_config(theirs, str(folder / YAML))
-    return OriginalRun(checkpoint, found.config, found.vocab_size, theirs, found.notices)
+    theirs = original_config.read_config(folder / YAML)
+    config, vocab_size, notices = original_config.from_original_config(theirs, str(folder / YAML))
+    return OriginalRun(checkpoint, config, vocab_size, theirs, notices)
 
 
 def read_original_weights(run: OriginalRun, weights: str) -> tuple[int, dict]:
@@ -87,7 +87,7 @@ def import_run(
     """Write target, a new workdir from which sedd-train goes on where the original stopped.
 
     source is the original's run folder or one of its .pth files. With optimizer, AdamW's moments
-    and the place in the warm-up go on too; without, both begin again. changes are keys of our
+    and the warm-up go on too; without, both begin again. changes are keys of our
     config to set, such as {"data.records": DIR, "model.dtype": "bfloat16"}. Returns notices;
     ValueError for whatever is missing or wrong.
     """
@@ -113,9 +113,11 @@ def import_run(
             return names.from_original(read.part(part), sizes.heads)
 
         names.check_buffer(read.part("model"), sizes, repr(str(run.checkpoint)))
-        found = None
+        moments = None
         if facts["moments"]:
-            found = experiment.Moments(_count(facts, "count"), tree("exp_avg"), tree("exp_avg_sq"))
+            moments = experiment.Moments(
+                _count(facts, "count"), tree("exp_avg"), tree("exp_avg_sq")
+            )
         else:
             notices.append("AdamW's moments and the warm-up of the learning rate begin again")
         train_state = experiment.imported_state(
@@ -125,8 +127,8 @@ def import_run(
             ema=tree("ema"),
             step=step,
             ema_updates=_count(facts, "ema_updates"),
-            moments=found,
-            schedule_count=0 if found is None else step,
+            moments=moments,
+            schedule_count=0 if moments is None else step,
         )
     if facts["ema_decay"] != config.optimizer.ema_decay:
         notices.append(
@@ -149,41 +151,34 @@ def export_run(source: Path, out: Path) -> int:
     check_new(out)
     ours = workdir.open_workdir(source)
     config, vocab_size = ours.config, ours.tokenizer.vocab_size
-    for fault in original.cannot_say(config):
+    for fault in original_config.cannot_say(config):
         raise ValueError(
             f"the original cannot go on with {fault}; export --form=hub, which carries the weights"
         )
     train_state = workdir.read_state(ours)
-    theirs = original.to_original_config(config, vocab_size, ours.original)
+    theirs = original_config.to_original_config(config, vocab_size, ours.original)
     # `train.py +load_dir=OUT` asks for these two, which the original's own runs lack.
     theirs = {**theirs, "work_dir": str(out.absolute())}
     sizes = names.sizes_of(config, vocab_size)
-    found = experiment.moments(train_state.opt_state)
+    moments = experiment.moments(train_state.opt_state)
     o, step = config.optimizer, int(train_state.step)
     facts = {
         "step": step,
-        "count": found.count,
+        "count": moments.count,
         "ema_decay": o.ema_decay,
         "ema_updates": int(train_state.ema_updates),
-        "group": {
+        "optimizer": {
             "lr": o.learning_rate * min(step / max(o.warmup_steps, 1), 1.0),
-            "betas": [o.b1, o.b2],
+            "betas": (o.b1, o.b2),
             "eps": o.eps,
             "weight_decay": o.weight_decay,
-            "amsgrad": False,
-            "maximize": False,
-            "foreach": None,
-            "capturable": False,
-            "differentiable": False,
-            "fused": None,
-            "decoupled_weight_decay": True,
         },
     }
     parts = {"ema": names.to_original(train_state.ema)}
-    if found.count:
+    if moments.count:
         parts |= {
-            "exp_avg": names.to_original(_float32(found.mu)),
-            "exp_avg_sq": names.to_original(found.nu),
+            "exp_avg": names.to_original(_float32(moments.mu)),
+            "exp_avg_sq": names.to_original(moments.nu),
         }
     with appearing(out) as part:
         for file in (YAML, NEWEST):
@@ -207,8 +202,9 @@ def _yaml(config: dict) -> str:
 
 def _state_dict(tensors: dict, sizes: names.Sizes) -> dict:
     """With the buffer, where the original's state dict has it: after the noise level's layers."""
-    order = list(tensors)
-    place = next(i for i, name in enumerate(order) if name.startswith("blocks."))
-    before, after = order[:place], order[place:]
-    ordered = {name: tensors[name] for name in before} | names.buffer(sizes)
-    return ordered | {name: tensors[name] for name in after}
+    ordered = {}
+    for name, array in tensors.items():
+        if name.startswith("blocks.") and names.BUFFER not in ordered:
+            ordered |= names.buffer(sizes)
+        ordered[name] = array
+    return ordered

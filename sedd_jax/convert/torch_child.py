@@ -1,12 +1,14 @@
-"""The child process that reads and writes torch's files; the only file that imports torch.
+"""The child process that reads and writes torch's files; the only module that imports torch.
 
-python -m sedd_jax.convert.torch_child read FILE FOLDER PARTS
-python -m sedd_jax.convert.torch_child write FOLDER FILE
+One JSON object from stdin is the request, the last line of stdout the answer; numbers travel in a
+safetensors file in a folder private to both processes:
 
-PARTS, such as model,ema, are those of a checkpoint that are wanted: nothing is said about others.
-FOLDER is private to the caller and holds tensors.safetensors and facts.json; what went wrong is
-the "error" of FOLDER/answer.json. A file is read with weights_only: no global but those that the
-original's checkpoints need is ever looked up, so nothing in a file is run.
+    {"work": "read", "file": FILE, "tensors": FILE, "parts": [...]} -> {"facts": {...}}
+    {"work": "write", "file": FILE, "tensors": FILE, "facts": {...}} -> {"facts": {}}
+
+What went wrong is the answer's "error". parts are those of a checkpoint that are needed ("model",
+"ema", "exp_avg", "exp_avg_sq"): nothing is said about others. A file is read with weights_only: no
+global but those that the original's checkpoints need is ever looked up, so nothing in it is run.
 """
 
 import json
@@ -17,35 +19,28 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-TENSORS, FACTS, ANSWER = "tensors.safetensors", "facts.json", "answer.json"
 TORCH = (2, 10)  # weights_only could be got round before: CVE-2025-32434, CVE-2026-24747
 _REMEDY = "give a checkpoint of the original code"
 
 
-def main(argv: list[str]) -> None:
-    """Read or write; always leaves an answer."""
-    work, first, second, *parts = argv
-    folder = Path(second if work == "read" else first)
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """{"facts": ...}, or {"error": one line}."""
+    work = {"read": _read, "write": _write}[request.pop("work")]
     try:
-        _import_torch()
-        if work == "read":
-            facts = _read(Path(first), folder, parts[0].split(","))
-        else:
-            facts = _write(folder, Path(second))
-        answer = {"facts": facts}
+        _check_torch()
+        return {"facts": work(**request)}
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        answer = {"error": " ".join(str(error).split())[:600] or type(error).__name__}
-    (folder / ANSWER).write_text(json.dumps(answer), encoding="utf-8")
+        return {"error": " ".join(str(error).split())[:600] or type(error).__name__}
 
 
-def _import_torch() -> None:
+def _check_torch() -> None:
     remedy = "run pip install 'sedd_jax[torch]'"
     try:
         import torch
     except ImportError as error:
-        raise ValueError(f".pth and .bin files need torch, which is not installed; {remedy}") from (
-            error
-        )
+        raise ValueError(
+            f".pth and .bin files need torch, which is not installed; {remedy}"
+        ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
     if version < TORCH:
         raise ValueError(
@@ -54,7 +49,7 @@ def _import_torch() -> None:
         )
 
 
-def _load(file: Path) -> Any:
+def _load(file: str) -> Any:
     import pickle
 
     import numpy as np
@@ -67,38 +62,34 @@ def _load(file: Path) -> Any:
         with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
             raise ValueError(
-                f"{str(file)!r} wants the global {wanted[1]}, which no checkpoint of the original "
+                f"{file!r} wants the global {refused[1]}, which no checkpoint of the original "
                 f"needs: it was not run; {_REMEDY}"
             ) from error
-        raise ValueError(f"{str(file)!r} holds what is not allowed; {_REMEDY}") from error
+        raise ValueError(f"{file!r} holds what is not allowed; {_REMEDY}") from error
     except Exception as error:  # whatever a broken pickle or archive makes torch raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"cannot read {str(file)!r}: {reason}; {_REMEDY}") from error
+        raise ValueError(f"cannot read {file!r}: {reason}; {_REMEDY}") from error
 
 
-def _read(file: Path, folder: Path, parts: list[str]) -> dict[str, Any]:
-    """Write the file's tensors to the folder; returns the facts beside them."""
+def _read(file: str, tensors: str, parts: list[str]) -> dict[str, Any]:
+    """Write the file's parts to `tensors`, as float32; returns the facts beside them."""
     from sedd_jax.convert.weights import write_tensors
 
     state = _load(file)
     kind = type(state).__name__
     if kind not in ("dict", "OrderedDict"):
-        raise ValueError(f"{str(file)!r} holds a {kind}, not a dict; {_REMEDY}")
-    facts: dict[str, Any]
-    if "model" in state and "ema" in state:
-        tensors, facts = _checkpoint(state, parts)
-    else:
-        tensors, facts = _model(state), {}
-    most, total, arrays = file.stat().st_size, 0, {}
-    for name, tensor in tensors.items():
-        arrays[name] = _array(name, tensor)
-        total += tensor.numel() * tensor.element_size()
-        if total > most:  # many names, or strides of 0, over one small piece of the file
-            raise ValueError(f"the tensors of {str(file)!r} are larger than it is; {_REMEDY}")
-    write_tensors(folder / TENSORS, {name: _Lazy(tensor) for name, tensor in arrays.items()})
+        raise ValueError(f"{file!r} holds a {kind}, not a dict; {_REMEDY}")
+    is_checkpoint = "model" in state and "ema" in state
+    arrays, facts = _checkpoint(state, parts) if is_checkpoint else (_model(state), {})
+    for name, tensor in arrays.items():
+        _check_tensor(name, tensor)
+    # Many names, or strides of 0, over one small piece of the file.
+    if sum(t.numel() * t.element_size() for t in arrays.values()) > os.path.getsize(file):
+        raise ValueError(f"the tensors of {file!r} are larger than it is; {_REMEDY}")
+    write_tensors(Path(tensors), {name: _Lazy(tensor) for name, tensor in arrays.items()})
     return facts
 
 
@@ -109,22 +100,20 @@ class _Lazy:
         self.tensor, self.shape = tensor, tuple(tensor.shape)
 
     def __array__(self, dtype=None, copy=None):
-        array = self.tensor.detach().float().contiguous().numpy()
-        return array if dtype is None else array.astype(dtype, copy=False)
+        return self.tensor.detach().float().contiguous().numpy()
 
 
-def _array(name: Any, tensor: Any):
+def _check_tensor(name: str, tensor: Any) -> None:
     import torch
 
-    shown = str(name)[:60] if str(name).isprintable() else repr(name)[:60]
-    is_tensor = isinstance(name, str) and isinstance(tensor, torch.Tensor)
-    if not is_tensor:
-        raise ValueError(f"{shown} is a {type(tensor).__name__}, not a tensor; {_REMEDY}")
+    shown = name[:60] if name.isprintable() else repr(name)[:60]
+    if not isinstance(tensor, torch.Tensor):
+        kind = type(tensor).__name__
+        raise ValueError(f"{shown} is a {kind}, not a tensor; {_REMEDY}")  # noqa: TRY004
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{shown} is {tensor.dtype}; known: float32, float16, bfloat16")
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         raise ValueError(f"{shown} is not a plain tensor in memory; {_REMEDY}")
-    return tensor
 
 
 def _model(state: dict) -> dict[str, Any]:
@@ -136,20 +125,22 @@ def _model(state: dict) -> dict[str, Any]:
 def _checkpoint(state: dict, parts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(tensors, facts) of what the original's save_checkpoint writes."""
     try:
-        tensors = _model(state["model"])
         ema = state["ema"]
-        shadow = list(ema["shadow_params"])
-        tensors |= {f"ema/{i}": value for i, value in enumerate(shadow)}
+        average = list(ema["shadow_params"])
+        moments = _moments(state["optimizer"]) if "exp_avg" in parts else {}
+        counts = {int(row["step"]) for row in moments.values()}
+        tensors = _model(state["model"])
+        tensors |= {f"ema/{i}": value for i, value in enumerate(average)}
+        for part in ("exp_avg", "exp_avg_sq"):
+            tensors |= {f"{part}/{i}": row[part] for i, row in moments.items()}
         facts = {
             "step": int(state["step"]),
             "ema_decay": float(ema["decay"]),
             "ema_updates": None if ema["num_updates"] is None else int(ema["num_updates"]),
-            "averages": len(shadow),
+            "averages": len(average),
+            "moments": len(moments),
+            "count": max(counts, default=0),
         }
-        held = _moments(state["optimizer"]) if "exp_avg" in parts else {}
-        tensors |= {f"exp_avg/{i}": row["exp_avg"] for i, row in held.items()}
-        tensors |= {f"exp_avg_sq/{i}": row["exp_avg_sq"] for i, row in held.items()}
-        counts = {int(row["step"]) for row in held.values()}
     except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
         raise ValueError(
             f"the checkpoint is not as the original saves it ({type(error).__name__}: {error}); "
@@ -160,8 +151,7 @@ def _checkpoint(state: dict, parts: list[str]) -> tuple[dict[str, Any], dict[str
             f"the optimizer has made from {min(counts)} to {max(counts)} steps, not the same for "
             "every parameter; add --fresh_optimizer"
         )
-    tensors = {name: value for name, value in tensors.items() if name.split("/")[0] in parts}
-    return tensors, {**facts, "moments": len(held), "count": max(counts, default=0)}
+    return {name: t for name, t in tensors.items() if name.split("/")[0] in parts}, facts
 
 
 def _moments(optimizer: dict) -> dict[int, dict]:
@@ -171,36 +161,34 @@ def _moments(optimizer: dict) -> dict[int, dict]:
     return {i: state[key] for i, key in enumerate(group["params"]) if key in state}
 
 
-def _write(folder: Path, target: Path) -> dict[str, Any]:
-    """Write the folder's tensors and facts as the original's save_checkpoint would."""
+def _write(file: str, tensors: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write the tensors and facts as the original's save_checkpoint would."""
     import torch
 
     from sedd_jax.convert.weights import open_tensors
 
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     shapes = {name: tuple(shape) for name, shape in facts["shapes"].items()}
-    stored = open_tensors(folder / TENSORS, shapes)
+    stored = open_tensors(Path(tensors), shapes)
 
     def tensor(name: str):
         return torch.from_numpy(stored[name])
 
-    count, order = facts["count"], range(facts["averages"])
-    moments = {
-        i: {
-            "step": torch.tensor(float(count)),
-            "exp_avg": tensor(f"exp_avg/{i}"),
-            "exp_avg_sq": tensor(f"exp_avg_sq/{i}"),
+    order, count = range(facts["averages"]), facts["count"]
+    # One parameter more than the model has: that of the original's noise, which never moves.
+    parameters = [torch.zeros(()) for _ in range(len(order) + 1)]
+    settings = {**facts["optimizer"], "betas": tuple(facts["optimizer"]["betas"])}
+    optimizer = torch.optim.AdamW(parameters, **settings).state_dict()
+    if count:
+        optimizer["state"] = {
+            i: {
+                "step": torch.tensor(float(count)),
+                "exp_avg": tensor(f"exp_avg/{i}"),
+                "exp_avg_sq": tensor(f"exp_avg_sq/{i}"),
+            }
+            for i in order
         }
-        for i in (order if count else ())
-    }
-    group = {
-        **facts["group"],
-        "betas": tuple(facts["group"]["betas"]),
-        # One more than the model has: the parameter of the original's noise, which never moves.
-        "params": [*order, len(order)],
-    }
     state = {
-        "optimizer": {"state": moments, "param_groups": [group]},
+        "optimizer": optimizer,
         "model": OrderedDict((name, tensor(f"model/{name}")) for name in facts["model"]),
         "ema": {
             "decay": facts["ema_decay"],
@@ -209,7 +197,7 @@ def _write(folder: Path, target: Path) -> dict[str, Any]:
         },
         "step": facts["step"],
     }
-    with target.open("xb") as out:
+    with open(file, "xb") as out:
         torch.save(state, out)
         out.flush()
         os.fsync(out.fileno())
@@ -217,4 +205,4 @@ def _write(folder: Path, target: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print("\n" + json.dumps(answer(json.load(sys.stdin))))

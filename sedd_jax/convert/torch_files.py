@@ -1,7 +1,7 @@
-"""torch's .pth and .bin files, read and written by a child process.
+"""torch's .pth and .bin files, read and written by a child process, `torch_child`.
 
-This process sees only the safetensors and JSON that the child leaves in a folder private to both,
-and checks them as it would a stranger's. It needs no torch.
+This process sees only the safetensors and the JSON that the child leaves, and checks them as it
+would a stranger's. It needs no torch.
 """
 
 import contextlib
@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd_jax.convert.torch_child import ANSWER, FACTS, TENSORS
-from sedd_jax.convert.weights import Tensors, open_tensors, write_tensors
+from sedd_jax.convert.weights import Shapes, Tensors, open_tensors, write_tensors
 from sedd_jax.files import load_json, sync_folder
 
 MAX_FILE = 32 << 30  # bytes
-MAX_PICKLE = 64 << 20  # bytes of the pickle in it, which holds names and places but no numbers
+MAX_PICKLE = 64 << 20  # bytes of the pickle in it, which holds names and offsets but no numbers
 MAX_RECORDS = 100_000
 SECONDS = 3600.0
 PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
+TENSORS = "tensors.safetensors"
 # What the child may know of this process: where its libraries are, and no secrets.
-_ENVIRONMENT = (
+_ENVIRONMENT = [
     "PATH",
     "LD_LIBRARY_PATH",
     "HOME",
@@ -36,22 +36,25 @@ _ENVIRONMENT = (
     "VIRTUAL_ENV",
     "PYTHONPATH",
     "SYSTEMROOT",
-)
-
-Shapes = Mapping[str, tuple[int, ...]]
+]
 
 
 class TorchFile(NamedTuple):
     """What a file held."""
 
-    tensors: Tensors  # model/<name>, and of a checkpoint ema/<name>, exp_avg/, exp_avg_sq/
+    tensors: Tensors  # model/<name>, and of a checkpoint ema/<i>, exp_avg/<i>, exp_avg_sq/<i>
     facts: dict[str, Any]  # of a checkpoint: step, count, ema_decay, ema_updates, moments
+    order: tuple[str, ...]  # the parameters' names, of which <i> is the number
 
     def part(self, name: str) -> Tensors:
-        """The tensors of "model", "ema", "exp_avg" or "exp_avg_sq" by the original's names."""
-        prefix = name + "/"
-        names = [key for key in self.tensors if key.startswith(prefix)]
-        return self.tensors.renamed({key.removeprefix(prefix): key for key in names})
+        """The tensors of one of PARTS by the original's names."""
+        if name == "model":
+            stored = {
+                key.removeprefix("model/"): key for key in self.tensors if key[:6] == "model/"
+            }
+        else:
+            stored = {parameter: f"{name}/{i}" for i, parameter in enumerate(self.order)}
+        return self.tensors.renamed(stored)
 
 
 @contextlib.contextmanager
@@ -66,24 +69,32 @@ def read(
 ) -> Iterator[TorchFile]:
     """A state dict, or a checkpoint of the original, while the with statement lasts.
 
-    expected is name -> shape in the order of the original's parameters; parts are those of a
-    checkpoint that are read, whatever the others hold. ValueError if torch >=
-    2.10 is absent, or the file is too large, is not torch's, holds anything but such tensors, or
-    takes too long. TMPDIR needs room for a copy of the file.
+    expected is name -> shape in the order of the original's parameters, optional what the state
+    dict may hold beside them; parts are those of a checkpoint that are read, whatever the others
+    hold. ValueError if torch >= 2.10 is absent, or the file is too large, is not torch's, holds
+    anything but such tensors, or takes too long. TMPDIR must hold a copy of the file.
     """
-    file, optional = Path(file), optional or {}
     _check_archive(file, max_bytes)
     with tempfile.TemporaryDirectory(prefix="sedd_jax.") as folder:
-        arguments = (str(file.absolute()), folder, ",".join(parts))
-        facts = _run("read", *arguments, folder=folder, seconds=seconds)
-        parts = parts if facts else PARTS[:1]
-        shapes, places = _expected(facts, expected, parts, file)
-        in_model = optional if "model" in parts else {}
-        wanted = {f"model/{name}": shape for name, shape in in_model.items()}
-        tensors = open_tensors(Path(folder) / TENSORS, shapes, optional=wanted)
-        there = {new: old for new, old in places.items() if old in tensors}
-        there |= {name: name for name in wanted if name in tensors}
-        yield TorchFile(tensors.renamed(there), facts)
+        tensors = Path(folder) / TENSORS
+        facts = _run(seconds, work="read", file=file, tensors=tensors, parts=list(parts))
+        if not facts:
+            parts = ("model",)
+        elif not facts["moments"]:
+            parts = [part for part in parts if part in ("model", "ema")]
+        for what, part in (("averages", "ema"), ("moments", "exp_avg")):
+            if part in parts and facts[what] != len(expected):
+                raise ValueError(
+                    f"{str(file)!r} has {what} of {facts[what]} parameters, its config gives "
+                    f"{len(expected)}; both must be of one run"
+                )
+        shapes, extra = {}, {}
+        for part in parts:
+            for i, (name, shape) in enumerate(expected.items()):
+                shapes[f"{part}/{name if part == 'model' else i}"] = shape
+        if "model" in parts:
+            extra = {f"model/{name}": shape for name, shape in (optional or {}).items()}
+        yield TorchFile(open_tensors(tensors, shapes, optional=extra), facts, tuple(expected))
 
 
 def write(file: Path, model: Mapping[str, np.ndarray], parts: Mapping, facts: dict) -> None:
@@ -91,32 +102,24 @@ def write(file: Path, model: Mapping[str, np.ndarray], parts: Mapping, facts: di
 
     model holds the state dict in its order, buffer included; parts the "ema" and, where facts has
     a count above 0, "exp_avg" and "exp_avg_sq", by the original's names in its parameters' order.
-    facts: step, count, ema_decay, ema_updates and group, the optimizer's settings.
+    facts: step, count, ema_decay, ema_updates and optimizer, the arguments of torch's AdamW.
     """
     tensors = {f"model/{name}": array for name, array in model.items()}
     for part, arrays in parts.items():
         tensors |= {f"{part}/{i}": array for i, array in enumerate(arrays.values())}
-    facts = {
-        **facts,
-        "averages": len(parts["ema"]),
-        "model": list(model),
-        "shapes": {name: list(array.shape) for name, array in tensors.items()},
-    }
-    part_file = file.with_name(f".{file.name}.{os.getpid()}.part")
-    # Beside the target: there is room for a file of this size, or the target has none either.
+    shapes = {name: array.shape for name, array in tensors.items()}
+    facts = {**facts, "averages": len(parts["ema"]), "model": list(model), "shapes": shapes}
+    # Beside the target, whose disk must hold a file of this size anyway.
     with tempfile.TemporaryDirectory(prefix=".sedd_jax.", dir=file.parent) as folder:
-        (Path(folder) / FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        write_tensors(Path(folder) / TENSORS, tensors)
-        try:
-            _run("write", folder, str(part_file.absolute()), folder=folder, seconds=SECONDS)
-            part_file.replace(file)
-        finally:
-            part_file.unlink(missing_ok=True)
+        stored, written = Path(folder) / TENSORS, Path(folder) / file.name
+        write_tensors(stored, tensors)
+        _run(SECONDS, work="write", file=written, tensors=stored, facts=facts)
+        written.replace(file)
     sync_folder(file.parent)
 
 
 def _check_archive(file: Path, max_bytes: int) -> None:
-    """ValueError unless the file is an archive as torch.save writes: uncompressed, a small pickle."""
+    """ValueError unless it is an archive as torch.save writes: uncompressed, a small pickle."""
     where = repr(str(file))
     try:
         size = file.stat().st_size
@@ -146,60 +149,38 @@ def _check_archive(file: Path, max_bytes: int) -> None:
         )
 
 
-def _run(work: str, *arguments: str, folder: str, seconds: float) -> dict[str, Any]:
-    """The child's facts; ValueError with what it said, or that it ended without a word."""
+def _run(seconds: float, *, work: str, file: Path, **request: Any) -> dict[str, Any]:
+    """The child's facts; ValueError with its error, or that it ended without an answer."""
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    # -P: no module is taken from the current folder, which may be where the file came with.
-    command = [sys.executable, "-P", "-m", "sedd_jax.convert.torch_child", work, *arguments]
+    request |= {"work": work, "file": os.path.abspath(file)}
     try:
+        # -P: no module is taken from the current folder, which may be where the file came with.
         ended = subprocess.run(
-            command,
+            [sys.executable, "-P", "-m", "sedd_jax.convert.torch_child"],
+            input=json.dumps(request, default=str),
             env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            capture_output=True,
+            text=True,
+            errors="replace",
             timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise ValueError(
-            f"torch took over {seconds:g} s to {work} {arguments[work == 'write']!r}; give it a "
-            "faster disk, or another file"
+            f"torch took over {seconds:g} s to {work} {str(file)!r}; give it a faster disk, or "
+            "another file"
         ) from error
-    answer = Path(folder) / ANSWER
-    if ended.returncode or not answer.is_file():
-        last = ended.stderr.decode(errors="replace").split("\n")[-2:]
+    lines = ended.stdout.split("\n")[:-1]
+    if ended.returncode or not lines:
+        last = " ".join(" ".join(ended.stderr.split("\n")[-2:]).split())[:200]
         raise ValueError(
-            f"the process that was to {work} {arguments[work == 'write']!r} ended with status "
-            f"{ended.returncode}: {' '.join(' '.join(last).split())[:200] or 'no word'}; is there "
-            "memory for the file?"
+            f"the process that was to {work} {str(file)!r} ended with status {ended.returncode}: "
+            f"{last or 'no word'}; is there memory for the file?"
         )
-    found = load_json(answer.read_bytes(), "the child's answer")
-    if "error" in found:
-        raise ValueError(str(found["error"]))
-    return found["facts"]
-
-
-def _expected(
-    facts: dict, expected: Shapes, parts: Sequence[str], file: Path
-) -> tuple[dict, dict[str, str]]:
-    """(shapes by the child's names, child's names by ours)."""
-    shapes = {f"model/{name}": shape for name, shape in expected.items() if "model" in parts}
-    places = {name: name for name in shapes}
-    listed = [part for part in parts if part == "ema" or (part != "model" and facts["moments"])]
-    if ("ema" in listed and facts["averages"] != len(expected)) or (
-        facts and facts["moments"] not in (0, len(expected))
-    ):
-        raise ValueError(
-            f"{str(file)!r} has moving averages of {facts['averages']} and moments of "
-            f"{facts['moments']} parameters, its config gives {len(expected)}; both must be of one "
-            "run"
-        )
-    for part in listed:
-        for i, (name, shape) in enumerate(expected.items()):
-            shapes[f"{part}/{i}"] = shape
-            places[f"{part}/{name}"] = f"{part}/{i}"
-    return shapes, places
+    answer = load_json(lines[-1], "the child's answer")
+    if "error" in answer:
+        raise ValueError(str(answer["error"]))
+    return answer["facts"]

@@ -115,9 +115,7 @@ def _load_folder(
     found = convert.read_folder(folder)
     for notice in found.notices:
         log.info("%s", notice)
-    if tokenizer is None and found.tokenizer is not None:
-        tokenizer = data.tokenizer_from_dict(found.tokenizer)
-    tokenizer = _make_tokenizer(tokenizer, found.vocab_size)
+    tokenizer = _make_tokenizer(tokenizer or found.tokenizer, found.vocab_size)
     convert.check_tokenizer(tokenizer, found.vocab_size, folder)
     params = jax.device_put(found.params, sharding.tree_shardings(found.params, mesh))
     rest = {"step": found.step, "about": found.about, "original": found.original}
