@@ -53,8 +53,8 @@ class _Restore(ocp.args.StandardRestore):
 
 
 def _seal(folder: Path, about: dict[str, Any]) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {path.relative_to(folder).as_posix(): files.sha256(path) for path in files}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    hashes = {path.relative_to(folder).as_posix(): files.sha256(path) for path in paths}
     with (folder / SEAL).open("w", encoding="utf-8") as out:
         json.dump({**about, "sha256": hashes}, out, indent=1)
         out.flush()
