@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sedd_jax import data
+from sedd_jax.convert.workdir import open_workdir
 from sedd_jax.evaluation import ngrams
 from sedd_jax.evaluation.scorer import Scorer
 from sedd_jax.files import write_text
@@ -87,9 +88,10 @@ def evaluate_heldout(
     model: SEDD, workdir: Path, *, baselines: bool = False, **options: Any
 ) -> dict[str, Any]:
     """evaluate_split on the run's own held-out text; baselines adds the n-gram models."""
-    records = open_records(model.config, workdir)
-    train = (records, model.config.data.train_split) if baselines else None
-    return evaluate_split(model, records, model.config.data.heldout_split, train=train, **options)
+    config = open_workdir(workdir).config
+    records = open_records(config, workdir)
+    train = (records, config.data.train_split) if baselines else None
+    return evaluate_split(model, records, config.data.heldout_split, train=train, **options)
 
 
 def evaluate_gpt2(
@@ -310,8 +312,9 @@ def report(
         json.loads(line)
         for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    records = open_records(model.config, workdir)
-    vocabulary = words_of(records, model.config.data.train_split)
+    config = open_workdir(workdir).config
+    records = open_records(config, workdir)
+    vocabulary = words_of(records, config.data.train_split)
     picture(workdir / "picture.png", metrics, result, [state.texts[0] for state in states])
     summary = {
         "bits_per_character": {

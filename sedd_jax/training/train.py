@@ -18,6 +18,7 @@ from sedd_jax import config as configuration
 from sedd_jax.experiment import make_program
 from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import processes, sharding
 from sedd_jax.runs import workdir as runs
 from sedd_jax.runs.checkpoint import Checkpoints
@@ -55,8 +56,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         schedule=program.schedule,
         tokenizer=records.tokenizer,
         length=config.data.length,
-        config=config,
-        step=None,
+        sampling=Sampling.of(config.sample),
+        t_min=config.objective.t_min,
         mesh=mesh,
     )
 
@@ -129,7 +130,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                     report.heldout(step, total.per(heldout.count))
             if config.sample.every and every(config.sample.every):
                 with report.clock("sample"):
-                    texts = draw_texts(model.with_params(train_state.ema), must_stop)
+                    sampled = model.with_params(train_state.ema)
+                    texts = draw_texts(sampled, config.sample.count, config.seed, must_stop)
                 if texts is not None:
                     report.samples(step, texts)
         with report.clock("checkpoint"):
@@ -140,20 +142,12 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     return step
 
 
-def draw_texts(model: SEDD, must_stop: Callable[[], bool]) -> list[str] | None:
-    """config.sample.count samples as text; None if must_stop() turned true before the end."""
-    wanted = model.config.sample
+def draw_texts(
+    model: SEDD, count: int, seed: int, must_stop: Callable[[], bool]
+) -> list[str] | None:
+    """`count` samples as text; None if must_stop() became true before the end."""
     state = None
-    for state in model.stream(
-        num_samples=wanted.count,
-        batch_size=wanted.count,
-        steps=wanted.steps,
-        predictor=wanted.predictor,
-        draw=wanted.draw,
-        grid=wanted.grid,
-        t_min=wanted.t_min,
-        seed=model.config.seed,
-    ):
+    for state in model.stream(num_samples=count, batch_size=count, seed=seed):
         if must_stop():
             return None
     return state.texts
