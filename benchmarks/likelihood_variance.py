@@ -23,6 +23,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sedd_jax import data
+from sedd_jax.convert.workdir import open_workdir
 from sedd_jax.diffusion.likelihood import bound
 from sedd_jax.diffusion.losses import dwdse
 from sedd_jax.inference.pretrained import load
@@ -40,10 +41,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model = load(options.workdir)
-    records = open_records(model.config, options.workdir)
-    blocks = data.read_blocks(records, model.config.data.heldout_split, options.blocks)
+    config = open_workdir(options.workdir).config
+    records = open_records(config, options.workdir)
+    blocks = data.read_blocks(records, config.data.heldout_split, options.blocks)
     count = len(blocks.tokens) // options.batch_size * options.batch_size
-    t_min = model.config.objective.t_min
+    t_min = model.t_min
 
     @jax.jit
     def protocol(params, key, blocks, index):

@@ -130,8 +130,8 @@ class Ours:
             schedule=self.make.make_schedule(config),
             tokenizer=None,
             length=length,
-            config=config,
-            step=None,
+            # An older package's SEDD holds the config.
+            **({"config": config, "step": None} if "config" in SEDD.__annotations__ else {}),
         )
         self.batch_size, self.seed = batch_size, 0
 

@@ -3,7 +3,7 @@
 import importlib
 
 __version__ = "0.1.0"
-_HOMES = {"SEDD": "model", "State": "trajectory", "load": "pretrained", "show": "film"}
+_HOMES = {"SEDD": "model", "State": "trajectory", "load": "pretrained", "show": "trajectory"}
 __all__ = list(_HOMES)
 
 

@@ -231,12 +231,12 @@ def test_a_file_of_samples_is_whole_or_not_there(capsys, tiny_run, tmp_path, mon
 
 
 def test_the_page_of_a_sample_is_written(capsys, tiny_run, tmp_path):
-    file = tmp_path / "film.html"
+    file = tmp_path / "animation.html"
     texts = sampled(capsys, tiny_run, "--num_samples=3", f"--html={file}", "--batch_size=2")
-    found = re.search(r'id="film">(.*)</script>', file.read_text(encoding="utf-8"))
-    film = json.loads(found[1])
-    assert film["title"] == "tiny: 4 steps, tweedie, seed 0" and film["steps"] == [0, 1, 2, 3, 4]
-    assert len(film["samples"]) == len(texts) == 3
+    found = re.search(r'id="states">(.*)</script>', file.read_text(encoding="utf-8"))
+    page = json.loads(found[1])
+    assert page["title"] == "tiny: 4 steps, tweedie, seed 0" and page["steps"] == [0, 1, 2, 3, 4]
+    assert len(page["samples"]) == len(texts) == 3
 
 
 def test_a_terminal_shows_the_first_sample_while_it_is_drawn(capsys, tiny_run, monkeypatch):

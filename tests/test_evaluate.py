@@ -1,5 +1,6 @@
 """The corpus bound and the models it is held against, by hand and by brute force."""
 
+import functools
 import math
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import GRAPHS
+from sedd_jax.diffusion.likelihood import bound
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.evaluation import ngrams
@@ -21,13 +23,24 @@ def test_rounds_go_on_until_the_error_is_small_enough():
     def one_round(r):
         return bounds.CorpusBound(100.0 + r, 6.0, 90.0, 4.0, 6.0, 80.0, 3.0, 91.0, passes=8)
 
-    total = bounds.bound_until(one_round, target=3.1, most=100)
+    total = bounds.bound_until(one_round, target=3.1, max_rounds=100)
     assert (total.passes, total.bound, total.normalised) == (4 * 8, 101.5, 80.0)
     assert total.bound_standard_error == pytest.approx(3.0)
     assert total.normalised_standard_error == pytest.approx(1.5)
-    assert bounds.bound_until(one_round, target=0.1, most=3).passes == 3 * 8
-    assert bounds.bound_until(one_round, target=9.0, most=3).passes == 8
-    assert bounds.bound_until(one_round, target=0.31, most=100, tokens=10).passes == 4 * 8
+    assert bounds.bound_until(one_round, target=0.1, max_rounds=3).passes == 3 * 8
+    assert bounds.bound_until(one_round, target=9.0, max_rounds=3).passes == 8
+    assert bounds.bound_until(one_round, target=0.31, max_rounds=100, tokens=10).passes == 4 * 8
+
+
+def bound_fn_of(make_score_fn, graph, schedule):
+    """The bound function of a toy, make_score_fn(params) -> score_fn."""
+
+    @functools.partial(jax.jit, static_argnames="passes")
+    def bound_fn(params, key, blocks, index, *, passes):
+        score_fn, x0 = make_score_fn(params), blocks.tokens
+        return bound(key, x0, index, score_fn, graph, schedule, passes=passes, t_min=1e-3)
+
+    return bound_fn
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -35,7 +48,7 @@ def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
     graph, schedule = GRAPHS[name](5), LogLinear()
     blocks = Blocks(np.asarray(jax.random.randint(jax.random.key(0), (11, 6), 0, 5)))
 
-    def make_score_fn(bias, is_token):
+    def make_score_fn(bias):
         def score_fn(xt, sigma):
             table = bias + jnp.zeros((*xt.shape, graph.dim)) - graph.log_scale(sigma)[..., None]
             return DenseScores(table, xt, 5)
@@ -43,7 +56,7 @@ def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
         return score_fn
 
     bias = jnp.linspace(-0.5, 0.5, graph.dim)
-    bound_fn = bounds.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3)
+    bound_fn = bound_fn_of(make_score_fn, graph, schedule)
     totals = [
         bounds.corpus_bound(
             bound_fn, bias, jax.random.key(1), blocks, passes=4, batch_size=size, t_min=1e-3
@@ -67,10 +80,10 @@ def test_the_corpus_bound_over_a_mesh_is_that_of_one_device():
     graph, schedule = GRAPHS["absorbing"](5), LogLinear()
     blocks = Blocks(np.asarray(jax.random.randint(jax.random.key(0), (11, 6), 0, 5)))
 
-    def make_score_fn(bias, is_token):
+    def make_score_fn(bias):
         return lambda xt, sigma: DenseScores(bias + jnp.zeros((*xt.shape, graph.dim)), xt, 5)
 
-    bound_fn = bounds.make_bound_fn(make_score_fn, graph, schedule, t_min=1e-3)
+    bound_fn = bound_fn_of(make_score_fn, graph, schedule)
     mesh = sharding.make_mesh({"data": 4, "fsdp": 2, "tensor": 1})
     one, many = (
         bounds.corpus_bound(

@@ -36,7 +36,7 @@ def test_the_notebook_runs_from_top_to_bottom(long_run, scorer_folder, tmp_path)
     )
     assert run.returncode == 0, run.stdout[-6000:]
     assert "1 passed" in run.stdout
-    page = (tmp_path / "film.html").read_text(encoding="utf-8")
+    page = (tmp_path / "animation.html").read_text(encoding="utf-8")
     assert "<!doctype html>" in page.lower()
     assert (tmp_path / "tiny-converted" / "model.safetensors").is_file()
 

@@ -81,12 +81,7 @@ def test_the_gradient_of_the_loss_does_not_see_the_padding(parts):
 
 def test_the_bound_of_padded_rows_counts_their_tokens_alone(parts):
     graph, model, params = parts
-    bound_fn = bounds.make_bound_fn(
-        lambda params, is_token: make_score_fn(model, params, graph, is_token=is_token),
-        graph,
-        LogLinear(),
-        t_min=1e-3,
-    )
+    bound_fn = bounds.make_bound_fn(model, graph, LogLinear(), t_min=1e-3)
 
     def total(blocks, seed=0):
         return bounds.corpus_bound(

@@ -18,13 +18,12 @@ from conftest import real, says
 
 from sedd_jax.cli.terminal import TerminalView, screenful
 from sedd_jax.data.tokenizers import GPT2, Bytes, Characters
-from sedd_jax.inference.film import Animation, _changes, show
-from sedd_jax.inference.trajectory import State
+from sedd_jax.inference.trajectory import Animation, State, _changes, show
 
 HOSTILE = (
     "</script><script>document.body.dataset.owned = 1</script><!-- <script> "
     '<img src=x onerror="document.body.dataset.owned = 1"> &amp; &lt; \'" \u2028 \u2029 '
-    "</iframe> @TITLE@ @FILM@ \\u003c ${1} 日本 🙂\nlast line "
+    "</iframe> @TITLE@ @STATES@ \\u003c ${1} 日本 🙂\nlast line "
 )
 
 
@@ -72,7 +71,7 @@ def test_every_fault_of_states_is_named(tmp_path):
         State(0, 8, np.zeros(4, int), np.zeros(4, bool), Bytes())
     with says("tokens (1, 4) and is_known (4,) are not one [N, L]"):
         State(0, 8, np.zeros((1, 4), int), np.zeros(4, bool), Bytes())
-    with says("0 states make no film"):
+    with says("0 states make no animation"):
         show([])
     a, b = some_states("ab"), some_states("abc")
     for states in ([a[0], b[1]], [*a, *b], [*a, *a[1:]], [a[0], some_states("ab", samples=2)[1]]):
@@ -94,11 +93,11 @@ def test_a_terminal_gets_lines_that_fit_and_no_control_characters():
 def test_a_terminal_is_redrawn_in_place_and_left_as_it_was(monkeypatch):
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((11, 7)))
     terminal = io.StringIO()
-    redrawn = TerminalView(terminal)
+    view = TerminalView(terminal)
     first, *_, last = some_states("abc")
-    redrawn.draw(first)
-    redrawn.draw(last)
-    redrawn.close()
+    view.draw(first)
+    view.draw(last)
+    view.close()
     assert terminal.getvalue() == (
         "step 0 of 24\n\x1b[2m░░░\x1b[0m\n\x1b[2F\x1b[Jstep 24 of 24\nabc\n\x1b[2F\x1b[J"
     )
@@ -107,31 +106,31 @@ def test_a_terminal_is_redrawn_in_place_and_left_as_it_was(monkeypatch):
 # --- the page's data
 
 
-def states_from(film, n):
+def states_from(animation, n):
     """The pieces of sample n in every state, rebuilt from the changes."""
-    rows = [list(film["samples"][n]["first"])]
-    for change in film["samples"][n]["changes"]:
+    rows = [list(animation["samples"][n]["first"])]
+    for change in animation["samples"][n]["changes"]:
         row, at = list(rows[-1]), 0
         for gap, entry in zip(change[::2], change[1::2]):
             at += gap
             row[at] = entry
         rows.append(row)
-    return [[film["table"][entry] for entry in row] for row in rows]
+    return [[animation["table"][entry] for entry in row] for row in rows]
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-def test_the_changes_of_a_film_give_back_every_state(uniform):
+def test_the_changes_of_a_animation_give_back_every_state(uniform):
     states = some_states("naïve 東京 🙂 end", samples=3, known=2, uniform=uniform)
-    film = _changes(states)
-    assert film["steps"] == [state.step for state in states] and film["of"] == 24
+    animation = _changes(states)
+    assert animation["steps"] == [state.step for state in states] and animation["of"] == 24
     for n in range(3):
-        for state, row in zip(states, states_from(film, n), strict=True):
+        for state, row in zip(states, states_from(animation, n), strict=True):
             assert [piece for _, piece in row] == state.pieces[n]
             assert [token for token, _ in row] == state.tokens[n].tolist()
-        assert film["samples"][n]["known"] == "11" + "0" * (states[0].tokens.shape[1] - 2)
+        assert animation["samples"][n]["known"] == "11" + "0" * (states[0].tokens.shape[1] - 2)
 
 
-def test_batches_that_came_one_after_the_other_make_one_film():
+def test_batches_that_came_one_after_the_other_make_one_animation():
     together = some_states("some text", samples=3)
     batches = [
         State(s.step, s.steps, s.tokens[rows], s.is_known[rows], s.tokenizer)
@@ -147,7 +146,7 @@ def gpt2():
 
 
 @pytest.mark.parametrize("uniform, most", [(False, 0.1), (True, 2.0)])
-def test_a_film_of_128_states_of_1024_tokens_is_small(uniform, most):
+def test_a_animation_of_128_states_of_1024_tokens_is_small(uniform, most):
     text = real("wikitext2/wiki.test.raw").read_text(encoding="utf-8")
     text = gpt2().decode(gpt2().encode(text[:10_000])[:1024])
     # With noise drawn anew for every state, more than any sampler changes.
@@ -157,13 +156,15 @@ def test_a_film_of_128_states_of_1024_tokens_is_small(uniform, most):
 
 
 def test_the_page_holds_no_address_and_no_markup_of_a_text(tmp_path):
-    film = show(some_states(HOSTILE), title=HOSTILE, path=tmp_path / "film.html")
-    page = (tmp_path / "film.html").read_text(encoding="utf-8")
-    assert page == film.html and len(list(tmp_path.iterdir())) == 1
+    animation = show(some_states(HOSTILE), title=HOSTILE, path=tmp_path / "animation.html")
+    page = (tmp_path / "animation.html").read_text(encoding="utf-8")
+    assert page == animation.html and len(list(tmp_path.iterdir())) == 1
     assert page.count("<script") == page.count("</script>") == 2
-    assert film.states[-1].texts == [HOSTILE]
-    assert film._repr_html_().count("<iframe") == film._repr_html_().count("</iframe>") == 1
-    assert film.save(tmp_path / "film.html").stat().st_size == len(page.encode())
+    assert animation.states[-1].texts == [HOSTILE]
+    assert (
+        animation._repr_html_().count("<iframe") == animation._repr_html_().count("</iframe>") == 1
+    )
+    assert animation.save(tmp_path / "animation.html").stat().st_size == len(page.encode())
     page = Animation(some_states("some text")).html
     assert "default-src 'none'" in page and not re.search(r"https?:|src=|@import|url\(", page)
 
@@ -191,18 +192,18 @@ class Notebook:
         return types.SimpleNamespace(update=output.append)
 
 
-def test_a_notebook_shows_the_states_in_one_output_and_the_film_in_the_end(monkeypatch):
+def test_a_notebook_shows_the_states_in_one_output_and_the_animation_in_the_end(monkeypatch):
     notebook = Notebook(monkeypatch, kernel=object())
-    monkeypatch.setattr("sedd_jax.inference.film.PAUSE", 0.0)
+    monkeypatch.setattr("sedd_jax.inference.trajectory.PAUSE", 0.0)
     states = some_states("some text")
-    film = show(iter(states))
+    animation = show(iter(states))
     shown = [state._repr_html_() for state in states]
-    assert notebook.outputs == [["", *shown, film._repr_html_()]]
-    film._ipython_display_()  # the cell's value: it is on the screen already
+    assert notebook.outputs == [["", *shown, animation._repr_html_()]]
+    animation._ipython_display_()  # the cell's value: it is on the screen already
     assert len(notebook.outputs) == 1
     notebook.shell.execution_count = 2
-    film._ipython_display_()
-    assert notebook.outputs[1:] == [[film._repr_html_()]]
+    animation._ipython_display_()
+    assert notebook.outputs[1:] == [[animation._repr_html_()]]
 
 
 @pytest.mark.parametrize("kernel, kind, live", [(None, iter, True), (1, iter, False), (1, list, 1)])
@@ -210,8 +211,8 @@ def test_nothing_is_shown_in_a_terminal_or_when_the_states_are_there(
     monkeypatch, kernel, kind, live
 ):
     notebook = Notebook(monkeypatch, kernel)
-    film = show(kind(some_states("some text")), live=live)
-    assert notebook.outputs == [] and len(film.states) == 9
+    animation = show(kind(some_states("some text")), live=live)
+    assert notebook.outputs == [] and len(animation.states) == 9
 
 
 # --- the page in a browser
@@ -286,7 +287,7 @@ def test_an_error_in_a_page_would_be_seen(browse):
 
 def test_the_page_shows_the_sample_and_its_states(browse):
     states = some_states(HOSTILE, known=4, samples=2)
-    film = Animation(states, title=HOSTILE)
+    animation = Animation(states, title=HOSTILE)
     for fragment, state, n in (
         ("", -1, 0),
         ("#state=0", 0, 0),
@@ -295,7 +296,7 @@ def test_the_page_shows_the_sample_and_its_states(browse):
         ("#state=0&play", -1, 0),  # played to its end
         ("#state=x&sample=9", -1, 0),
     ):
-        document = browse(film.html, fragment)
+        document = browse(animation.html, fragment)
         assert text_of(document, "text") == states[state].texts[n], fragment
         assert text_of(document, "count") == f"step {states[state].step} of 24"
         assert text_of(document, "title") == 2 * HOSTILE  # <title> and the heading
@@ -306,7 +307,7 @@ def test_the_page_shows_the_sample_and_its_states(browse):
         assert ("playing" in document.split("<body", 1)[1][:30]) is False
 
 
-def test_what_just_changed_is_highlighted_and_a_film_of_one_state_is_shown(browse):
+def test_what_just_changed_is_highlighted_and_a_animation_of_one_state_is_shown(browse):
     states = some_states("some text", uniform=True)
     document = browse(Animation(states).html, "#state=3")
     changed = states[3].tokens != states[2].tokens
@@ -355,8 +356,8 @@ def settled(states, position):
 
 
 def test_the_page_works_inside_a_notebooks_frame(browse):
-    film = Animation(some_states(HOSTILE), title=HOSTILE)
-    page = f"""<html><head></head><body>{film._repr_html_()}<pre id="found"></pre><script>
+    animation = Animation(some_states(HOSTILE), title=HOSTILE)
+    page = f"""<html><head></head><body>{animation._repr_html_()}<pre id="found"></pre><script>
     onload = () => setTimeout(() => {{
       const frame = document.querySelector("iframe"), inside = frame.contentDocument;
       document.getElementById("found").textContent = inside.getElementById("text").textContent;

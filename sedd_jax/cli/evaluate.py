@@ -67,15 +67,16 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
     add("--split", help="of the records (default: the run's heldout_split, test with --records)")
 
 
-def _records(options: argparse.Namespace, model) -> tuple:
-    """(records, split) that --records and --split name for a run's model."""
+def _records(options: argparse.Namespace) -> tuple:
+    """(records, split) that --records and --split name."""
     from sedd_jax import data
+    from sedd_jax.convert.workdir import open_workdir
     from sedd_jax.runs.workdir import open_records
 
     if options.records is not None:
         return data.open_records(options.records), options.split or "test"
-    own = open_records(model.config, options.workdir)
-    return own, options.split or model.config.data.heldout_split
+    config = open_workdir(options.workdir).config
+    return open_records(config, options.workdir), options.split or config.data.heldout_split
 
 
 def _likelihood(name: str, argv: list[str]) -> None:
@@ -113,6 +114,7 @@ def _likelihood(name: str, argv: list[str]) -> None:
     elif options.workdir is not None and options.baselines:
         check_run(options.workdir, "leave --baselines out")
     from sedd_jax import data
+    from sedd_jax.convert.workdir import open_workdir
     from sedd_jax.evaluation import report
     from sedd_jax.inference.pretrained import load
     from sedd_jax.runs.workdir import open_records
@@ -130,13 +132,12 @@ def _likelihood(name: str, argv: list[str]) -> None:
         )
     else:
         model = load(options.workdir)
-        records, split = _records(options, model)
+        records, split = _records(options)
         train = None
         if options.baselines:
-            own = (
-                records if options.records is None else open_records(model.config, options.workdir)
-            )
-            train = (own, model.config.data.train_split)
+            config = open_workdir(options.workdir).config
+            own = records if options.records is None else open_records(config, options.workdir)
+            train = (own, config.data.train_split)
         result = report.evaluate_split(
             model,
             records,
@@ -223,7 +224,7 @@ def _mauve(name: str, argv: list[str]) -> None:
         buckets=options.buckets,
     )
     model, scorer = _model_and_scorer(options)
-    records, split = _records(options, model)
+    records, split = _records(options)
     report.check_records(model, records)
     result = generations.conditional_mauve(
         model,

@@ -1,20 +1,69 @@
 """sedd-sample."""
 
+import argparse
 import json
-import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from sedd_jax.cli.arguments import DRAW_HELP, GRID_HELP, make_parser
+from sedd_jax.files import replacing
+
+OPTIONS = ("steps", "predictor", "draw", "grid")  # the config's, where the command names none
 
 
 def run(name: str, argv: list[str]) -> None:
+    options = _parsed(name, argv)
+    from sedd_jax import data
+    from sedd_jax.inference.pretrained import load
+    from sedd_jax.inference.trajectory import Animation
+
+    source = options.workdir or options.model
+    model = load(source)
+    length, known = options.length, None
+    if options.template is None and (options.prefix or options.suffix):
+        length = model.length if length is None else length
+        known = data.prefix_suffix(options.prefix, options.suffix, model.tokenizer, length)
+    chosen = {
+        key: getattr(model.sampling if getattr(options, key) is None else options, key)
+        for key in OPTIONS
+    }
+    is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
+    states = model.stream(
+        options.template,
+        options.num_samples,
+        length=length,
+        known=known,
+        updates=64 if options.html or is_live else 20,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        **chosen,
+    )
+    texts = {flag: getattr(options, flag) for flag in ("template", "prefix", "suffix")}
+    about = {"seed": options.seed, **chosen, **{flag: text for flag, text in texts.items() if text}}
+    total = -(-options.num_samples // options.batch_size) * chosen["steps"]
+    seen, count = [], 0
+    with FORMATS[options.format](options.out) as output:
+        for state in _watched(states, total, is_live):
+            if options.html:
+                seen.append(state)
+            if state.step == state.steps:
+                for text, tokens in zip(state.texts, state.tokens.tolist()):
+                    output.write({"index": count, "text": text, "tokens": tokens, **about})
+                    count += 1
+    if options.html:
+        steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {options.seed}"
+        Animation(seen, f"{Path(source).name}: {steps}").save(options.html)
+
+
+def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
+    """The arguments; ValueError for what can be seen to be wrong before a model is loaded."""
     parser = make_parser(name, "Text from a trained model.")
     add = parser.add_argument
     add("--workdir", type=Path, help="the run's folder")
     add("--model", help="in its place: a hub id, owner/name@commit, or an exported folder")
-    add("--template", help='text with free places, "Hi, my name is [MASK:20]."')
+    add("--template", help='text with free positions, "Hi, my name is [MASK:20]."')
     add("--prefix", default="", help="text that every sample begins with")
     add("--suffix", default="", help="text that every sample ends with")
     add("--length", type=int, help="tokens of a sample (default: the model's)")
@@ -41,56 +90,11 @@ def run(name: str, argv: list[str]) -> None:
         _check_new(flag, getattr(options, flag))
     if options.out is not None and options.out == options.html:
         raise ValueError(f"--out and --html are both {str(options.out)!r}; give two paths")
-    from sedd_jax import data
-    from sedd_jax.inference.film import Animation
-    from sedd_jax.inference.pretrained import load
-
-    source = options.workdir or options.model
-    model = load(source)
-    length = model.length if options.length is None else options.length
-    known = None
-    if options.template is not None:
-        known = data.parse_template(options.template, model.tokenizer, model.length)
-        length = None
-    elif options.prefix or options.suffix:
-        known = data.prefix_suffix(options.prefix, options.suffix, model.tokenizer, length)
-    ours = model.config.sample
-    chosen = {
-        "seed": options.seed,
-        "steps": ours.steps if options.steps is None else options.steps,
-        "predictor": options.predictor or ours.predictor,
-        "draw": options.draw or ours.draw,
-        "grid": options.grid or ours.grid,
-    }
-    is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
-    states = model.stream(
-        num_samples=options.num_samples,
-        length=length,
-        known=known,
-        updates=64 if options.html or is_live else 20,
-        t_min=ours.t_min,
-        **chosen,
-        batch_size=options.batch_size,
-    )
-    given = {flag: getattr(options, flag) for flag in ("template", "prefix", "suffix")}
-    about = {**chosen, **{flag: text for flag, text in given.items() if text}}
-    total = -(-options.num_samples // options.batch_size) * chosen["steps"]
-    film, count = [], 0
-    with FORMATS[options.format](options.out) as output:
-        for state in _watched(states, total, is_live):
-            if options.html:
-                film.append(state)
-            if state.step == state.steps:
-                for text, tokens in zip(state.texts, state.tokens.tolist()):
-                    output.write({"index": count, "text": text, "tokens": tokens, **about})
-                    count += 1
-    if options.html:
-        steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {chosen['seed']}"
-        Animation(film, f"{Path(source).name}: {steps}").save(options.html)
+    return options
 
 
 def _check_new(flag: str, path: Path | None) -> None:
-    """ValueError unless a file can be made at path, which is to be seen before the work."""
+    """ValueError, before the work, unless a file can be made at path."""
     if path is None:
         return
     if path.exists():
@@ -99,24 +103,18 @@ def _check_new(flag: str, path: Path | None) -> None:
         raise ValueError(f"--{flag} {str(path)!r} is in no folder; make it or give another path")
 
 
-def _watched(states, total: int, is_live: bool):
+def _watched(states: Iterable, total: int, is_live: bool) -> Iterator:
     """The states as they come, with a bar or with the first text itself in the terminal."""
-    from tqdm import tqdm
-
     from sedd_jax.cli.terminal import TerminalView
+    from sedd_jax.inference.trajectory import with_bar
 
-    redrawn = TerminalView(sys.stdout) if is_live else None
-    hidden = redrawn is not None or not sys.stderr.isatty()
-    with tqdm(desc="sample", unit=" steps", total=total, disable=hidden) as bar:
-        last = 0
-        for state in states:
-            bar.update(state.step - last)
-            last = 0 if state.step == state.steps else state.step
-            if redrawn is not None:
-                redrawn.draw(state)
-                if state.step == state.steps:  # the first batch is drawn: no other is shown
-                    redrawn = redrawn.close()
-            yield state
+    view = TerminalView(sys.stdout) if is_live else None
+    for state in with_bar(states, total, disable=is_live or not sys.stderr.isatty()):
+        if view is not None:
+            view.draw(state)
+            if state.step == state.steps:  # the first batch is drawn: no other is shown
+                view = view.close()
+        yield state
 
 
 class _Text:
@@ -137,13 +135,8 @@ class _Text:
         if self.path is None:
             show(self.texts)
             return
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
-        try:
-            with part.open("w", encoding="utf-8", errors="replace") as file:
-                show(self.texts, file)
-            part.replace(self.path)
-        finally:
-            part.unlink(missing_ok=True)
+        with replacing(self.path, "w", encoding="utf-8", errors="replace") as file:
+            show(self.texts, file)
 
 
 class _JsonLines:

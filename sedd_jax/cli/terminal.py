@@ -23,18 +23,18 @@ def screenful(state: State, columns: int, lines: int) -> list[str]:
         for character in piece
     ]
     wrapped = list(itertools.islice(_wrap(cells, columns), lines + 1))
-    found = [
+    styled = [
         "".join(
             f"\x1b[{style}m{''.join(c for c, _ in run)}\x1b[0m" if style else _join(run)
             for style, run in itertools.groupby(line, key=lambda cell: cell[1])
         )
         for line in wrapped[:lines]
     ]
-    return [*found[:-1], "..."] if len(wrapped) > lines else found
+    return [*styled[:-1], "..."] if len(wrapped) > lines else styled
 
 
 class TerminalView:
-    """A terminal's lines that each state takes from the one before."""
+    """The lines of a terminal in which each state replaces the one before."""
 
     def __init__(self, terminal: TextIO):
         self._terminal, self._lines = terminal, 0

@@ -4,6 +4,7 @@ Every result says what it was made with: steps and network calls (NFE), predicto
 seed, scorer.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,13 +136,9 @@ def pareto(
 
 
 def with_defaults(model: SEDD, sampling: dict[str, Any]) -> dict[str, Any]:
-    """Sampling options, those that are None or missing from the model's config."""
-    ours = model.config.sample
-    keys = ("steps", "predictor", "draw", "grid", "t_min")
-    return {
-        key: ours[key] if sampling.get(key) is None else sampling[key]
-        for key in (*keys, *(k for k in sampling if k not in keys))
-    }
+    """Sampling options, those that are None or missing as model.sampling has them."""
+    chosen = {key: value for key, value in sampling.items() if value is not None}
+    return {**dataclasses.asdict(model.sampling), **chosen}
 
 
 def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +149,7 @@ def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: dict[str, Any]) 
         # The denoiser is the last call, and the only one without a predictor.
         "nfe": 1 if sampling["predictor"] == "none" else sampling["steps"] + 1,
         "seed": seed,
-        "dtype": model.config.model.dtype,
+        "dtype": model.dtype,
         "scorer": scorer.name,
         "scorer_dtype": scorer.network.dtype.__name__,
     }

@@ -87,9 +87,10 @@ def evaluate_heldout(
     model: SEDD, workdir: Path, *, baselines: bool = False, **options: Any
 ) -> dict[str, Any]:
     """evaluate_split on the run's own held-out text; baselines adds the n-gram models."""
-    records = runs.open_records(model.config, workdir)
-    train = (records, model.config.data.train_split) if baselines else None
-    return evaluate_split(model, records, model.config.data.heldout_split, train=train, **options)
+    config = runs.open_workdir(workdir).config
+    records = runs.open_records(config, workdir)
+    train = (records, config.data.train_split) if baselines else None
+    return evaluate_split(model, records, config.data.heldout_split, train=train, **options)
 
 
 def evaluate_gpt2(
@@ -307,8 +308,9 @@ def report(
     samples = states[-1].texts
     result = evaluate_heldout(model, workdir, passes=passes, baselines=True, progress=True)
     metrics = runs.read_metrics(workdir)
-    records = runs.open_records(model.config, workdir)
-    vocabulary = words_of(records, model.config.data.train_split)
+    config = runs.open_workdir(workdir).config
+    records = runs.open_records(config, workdir)
+    vocabulary = words_of(records, config.data.train_split)
     picture(workdir / runs.PICTURE, metrics, result, [state.texts[0] for state in states])
     summary = {
         "bits_per_character": {

@@ -15,11 +15,14 @@ from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
 from sedd_jax.diffusion.schedules import Schedule
+from sedd_jax.models.head import make_score_fn
+from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import processes, sharding
 
 log = logging.getLogger(__name__)
 
-BoundFn = Callable[..., Bound]
+BoundFn = Callable[..., Bound]  # (params, key, Blocks, index int32 [B], *, passes)
+UNITS = ("nats_per_token", "bits_per_character", "perplexity_per_token", "perplexity_per_word")
 
 
 class CorpusBound(NamedTuple):
@@ -36,35 +39,38 @@ class CorpusBound(NamedTuple):
     passes: int  # noise levels a block that it was estimated from
 
     def per(self, count: float) -> Self:
-        """Each but passes divided by count."""
-        values = self._asdict().items()
-        return CorpusBound(**{k: v if v is None or k == "passes" else v / count for k, v in values})
+        """Each sum divided by count."""
+        sums = {name: nats for name, nats in self._asdict().items() if name != "passes"}
+        return self._replace(
+            **{name: nats / count for name, nats in sums.items() if nats is not None}
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("network", "graph", "schedule", "passes", "t_min"))
+def _block_bounds(params, key, blocks, index, *, network, graph, schedule, passes, t_min):
+    return bound(
+        key,
+        blocks.tokens,
+        index,
+        make_score_fn(network, params, graph, is_token=blocks.is_token),
+        graph,
+        schedule,
+        passes=passes,
+        t_min=t_min,
+        is_token=blocks.is_token,
+    )
 
 
 def make_bound_fn(
-    make_score_fn: Callable, graph: Graph, schedule: Schedule, *, t_min: float
+    network: Transformer, graph: Graph, schedule: Schedule, *, t_min: float
 ) -> BoundFn:
     """Jitted (params, key, Blocks, index, *, passes) -> Bound.
 
-    make_score_fn(params, is_token) gives the score function for rows with that padding.
+    Equal networks share what is compiled, whoever makes the function.
     """
-
-    @functools.partial(jax.jit, static_argnames="passes")
-    def bound_fn(params, key, blocks, index, *, passes):
-        x0, is_token = blocks
-        return bound(
-            key,
-            x0,
-            index,
-            make_score_fn(params, is_token),
-            graph,
-            schedule,
-            passes=passes,
-            t_min=t_min,
-            is_token=is_token,
-        )
-
-    return bound_fn
+    return functools.partial(
+        _block_bounds, network=network, graph=graph, schedule=schedule, t_min=t_min
+    )
 
 
 def corpus_bound(
@@ -80,10 +86,10 @@ def corpus_bound(
     progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> CorpusBound | None:
-    """Bound the blocks together; bound_fn(params, key, Blocks, index, passes=...) -> Bound.
+    """The bound on all blocks together; None if should_stop() became true before the end.
 
-    A call takes batch_size blocks, rounded up to the devices of the mesh that share a batch. None
-    if should_stop() turned true before the end.
+    A call of bound_fn takes batch_size blocks, rounded up to the devices of the mesh that share a
+    batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
@@ -97,7 +103,7 @@ def corpus_bound(
         if should_stop():
             return None
         index = np.arange(start, start + batch_size, dtype=np.int32)
-        # The last batch is filled up with blocks that are dropped again: one shape compiles once.
+        # The last batch is filled up with blocks that are not counted: one shape compiles once.
         rows = np.minimum(index, count - 1)
         batch = (jax.tree.map(lambda a, rows=rows: a[rows], blocks), index)
         if mesh is not None:
@@ -126,45 +132,42 @@ def corpus_bound(
 
 
 def bound_until(
-    one_round: Callable[[int], CorpusBound], target: float, most: int, *, tokens: int = 1
+    one_round: Callable[[int], CorpusBound], target: float, max_rounds: int, *, tokens: int = 1
 ) -> CorpusBound:
     """The mean of independent rounds, as many as bring its standard error to target.
 
     target is in nats per token, of which the text has `tokens`. one_round(r) is round r, r = 0, 1,
-    ...; at most `most` are made, and then the error may be above target. Each is a line of log.
+    ...; after max_rounds the error may still be above target. Each round is a line of log.
     """
     rounds: list[CorpusBound] = []
     while True:
         rounds.append(one_round(len(rounds)))
-        total = _mean(rounds)
-        error = total.bound_standard_error / tokens
+        mean = _mean(rounds)
+        error = mean.bound_standard_error / tokens
         log.info(
             "round %d, %d noise levels a block: standard error %.3g nats/token, target %g",
             len(rounds),
-            total.passes,
+            mean.passes,
             error,
             target,
         )
-        if error <= target or len(rounds) >= most:
-            return total
+        if error <= target or len(rounds) >= max_rounds:
+            return mean
 
 
 def _mean(rounds: list[CorpusBound]) -> CorpusBound:
-    values = {}
-    for name in CorpusBound._fields:
-        each = [getattr(total, name) for total in rounds]
+    """The mean of independent rounds: errors add as squares, passes as they are."""
+
+    def combined(name: str, values: tuple) -> float | None:
+        if values[0] is None:
+            return None
         if name == "passes":
-            values[name] = sum(each)
-        elif each[0] is None:
-            values[name] = None
-        elif name.endswith("standard_error"):
-            values[name] = math.sqrt(sum(error**2 for error in each)) / len(each)
-        else:
-            values[name] = sum(each) / len(each)
-    return CorpusBound(**values)
+            return sum(values)
+        if name.endswith("standard_error"):
+            return math.sqrt(sum(error**2 for error in values)) / len(values)
+        return sum(values) / len(values)
 
-
-UNITS = ("nats_per_token", "bits_per_character", "perplexity_per_token", "perplexity_per_word")
+    return CorpusBound(*map(combined, CorpusBound._fields, zip(*rounds)))
 
 
 def one_in_units(nats: float, tokens: int, characters: int, words: float) -> dict[str, float]:
@@ -183,12 +186,11 @@ def in_units(
 ) -> dict[str, dict[str, float | None]]:
     """{unit: {field of total: value}}; the perplexity of a part or of an error means nothing."""
     wholes = ("bound", "normalised", "paper_protocol")
-    values: dict[str, dict[str, float | None]] = {unit: {} for unit in UNITS}
-    for name, nats in total._asdict().items():
-        if name == "passes":
-            continue
+    by_unit: dict[str, dict[str, float | None]] = {unit: {} for unit in UNITS}
+    for name in (field for field in CorpusBound._fields if field != "passes"):
+        nats = getattr(total, name)
+        values = {} if nats is None else one_in_units(nats, tokens, characters, words)
         for unit in UNITS:
             if name in wholes or not unit.startswith("perplexity"):
-                one = None if nats is None else one_in_units(nats, tokens, characters, words)[unit]
-                values[unit][name] = one
-    return values
+                by_unit[unit][name] = values.get(unit)
+    return by_unit

@@ -7,7 +7,6 @@ model.log_likelihood(["The first statement"], seed=0)  # Bound, nats
 """
 
 import dataclasses
-import functools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -17,34 +16,41 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
+from ml_collections import ConfigDict
 
-from sedd_jax import convert, data
+from sedd_jax import convert, data, hub
 from sedd_jax.data.tokenizers import Tokenizer
-from sedd_jax.diffusion import samplers
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.likelihood import Bound, check_passes
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn
 from sedd_jax.inference import bounds
-from sedd_jax.inference.trajectory import State
+from sedd_jax.inference.sampling import (
+    Rows,
+    Sampling,
+    check_whole,
+    known_at_positions,
+    known_rows,
+    reverse_steps,
+)
+from sedd_jax.inference.trajectory import State, with_bar
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import processes, sharding
 
-SHORTEST = 16  # tokens of the smallest bucket
+MIN_LENGTH = 16  # tokens of the smallest bucket
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # eq=False: the object is its own jit cache key
+@dataclasses.dataclass(frozen=True, eq=False)
 class SEDD:
     """A network with its weights, its process and its tokenizer.
 
     Batches and lengths are rounded up to powers of two (a batch to no more than batch_size, a
     length to no more than the model's) and filled up with padding that nothing attends to. Each
-    such bucket compiles once; another prompt, seed or number of steps does not. A sample depends on
-    the seed and its number alone: the first of four is the first of one, up to the rounding of
-    matrix products.
+    such bucket compiles once; another prompt, seed or number of steps does not, nor do other
+    weights of the same network. A sample depends on the seed and its number alone: the first of
+    four is the first of one, up to the rounding of matmuls.
     """
 
     network: Transformer
@@ -53,19 +59,27 @@ class SEDD:
     schedule: Schedule
     tokenizer: Tokenizer
     length: int  # tokens of the blocks it was trained on
-    config: Any
-    step: int | None  # of training, where it is known
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)  # default options
+    t_min: float = 1e-3  # where the bound's integral over noise levels begins
+    step: int | None = None  # of training, where it is known
     mesh: Mesh | None = None  # the devices that share a batch and the weights; None: one device
+    # For an exported folder; nothing here reads them.
+    experiment: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its config, as JSON
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the model card
-    original: Mapping[str, Any] | None = None  # config.json of the original's, kept when saved
+    original: Mapping[str, Any] | None = None  # config.json of the original's
 
     def __repr__(self) -> str:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         trained = "" if self.step is None else f", step {self.step}"
         return (
-            f"SEDD({count:,} parameters, {self.config.model.dtype}, {self.graph}, {self.schedule}, "
+            f"SEDD({count:,} parameters, {self.dtype}, {self.graph}, {self.schedule}, "
             f"tokenizer {self.tokenizer.name!r}, length {self.length}{trained})"
         )
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of the network's matmuls, "float32" or "bfloat16"."""
+        return np.dtype(self.network.dtype).name
 
     @property
     def score_fn(self) -> ScoreFn:
@@ -74,10 +88,7 @@ class SEDD:
 
     def with_params(self, params: Any) -> "SEDD":
         """The same network with other weights, placed as these; nothing is compiled again."""
-        other = dataclasses.replace(self, params=params)
-        for name in ("_sample", "bound_fn"):
-            other.__dict__[name] = getattr(self, name)
-        return other
+        return dataclasses.replace(self, params=params)
 
     # --- sampling
 
@@ -98,9 +109,18 @@ class SEDD:
         """Texts with "[MASK:n]" in the template replaced by n sampled tokens.
 
         Or, without a template: texts of `length` tokens (the model's, by default) that hold tokens
-        [n] at positions [n], any places in any order. Options as in `sample_tokens`.
+        [n] at positions [n], in any order. Options as in `sample_tokens`.
         """
-        known = self._given(template, positions, tokens, length)
+        if (template is None) == (positions is None):
+            raise ValueError("give a template, or positions and tokens")
+        if template is not None:
+            if tokens is not None:
+                raise ValueError("a template says its own tokens and length; leave both out")
+            known = self._parse(template, length)
+        else:
+            length = self.length if length is None else length
+            check_whole("length", length, 1, self.length)
+            known = known_at_positions(positions, tokens, length)
         return self.decode(self.sample_tokens(num_samples, known=known, **options))
 
     def sample_tokens(
@@ -110,34 +130,25 @@ class SEDD:
         length: int | None = None,
         known: tuple[np.ndarray, np.ndarray] | None = None,
         batch_size: int = 16,
+        seed: int = 0,
         progress: bool = False,
         **options: Any,
     ) -> np.ndarray:
         """Samples int32 [num_samples, L], L = length, by default the model's, or that of known.
 
         known is (tokens int32, is_known bool), tokens to keep: [L] for all, or [num_samples, L].
-        batch_size samples are drawn at once. progress shows a bar of network calls.
-
-        Options: steps=128, each a network call, and one more for the denoiser; seed=0;
-        predictor="tweedie", "euler" or "none" (the denoiser alone); draw="exact" or
-        "float32_gumbel", the original's; grid="uniform" or "cosine", the times of the steps;
-        t_min=1e-5, the time of the denoising. ValueError, before any work, for what cannot be
-        meant.
+        batch_size samples are drawn at once. progress shows a bar of reverse steps. options are
+        fields of `Sampling` - steps, predictor, draw, grid, t_min - in place of self.sampling's.
+        ValueError, before any work, for what cannot be meant.
         """
-        options = _Sampling(**options)
-        _check("num_samples", num_samples, 1, 2**31 - 1)
-        _check("batch_size", batch_size, 1, 2**31 - 1)
-        known = self._known(num_samples, length, known)
-        marks = _marks(options.steps, 20) if progress else [options.steps]
-        total = -(-num_samples // batch_size) * options.steps
-        found, before = [], 0
-        with tqdm(desc="sample", unit=" steps", total=total, disable=not progress) as bar:
-            for step, x, _ in self._states(known, marks, options, batch_size):
-                bar.update(step - before)
-                before = step % options.steps  # the next batch begins at 0
-                if step == options.steps:
-                    found.append(x)
-        return np.concatenate(found)
+        self._check(num_samples, batch_size, seed)
+        chosen = self._chosen(options)
+        known = self._known(known, num_samples, length)
+        updates = _evenly(chosen.steps, 20 if progress else 1)
+        states = self._states(known, updates, chosen, seed, batch_size)
+        total = -(-num_samples // batch_size) * chosen.steps
+        states = with_bar(states, total, disable=not progress)
+        return np.concatenate([state.tokens for state in states if state.step == state.steps])
 
     def stream(
         self,
@@ -148,159 +159,78 @@ class SEDD:
         known: tuple[np.ndarray, np.ndarray] | None = None,
         updates: int = 32,
         batch_size: int = 16,
+        seed: int = 0,
         **options: Any,
     ) -> Iterator[State]:
         """The samples while they are drawn: the state at t = 1, `updates` more, evenly spaced.
 
         The last is what `sample_tokens` returns, bit for bit, with the same options. With a
-        template, its free places are sampled. At most `steps` states follow the first. More than
-        batch_size samples come a batch after the other, each with states of its own.
+        template, its free positions are sampled. At most `steps` states follow the first. More
+        than batch_size samples come a batch after the other, each with states of its own.
         """
-        options = _Sampling(**options)
-        _check("num_samples", num_samples, 1, 2**31 - 1)
-        _check("updates", updates, 1, 2**31 - 1)
-        _check("batch_size", batch_size, 1, 2**31 - 1)
+        self._check(num_samples, batch_size, seed)
+        check_whole("updates", updates, 1)
+        chosen = self._chosen(options)
         if template is not None:
             if known is not None:
                 raise ValueError("a template and known both say what to keep; give one of them")
-            known = self._given(template, None, None, length)
-        known = self._known(num_samples, length, known)
+            known, length = self._parse(template, length), None
+        known = self._known(known, num_samples, length)
+        # A generator of its own: bad input is refused at the call, not at the first state.
+        return self._states(known, [0, *_evenly(chosen.steps, updates)], chosen, seed, batch_size)
 
-        def states():  # so that bad input is refused at the call, not at the first state
-            marks = [0, *_marks(options.steps, updates)]
-            for step, x, is_known in self._states(known, marks, options, batch_size):
-                yield State(step, options.steps, x, is_known, self.tokenizer)
+    def _check(self, num_samples: int, batch_size: int, seed: int) -> None:
+        check_whole("num_samples", num_samples, 1)
+        check_whole("batch_size", batch_size, 1)
+        check_whole("seed", seed, 0, 2**32 - 1)
 
-        return states()
+    def _chosen(self, options: Mapping[str, Any]) -> Sampling:
+        chosen = dataclasses.replace(self.sampling, **options)
+        chosen.check()
+        return chosen
 
-    def _given(self, template, positions, tokens, length) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens int32 [L], is_known bool [L]) of infill's arguments."""
-        if (template is None) == (positions is None):
-            raise ValueError("give a template, or positions and tokens")
-        if template is not None:
-            if length is not None or tokens is not None:
-                raise ValueError("a template says its own tokens and length; leave both out")
-            return data.parse_template(template, self.tokenizer, self.length)
-        length = self.length if length is None else length
-        _check("length", length, 1, self.length)
-        positions, tokens = _ids("positions", positions), _ids("tokens", tokens)
-        if positions.ndim != 1 or positions.shape != tokens.shape:
-            raise ValueError(
-                f"positions {positions.shape} and tokens {tokens.shape} must be two lists of one "
-                "length; give a token for each position"
-            )
-        outside = positions[(positions < 0) | (positions >= length)]
-        if outside.size or len(set(positions.tolist())) < positions.size:
-            wrong = f"position {outside[0]}" if outside.size else "a position given twice"
-            raise ValueError(f"{wrong} is not in [0, {length}) once; mend positions or length")
-        known = np.zeros(length, np.int64), np.zeros(length, bool)
-        known[0][positions], known[1][positions] = tokens, True
-        return known
+    def _parse(self, template: str, length: int | None) -> tuple[np.ndarray, np.ndarray]:
+        if length is not None:
+            raise ValueError("a template says its own tokens and length; leave both out")
+        return data.parse_template(template, self.tokenizer, self.length)
 
-    def _known(self, num_samples: int, length: int | None, known) -> Known:
-        """What samples keep, numpy [num_samples, L]."""
-        if known is None:
-            length = self.length if length is None else length
-            _check("length", length, 1, self.length)
-            known = np.zeros(length, np.int32), np.zeros(length, bool)
-        tokens, is_known = _ids("known tokens", known[0]), np.array(known[1], bool)
-        try:
-            width = np.broadcast_shapes(tokens.shape, is_known.shape)[-1]
-            shape = (num_samples, width)
-            tokens, is_known = np.broadcast_to(tokens, shape), np.broadcast_to(is_known, shape)
-        except (ValueError, IndexError) as error:
-            raise ValueError(
-                f"known has tokens {tokens.shape} and is_known {is_known.shape}; give [L] for all "
-                f"samples or [num_samples, L] = [{num_samples}, L] of each"
-            ) from error
-        if length is not None and width != length:
-            raise ValueError(f"known has {width} positions, not length {length}; leave length out")
-        if not 1 <= width <= self.length:
-            raise ValueError(
-                f"{width} positions are not in [1, {self.length}], the model's length; give text or "
-                "shorten it"
-            )
-        kept = tokens[is_known]
-        if kept.size and not 0 <= kept.min() <= kept.max() < self.graph.vocab_size:
-            raise ValueError(
-                f"known tokens must be in [0, {self.graph.vocab_size}), the mask is none of them; "
-                "encode them with the model's tokenizer"
-            )
-        return Known(np.where(is_known, tokens, 0).astype(np.int32), is_known)
+    def _known(self, known: Any, num_samples: int, length: int | None) -> Known:
+        sizes = {"max_length": self.length, "vocab_size": self.graph.vocab_size}
+        return known_rows(known, num_samples, length, **sizes)
 
     def _states(
-        self, known: Known, marks: Sequence[int], options: "_Sampling", batch_size: int
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(step, state int32 [N, L], is_known [N, L]) at every mark, batch after batch.
-
-        The last mark is steps: the samples.
-        """
-        num_samples, length = known.tokens.shape
-        for first in range(0, num_samples, batch_size):
-            part = jax.tree.map(lambda a, first=first: a[first : first + batch_size], known)
-            count = len(part.tokens)
-            rows, width = self._rows(count, batch_size), self._width(length)
-            batch = (
-                np.arange(first, first + rows, dtype=np.int32),  # numbers among all samples
-                np.zeros((rows, width), np.int32),
-                jax.tree.map(lambda a, rows=rows, width=width: _fill(a, rows, width), part),
-                _is_token(rows, [length], width),
+        self, known: Known, steps: Sequence[int], chosen: Sampling, seed: int, batch_size: int
+    ) -> Iterator[State]:
+        """The states after so many steps, the last of which is all, batch after batch."""
+        key = jax.random.key(seed)
+        for first in range(0, len(known.tokens), batch_size):
+            part = Known(*(a[first : first + batch_size] for a in known))
+            count, length = part.tokens.shape
+            shape = self._padded(count, batch_size), self._bucket(length)
+            rows = Rows(
+                index=np.arange(first, first + shape[0], dtype=np.int32),
+                xt=np.zeros(shape, np.int32),
+                known=Known(*(_fill(a, *shape) for a in part)),
+                is_token=_is_token([length] * shape[0], shape[1]),
             )
-            index, x, filled, is_token = self._put(batch)
-            for begin, end in pairwise([0, *marks]):
-                x = self._sample(
+            rows = self._put(rows)
+            for begin, end in pairwise([0, *steps]):
+                xt = reverse_steps(
                     self.params,
-                    jax.random.key(options.seed),
-                    index,
-                    x,
-                    *(np.int32(n) for n in (begin, end, options.steps)),
-                    np.float32(options.t_min),
-                    filled,
-                    is_token,
-                    predictor=options.predictor,
-                    draw=options.draw,
-                    grid=options.grid,
+                    key,
+                    rows,
+                    *(np.int32(n) for n in (begin, end, chosen.steps)),
+                    np.float32(chosen.t_min),
+                    network=self.network,
+                    graph=self.graph,
+                    schedule=self.schedule,
+                    predictor=chosen.predictor,
+                    draw=chosen.draw,
+                    grid=chosen.grid,
                 )
-                yield end, processes.fetch(x)[:count, :length], part.is_known
-
-    @functools.cached_property
-    def _sample(self):
-        @functools.partial(jax.jit, static_argnames=("predictor", "draw", "grid"))
-        def run(
-            params,
-            key,
-            index,
-            x,
-            begin,
-            end,
-            steps,
-            t_min,
-            known,
-            is_token,
-            *,
-            predictor,
-            draw,
-            grid,
-        ):
-            return samplers.sample(
-                key,
-                make_score_fn(self.network, params, self.graph, is_token=is_token),
-                self.graph,
-                self.schedule,
-                x.shape,
-                steps=steps,
-                predictor=samplers.PREDICTORS[predictor],
-                known=known,
-                t_min=t_min,
-                draw=samplers.DRAWS[draw],
-                grid=samplers.GRIDS[grid],
-                index=index,
-                begin=begin,
-                end=end,
-                x=x,
-            )
-
-        return run
+                rows = rows._replace(xt=xt)
+                tokens = processes.fetch(xt)[:count, :length]
+                yield State(end, chosen.steps, tokens, part.is_known, self.tokenizer)
 
     # --- likelihood
 
@@ -311,40 +241,36 @@ class SEDD:
 
         `.total` is the bound and `.standard_error` its error from the noise drawn; passes, even,
         and 2 more network calls a text. Nothing is added to a text, before or after. A text's
-        times and noise depend on the seed and its place alone.
+        times and noise depend on the seed and its number alone.
         """
-        _check("batch_size", batch_size, 1, 2**31 - 1)
-        _check("seed", seed, 0, 2**32 - 1)
+        self._check(1, batch_size, seed)
         check_passes(passes)
         rows = [self.tokenizer.encode(t) for t in ([texts] if isinstance(texts, str) else texts)]
         if not rows:
             raise ValueError("no texts; give at least one")
+        buckets: dict[int, list[int]] = {}
         for number, row in enumerate(rows):
             if not 1 <= len(row) <= self.length:
                 raise ValueError(
                     f"text {number} has {len(row)} tokens, not 1 to {self.length}, the model's "
                     "length; cut it, or prepare records and use bound"
                 )
-        buckets: dict[int, list[int]] = {}
-        for number, row in enumerate(rows):
-            buckets.setdefault(self._width(len(row)), []).append(number)
-        key, numbers, found = jax.random.key(seed), [], []
-        for width, members in buckets.items():
+            buckets.setdefault(self._bucket(len(row)), []).append(number)
+        key, numbers, results = jax.random.key(seed), [], []
+        for length, members in buckets.items():
             for start in range(0, len(members), batch_size):
                 part = members[start : start + batch_size]
-                count = self._rows(len(part), batch_size)
-                filled = [*part, *part[:1] * (count - len(part))]
-                tokens = np.concatenate([_fill(rows[n][None], 1, width) for n in filled])
-                is_token = _is_token(count, [len(rows[n]) for n in filled], width)
-                blocks, index = self._put(
-                    (data.Blocks(tokens, is_token), np.array(filled, np.int32))
+                filled = part + part[:1] * (self._padded(len(part), batch_size) - len(part))
+                blocks = data.Blocks(
+                    np.concatenate([_fill(rows[n][None], 1, length) for n in filled]),
+                    _is_token([len(rows[n]) for n in filled], length),
                 )
-                drawn = self.bound_fn(self.params, key, blocks, index, passes=passes)
-                drawn = processes.fetch(drawn)
-                found.append(jax.tree.map(lambda a, part=part: a[: len(part)], drawn))
+                batch = self._put((blocks, np.array(filled, np.int32)))
+                bound = processes.fetch(self.bound_fn(self.params, key, *batch, passes=passes))
+                results.append(jax.tree.map(lambda a, part=part: a[: len(part)], bound))
                 numbers += part
         order = np.argsort(numbers)
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *found)
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *results)
 
     def bound(
         self,
@@ -360,11 +286,11 @@ class SEDD:
         """Upper bound on -log p of int32 [N, L] together, nats: passes + 2 network calls a block.
 
         passes is even; a call takes batch_size blocks. Times and noise depend on seed and a
-        block's place alone. With target_standard_error, nats per token, the blocks are gone
-        through again, each time with new noise, until the error is there or the next round would
-        take more than max_passes.
+        block's number alone. With target_standard_error, nats per token, the blocks are bounded
+        round after round, each with new noise, until the mean's error is that small or the next
+        round would take more than max_passes.
         """
-        _check("seed", seed, 0, 2**32 - 1)
+        check_whole("seed", seed, 0, 2**32 - 1)
         check_passes(passes)
         if target_standard_error is not None and not target_standard_error > 0.0:
             raise ValueError(
@@ -381,27 +307,22 @@ class SEDD:
                 blocks,
                 passes=passes,
                 batch_size=batch_size,
-                t_min=self.config.objective.t_min,
+                t_min=self.t_min,
                 mesh=self.mesh,
                 progress=progress,
             )
 
         if target_standard_error is None:
             return one_round(0)
-        most = max(1, max_passes // max(passes, 1))
-        return bounds.bound_until(one_round, target_standard_error, most, tokens=blocks.count)
+        max_rounds = max(1, max_passes // passes)
+        return bounds.bound_until(one_round, target_standard_error, max_rounds, tokens=blocks.count)
 
-    @functools.cached_property
+    @property
     def bound_fn(self) -> bounds.BoundFn:
-        """Jitted (params, key, Blocks, index, *, passes) -> Bound, for `bounds.corpus_bound`."""
+        """(params, key, Blocks, index, *, passes) -> Bound, jitted, for `bounds.corpus_bound`."""
+        return bounds.make_bound_fn(self.network, self.graph, self.schedule, t_min=self.t_min)
 
-        def score_fn(params, is_token):
-            return make_score_fn(self.network, params, self.graph, is_token=is_token)
-
-        t_min = self.config.objective.t_min
-        return bounds.make_bound_fn(score_fn, self.graph, self.schedule, t_min=t_min)
-
-    # --- keeping
+    # --- saving
 
     def save_pretrained(self, folder: str | Path, *, name: str | None = None) -> None:
         """Write the folder that `load` and the original's `SEDD.from_pretrained` read.
@@ -413,7 +334,7 @@ class SEDD:
         convert.write_folder(
             Path(folder),
             name=name,
-            config=self.config,
+            config=ConfigDict(self.experiment),
             vocab_size=self.graph.vocab_size,
             params=jax.device_get(self.params),
             tokenizer=self.tokenizer,
@@ -431,10 +352,8 @@ class SEDD:
         message: str = "Upload a SEDD model",
     ) -> str:
         """`save_pretrained` to owner/name on the Hugging Face hub; returns the commit's address."""
-        from sedd_jax import hub
-
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "model"
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "model"
             self.save_pretrained(folder, name=name)
             return hub.push(folder, name, private=private, token=token, message=message)
 
@@ -442,79 +361,39 @@ class SEDD:
         """A text for each row of int32 [B, L]; masked positions show as ░."""
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
 
-    def _rows(self, count: int, most: int) -> int:
-        """What a batch of count rows is filled up to: no more than `most`, unless the mesh needs it."""
-        parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
-        return -(-min(_power_of_two(count), most) // parts) * parts
+    # --- batches of few shapes
 
-    def _width(self, length: int) -> int:
+    def _padded(self, count: int, batch_size: int) -> int:
+        """Rows of a batch of `count`: a power of two up to batch_size, divisible over the mesh."""
+        parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
+        return -(-min(_power_of_two(count), batch_size) // parts) * parts
+
+    def _bucket(self, length: int) -> int:
         """What rows of `length` tokens are filled up to."""
-        return min(max(SHORTEST, _power_of_two(length)), self.length)
+        return min(max(MIN_LENGTH, _power_of_two(length)), self.length)
 
     def _put(self, batch: Any) -> Any:
-        """A tree of numpy arrays where the weights are: placed otherwise, jit would compile twice."""
+        """A tree of numpy arrays where the weights are: put elsewhere, jit would compile twice."""
         if self.mesh is not None:
             return sharding.put_whole(batch, self.mesh)
         return jax.device_put(batch, jax.tree.leaves(self.params)[0].sharding)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sampling:
-    """Options of the sampler, checked."""
-
-    steps: int = 128
-    seed: int = 0
-    predictor: str = "tweedie"
-    draw: str = "exact"
-    grid: str = "uniform"
-    t_min: float = 1e-5
-
-    def __post_init__(self):
-        _check("steps", self.steps, 1, 10**6)
-        _check("seed", self.seed, 0, 2**32 - 1)
-        for name, table in (
-            ("predictor", samplers.PREDICTORS),
-            ("draw", samplers.DRAWS),
-            ("grid", samplers.GRIDS),
-        ):
-            value = getattr(self, name)
-            if value not in table:
-                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
-        if not 0.0 < self.t_min < 1.0:
-            raise ValueError(f"t_min {self.t_min} is not inside (0, 1); 1e-5 is usual")
+def _power_of_two(low: int) -> int:
+    """The smallest power of two that is at least low."""
+    return 1 << (low - 1).bit_length()
 
 
-def _check(name: str, value: int, least: int, most: int) -> None:
-    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not (is_whole and least <= value <= most):
-        raise ValueError(f"{name} {value!r} is no whole number in [{least}, {most}]; mend it")
-
-
-def _ids(name: str, values: Any) -> np.ndarray:
-    """values as whole numbers; ValueError for any other kind."""
-    found = np.array(() if values is None else values)
-    if found.size == 0:
-        found = found.astype(np.int64)  # an empty list is float64 to numpy
-    if not np.issubdtype(found.dtype, np.integer):
-        raise ValueError(f"{name} of dtype {found.dtype} are no whole numbers; give integers")
-    return found
-
-
-def _power_of_two(least: int) -> int:
-    """The smallest one that is at least this."""
-    return 1 << (least - 1).bit_length()
-
-
-def _marks(steps: int, updates: int) -> list[int]:
+def _evenly(steps: int, updates: int) -> list[int]:
     """At most `updates` numbers of steps, evenly spaced, the last of them `steps`."""
     return sorted({-(-steps * j // updates) for j in range(1, updates + 1)})
 
 
-def _fill(a: np.ndarray, rows: int, width: int) -> np.ndarray:
-    """a [N, L] with zeros added up to [rows, width]."""
-    return np.pad(a, ((0, rows - a.shape[0]), (0, width - a.shape[1])))
+def _fill(a: np.ndarray, rows: int, length: int) -> np.ndarray:
+    """a [N, L] with zeros added up to [rows, length]."""
+    return np.pad(a, ((0, rows - a.shape[0]), (0, length - a.shape[1])))
 
 
-def _is_token(rows: int, lengths: Sequence[int], width: int) -> np.ndarray:
-    """bool [rows, width], False at the padding after each row's length, or after that of all."""
-    return np.broadcast_to(np.arange(width) < np.reshape(lengths, (-1, 1)), (rows, width))
+def _is_token(lengths: Sequence[int], length: int) -> np.ndarray:
+    """bool [B, length], False at the padding after each row's length."""
+    return np.arange(length) < np.reshape(lengths, (-1, 1))

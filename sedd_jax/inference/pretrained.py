@@ -10,10 +10,11 @@ import jax
 from jax.sharding import Mesh
 
 from sedd_jax import config as configuration
-from sedd_jax import convert, data, experiment
+from sedd_jax import convert, data, experiment, hub
 from sedd_jax.convert.folder import CONFIG, OURS, PICKLED, WEIGHTS
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import sharding
 from sedd_jax.runs import workdir as runs
 
@@ -33,16 +34,16 @@ def load(
     mesh: Mesh | None = None,
     tokenizer: Tokenizer | str | None = None,
 ) -> SEDD:
-    """The model at `source`: its moving average, where a training run kept one.
+    """The model at `source`, with a training run's moving average as its weights.
 
     source is the workdir of a sedd-train, a folder with config.json and model.safetensors (of
     `save_pretrained`, sedd-convert or the original code), or a hub id, "owner/name" or
     "owner/name@commit"; revision pins the commit of a hub id that names none.
 
-    dtype, "float32" or "bfloat16", is that of the matrix products; by default a run's own, and
-    float32 for the original's weights. mesh, of this process's devices, spreads weights and
-    batches over them as sharding.RULES say; by default all is on one device. tokenizer is needed where the folder does
-    not tell and the vocabulary is not GPT-2's: a Tokenizer, or what data.named_tokenizer takes.
+    dtype, "float32" or "bfloat16", is that of the matmuls; by default the run's, and float32 for
+    the original's weights. mesh, of this process's devices, spreads weights and batches over them
+    as sharding.RULES say; by default all is on one device. tokenizer is needed where the folder
+    names none and the vocabulary is not GPT-2's: a Tokenizer, or what data.named_tokenizer takes.
 
     ValueError says what is wrong with the source; nothing is half loaded.
     """
@@ -61,12 +62,10 @@ def load(
 
 def _download(name: str, revision: str | None) -> Path:
     """The snapshot of a hub id."""
-    from sedd_jax import hub
-
-    found = hub.parse(name)
-    if found is None:
+    parsed = hub.parse(name)
+    if parsed is None:
         raise ValueError(f"no folder at {name!r}, and it is no hub id owner/name; {SOURCES}")
-    repository, pinned = found
+    repository, pinned = parsed
     if revision is not None and pinned is not None:
         raise ValueError(f"{name!r} names a revision and revision {revision!r} another; give one")
     try:
@@ -81,7 +80,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _reader(folder: Path) -> Callable[..., SEDD]:
-    """How to read the folder; ValueError tells what was looked for."""
+    """How to read the folder; ValueError, with what is missing, if it holds no model."""
     missing = runs.missing_files(folder)
     if not missing:
         return _load_run
@@ -103,23 +102,23 @@ def _load_run(
 ) -> SEDD:
     if tokenizer is not None:
         raise ValueError(f"{str(workdir)!r} has its own tokenizer; leave tokenizer out")
-    found = runs.open_workdir(workdir)
-    step, params = runs.read_average(found, mesh)
-    rest = {"step": step, "about": runs.about(found), "original": found.original}
-    return _assemble(found.config, params, found.tokenizer, dtype, mesh=mesh, **rest)
+    run = runs.open_workdir(workdir)
+    step, params = runs.read_average(run, mesh)
+    rest = {"step": step, "about": runs.about(run), "original": run.original}
+    return _assemble(run.config, params, run.tokenizer, dtype, mesh=mesh, **rest)
 
 
 def _load_folder(
     folder: Path, *, dtype: str | None, mesh: Mesh | None, tokenizer: Tokenizer | str | None
 ) -> SEDD:
-    found = convert.read_folder(folder)
-    for notice in found.notices:
+    read = convert.read_folder(folder)
+    for notice in read.notices:
         log.info("%s", notice)
-    tokenizer = _make_tokenizer(tokenizer or found.tokenizer, found.vocab_size)
-    convert.check_tokenizer(tokenizer, found.vocab_size, folder)
-    params = jax.device_put(found.params, sharding.tree_shardings(found.params, mesh))
-    rest = {"step": found.step, "about": found.about, "original": found.original}
-    return _assemble(found.config, params, tokenizer, dtype, mesh=mesh, **rest)
+    tokenizer = _make_tokenizer(tokenizer or read.tokenizer, read.vocab_size)
+    convert.check_tokenizer(tokenizer, read.vocab_size, folder)
+    params = jax.device_put(read.params, sharding.tree_shardings(read.params, mesh))
+    rest = {"step": read.step, "about": read.about, "original": read.original}
+    return _assemble(read.config, params, tokenizer, dtype, mesh=mesh, **rest)
 
 
 def _make_tokenizer(tokenizer: Tokenizer | str | None, vocab_size: int) -> Tokenizer:
@@ -131,7 +130,7 @@ def _make_tokenizer(tokenizer: Tokenizer | str | None, vocab_size: int) -> Token
                 f"the folder names no tokenizer for its {vocab_size} tokens; pass tokenizer="
                 f'"name" or "name:path", or "ids:{vocab_size}" to read and write ids as numbers'
             )
-        tokenizer = "gpt2"  # all that the original code knows
+        tokenizer = "gpt2"  # the only one of the original code
     return data.named_tokenizer(tokenizer)
 
 
@@ -147,6 +146,8 @@ def _assemble(config, params, tokenizer: Tokenizer, dtype: str | None, **rest: A
         schedule=experiment.make_schedule(config),
         tokenizer=tokenizer,
         length=config.data.length,
-        config=config,
+        sampling=Sampling.of(config.sample),
+        t_min=config.objective.t_min,
+        experiment=config.to_dict(),
         **rest,
     )

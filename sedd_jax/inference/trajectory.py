@@ -1,14 +1,29 @@
-"""A state of sampling, and how it shows itself as text and in a notebook."""
+"""A state of sampling, as text and in a notebook, and all states as one page that plays them.
+
+trajectory.html is the page's template.
+"""
 
 import html
 import itertools
-from dataclasses import dataclass
+import json
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from sedd_jax.data.tokenizers import Tokenizer
+from sedd_jax.files import write_text
 
-SHOWN = 4  # texts of a state in a notebook's output, at most
+MAX_TEXTS = 4  # of a state in a notebook's output
+PAUSE = 0.1  # seconds between two updates of a notebook's output, at least
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,7 +33,7 @@ class State:
     step: int
     steps: int
     tokens: np.ndarray  # int32 [N, L]
-    is_known: np.ndarray  # bool [N, L]: given, not sampled
+    is_known: np.ndarray  # bool [N, L]: kept, not sampled
     tokenizer: Tokenizer
 
     def __post_init__(self):
@@ -58,9 +73,11 @@ class State:
         rows = "".join(
             '<p style="white-space:pre-wrap;overflow-wrap:anywhere;max-width:46em;margin:.8em 0;'
             f'font:1.1em/1.7 Charter,Georgia,serif">{row}</p>'
-            for row in map(_spans, self.pieces[:SHOWN], self.is_masked, np.asarray(self.is_known))
+            for row in map(
+                _spans, self.pieces[:MAX_TEXTS], self.is_masked, np.asarray(self.is_known)
+            )
         )
-        more = len(self.tokens) - SHOWN
+        more = len(self.tokens) - MAX_TEXTS
         rows += f"and {more} more" if more > 0 else ""
         return (
             f'<div style="font:.85em system-ui,sans-serif">step {self.step} of {self.steps}'
@@ -77,14 +94,210 @@ def _spans(pieces: list[str], is_masked: np.ndarray, is_known: np.ndarray) -> st
         (False, True): "font-weight:600;text-decoration:underline;text-underline-offset:.2em",
     }
     kinds = zip(is_masked.tolist(), is_known.tolist(), pieces)
-    found = []
+    spans = []
     for (masked, known), run in itertools.groupby(kinds, key=lambda item: item[:2]):
         text = html.escape(encodable("".join(piece for *_, piece in run)))
         style = styles.get((masked, known and not masked))
-        found.append(f'<span style="{style}">{text}</span>' if style else text)
-    return "".join(found)
+        spans.append(f'<span style="{style}">{text}</span>' if style else text)
+    return "".join(spans)
 
 
 def encodable(text: str) -> str:
     """The text with U+FFFD for halves of surrogate pairs, which no file can hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def with_bar(states: Iterable[State], total: int, *, disable: bool) -> Iterator[State]:
+    """The states, with a bar of reverse steps, `total` over all batches, on standard error."""
+    with tqdm(desc="sample", unit=" steps", total=total, disable=disable) as bar:
+        last = 0
+        for state in states:
+            bar.update(state.step - last)
+            last = state.step % state.steps  # the next batch begins at 0
+            yield state
+
+
+@dataclass(eq=False)
+class Animation:
+    """The states of one call of sampling as a page that plays them.
+
+    Batches that came one after the other are put together, state by state.
+    """
+
+    states: list[State]
+    title: str | None = None
+    cell: int | None = None  # number of the notebook's cell whose output shows it already
+
+    def __post_init__(self):
+        self.states = _joined(self.states)
+
+    @cached_property
+    def html(self) -> str:
+        """The page: one file, that needs no network and runs nothing that a text holds."""
+        template = (
+            resources.files("sedd_jax.inference").joinpath("trajectory.html").read_text("utf-8")
+        )
+        content = {
+            "@TITLE@": html.escape(self.title or "From noise to text"),
+            "@STATES@": _script_safe({"title": self.title, **_changes(self.states)}),
+        }
+        page = re.sub("|".join(content), lambda match: content[match.group()], template)
+        return encodable(page)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the page to `path`, whole or not at all; what is there is replaced."""
+        path = Path(path)
+        write_text(path, self.html)
+        return path
+
+    def _repr_html_(self) -> str:
+        return (  # in a div, for IPython warns of a frame alone
+            f'<div><iframe srcdoc="{html.escape(self.html)}" title="Animation" '
+            'style="width:100%;height:420px;border:0"></iframe></div>'
+        )
+
+    def _ipython_display_(self) -> None:
+        from IPython import get_ipython
+        from IPython.display import HTML, display
+
+        if self.cell is None or self.cell != get_ipython().execution_count:
+            display(HTML(self._repr_html_()))
+
+    def __repr__(self) -> str:
+        n, length = np.shape(self.states[0].tokens)
+        return f"Animation of {len(self.states)} states: {n} x {length} tokens"
+
+
+def show(
+    states: Iterable[State],
+    *,
+    title: str | None = None,
+    path: str | Path | None = None,
+    live: bool = True,
+) -> Animation:
+    """The animation of `states`, which a notebook shows while they come.
+
+    Args:
+      states: of one call: SEDD.stream's, or a list. A list is not shown state by state.
+      title: the heading above the text.
+      path: a file to write the page to as well.
+      live: whether to show the states in a notebook's output; elsewhere nothing is shown.
+
+    Raises:
+      ValueError: no states, states of different shapes, or a path in no folder.
+    """
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"no folder for the page {str(path)!r}; make it, or give another path")
+    screen = _Screen() if live and not isinstance(states, list | tuple) and _in_notebook() else None
+    seen = []
+    for state in states:
+        seen.append(state)
+        if screen is not None:
+            screen.update(state)
+    animation = Animation(seen, title)
+    if path is not None:
+        animation.save(path)
+    if screen is not None:
+        screen.close(animation)
+    return animation
+
+
+class _Screen:
+    """One output of a notebook's cell, updated in place."""
+
+    def __init__(self):
+        from IPython.display import HTML, display
+
+        self._html = HTML
+        self._handle = display(HTML(""), display_id=True)
+        self._last = -PAUSE
+
+    def update(self, state: State) -> None:
+        now = time.monotonic()
+        if now - self._last >= PAUSE:
+            self._handle.update(self._html(state._repr_html_()))
+            self._last = now
+
+    def close(self, animation: Animation) -> None:
+        """Shows the animation instead, which the cell's end then does not show again."""
+        from IPython import get_ipython
+
+        self._handle.update(self._html(animation._repr_html_()))
+        animation.cell = get_ipython().execution_count
+
+
+def _in_notebook() -> bool:
+    """Whether this process is a notebook's kernel: then IPython is imported already."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return getattr(shell, "kernel", None) is not None
+
+
+def _joined(states: Iterable[State]) -> list[State]:
+    """States of all samples from the states of one batch, of the next, and so on."""
+    batches: list[list[State]] = []
+    for state in states:
+        if not batches or state.step <= batches[-1][-1].step:
+            batches.append([])
+        batches[-1].append(state)
+    if not batches:
+        raise ValueError("0 states make no animation; give those of SEDD.stream")
+    kinds = {tuple(state.step for state in batch) for batch in batches}
+    shapes = {np.shape(state.tokens)[1] for batch in batches for state in batch}
+    counts = {len({len(state.tokens) for state in batch}) for batch in batches}
+    if len(kinds) > 1 or len(shapes) > 1 or counts != {1}:
+        raise ValueError(
+            f"{len(states)} states differ in their steps, samples or lengths; give those of one "
+            "call of SEDD.stream"
+        )
+    if len(batches) == 1:
+        return batches[0]
+    return [
+        replace(
+            group[0],
+            tokens=np.concatenate([state.tokens for state in group]),
+            is_known=np.concatenate([state.is_known for state in group]),
+        )
+        for group in zip(*batches)
+    ]
+
+
+def _changes(states: list[State]) -> dict[str, Any]:
+    """The states as JSON: the first of each text, and what every later state changes in it.
+
+    {"vocab_size", "steps": [step of each state], "of", "table": [[id, text]], "samples":
+    [{"known": "0110...", "first": [L entries of table], "changes": [[gap, entry, gap, entry...]]}]}
+    where the first gap of a state counts from position 0, the others from the change before.
+    """
+    table: dict[tuple[int, str], int] = {}
+    samples = []
+    for n in range(len(states[0].tokens)):
+        rows = [np.asarray(state.tokens[n]) for state in states]
+        entries = [_entries(states[0], rows[0], table)]
+        changes = []
+        for before, row in itertools.pairwise(rows):
+            same = np.array_equal(before, row)
+            entries.append(entries[-1] if same else _entries(states[0], row, table))
+            positions = np.flatnonzero(entries[-1] != entries[-2])
+            gaps = np.diff(positions, prepend=0)
+            changes.append(np.stack([gaps, entries[-1][positions]], axis=1).ravel().tolist())
+        known = "".join("01"[known] for known in states[-1].is_known[n].tolist())
+        samples.append({"known": known, "first": entries[0].tolist(), "changes": changes})
+    return {
+        "vocab_size": states[0].tokenizer.vocab_size,
+        "steps": [state.step for state in states],
+        "of": states[-1].steps,
+        "table": list(table),
+        "samples": samples,
+    }
+
+
+def _entries(state: State, row: np.ndarray, table: dict[tuple[int, str], int]) -> np.ndarray:
+    pairs = zip(row.tolist(), state.tokenizer.pieces(row))
+    return np.array([table.setdefault(pair, len(table)) for pair in pairs])
+
+
+def _script_safe(value: Any) -> str:
+    """JSON that ends no <script> and begins no comment in one, whatever texts it holds."""
+    text = json.dumps(value, separators=(",", ":"))  # ASCII, so U+2028 is escaped too
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -14,6 +14,7 @@ from sedd_jax import config as configuration
 from sedd_jax.experiment import Experiment, make_experiment, make_mesh
 from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.sampling import Sampling
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.parallel import processes, sharding
 from sedd_jax.parallel.devices import GIB, device
@@ -208,8 +209,7 @@ def make_draw_texts(
         schedule=experiment.schedule,
         tokenizer=tokenizer,
         length=config.data.length,
-        config=config,
-        step=None,
+        sampling=Sampling.of(sample),
         mesh=experiment.mesh,
     )
 
@@ -217,11 +217,6 @@ def make_draw_texts(
         for state in model.with_params(params).stream(
             num_samples=sample.count,
             batch_size=sample.count,
-            steps=sample.steps,
-            predictor=sample.predictor,
-            draw=sample.draw,
-            grid=sample.grid,
-            t_min=sample.t_min,
             seed=config.seed,
         ):
             if must_stop():

@@ -1,0 +1,158 @@
+"""What a call that samples may say - options and known tokens, checked - and the compiled loop."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sedd_jax.diffusion import samplers
+from sedd_jax.diffusion.samplers import Known
+from sedd_jax.models.head import make_score_fn
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How samples are drawn."""
+
+    steps: int = 128  # reverse steps, a network call each; the denoiser is one more
+    predictor: str = "tweedie"  # or "euler"; "none": the denoiser alone
+    draw: str = "exact"  # or "float32_gumbel", the original's
+    grid: str = "uniform"  # or "cosine": the times of the steps
+    t_min: float = 1e-5  # time of the denoising
+
+    @classmethod
+    def of(cls, values: Any) -> "Sampling":
+        """The options among `values`, a mapping or a section of a config, which may hold more."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+    def check(self) -> None:
+        """ValueError for an option that cannot be meant."""
+        check_whole("steps", self.steps, 1, 10**6)
+        for name, table in (
+            ("predictor", samplers.PREDICTORS),
+            ("draw", samplers.DRAWS),
+            ("grid", samplers.GRIDS),
+        ):
+            value = getattr(self, name)
+            if value not in table:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
+        if not 0.0 < self.t_min < 1.0:
+            raise ValueError(f"t_min {self.t_min} is not inside (0, 1); 1e-5 is usual")
+
+
+class Rows(NamedTuple):
+    """Samples that are drawn at once, filled up with padding to the shape that is compiled."""
+
+    index: jax.Array  # int32 [B]: numbers among all samples, which key their noise
+    xt: jax.Array  # int32 [B, L]
+    known: Known
+    is_token: jax.Array  # bool [B, L]: False at padding
+
+
+# steps and t_min are traced: another number of steps does not compile again.
+@functools.partial(
+    jax.jit, static_argnames=("network", "graph", "schedule", "predictor", "draw", "grid")
+)
+def reverse_steps(
+    params, key, rows, begin, end, steps, t_min, *, network, graph, schedule, predictor, draw, grid
+) -> jax.Array:
+    """The state, int32 [B, L], after the steps begin <= i < end of `steps` from rows.xt.
+
+    begin == 0 starts from noise; end == steps ends with the denoiser. Equal networks share what
+    is compiled, whatever their parameters.
+    """
+    return samplers.sample(
+        key,
+        make_score_fn(network, params, graph, is_token=rows.is_token),
+        graph,
+        schedule,
+        rows.xt.shape,
+        steps=steps,
+        predictor=samplers.PREDICTORS[predictor],
+        known=rows.known,
+        t_min=t_min,
+        draw=samplers.DRAWS[draw],
+        grid=samplers.GRIDS[grid],
+        index=rows.index,
+        begin=begin,
+        end=end,
+        x=rows.xt,
+    )
+
+
+def check_whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
+    """ValueError unless value is a whole number in [low, high]."""
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not (is_whole and low <= value <= high):
+        raise ValueError(f"{name} {value!r} is no whole number in [{low}, {high}]; mend it")
+
+
+def known_at_positions(
+    positions: Sequence[int], tokens: Sequence[int] | None, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [length], is_known bool [length]) with tokens [n] at positions [n]."""
+    positions, tokens = _integers("positions", positions), _integers("tokens", tokens)
+    if positions.ndim != 1 or positions.shape != tokens.shape:
+        raise ValueError(
+            f"positions {positions.shape} and tokens {tokens.shape} must be two lists of one "
+            "length; give a token for each position"
+        )
+    outside = positions[(positions < 0) | (positions >= length)]
+    if outside.size or len(np.unique(positions)) < positions.size:
+        wrong = f"position {outside[0]}" if outside.size else "a position given twice"
+        raise ValueError(f"{wrong} is not in [0, {length}) once; mend positions or length")
+    all_tokens, is_known = np.zeros(length, np.int64), np.zeros(length, bool)
+    all_tokens[positions], is_known[positions] = tokens, True
+    return all_tokens, is_known
+
+
+def known_rows(
+    known: tuple[np.ndarray, np.ndarray] | None,
+    num_samples: int,
+    length: int | None,
+    *,
+    max_length: int,
+    vocab_size: int,
+) -> Known:
+    """What each sample must keep, numpy [num_samples, L]; known None: nothing, of `length`."""
+    if known is None:
+        length = max_length if length is None else length
+        check_whole("length", length, 1, max_length)
+        known = np.zeros(length, np.int32), np.zeros(length, bool)
+    tokens, is_known = _integers("known tokens", known[0]), np.array(known[1], bool)
+    try:
+        shape = (num_samples, np.broadcast_shapes(tokens.shape, is_known.shape)[-1])
+        tokens, is_known = np.broadcast_to(tokens, shape), np.broadcast_to(is_known, shape)
+    except (ValueError, IndexError) as error:
+        raise ValueError(
+            f"known has tokens {tokens.shape} and is_known {is_known.shape}; give [L] for all "
+            f"samples or [num_samples, L] = [{num_samples}, L] of each"
+        ) from error
+    positions = shape[1]
+    if length is not None and positions != length:
+        raise ValueError(f"known has {positions} positions, not length {length}; leave length out")
+    if not 1 <= positions <= max_length:
+        raise ValueError(
+            f"{positions} positions are not in [1, {max_length}], the model's length; give text or "
+            "shorten it"
+        )
+    tokens = np.where(is_known, tokens, 0)
+    if not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(
+            f"known tokens must be in [0, {vocab_size}), the mask is none of them; encode them "
+            "with the model's tokenizer"
+        )
+    return Known(tokens.astype(np.int32), is_known)
+
+
+def _integers(name: str, values: Any) -> np.ndarray:
+    """values as an array of whole numbers; ValueError for any other kind."""
+    array = np.array(() if values is None else values)
+    if array.size == 0:
+        array = array.astype(np.int64)  # an empty list is float64 to numpy
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"{name} of dtype {array.dtype} are no whole numbers; give integers")
+    return array
