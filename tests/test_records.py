@@ -1,6 +1,6 @@
 """Records and batches: real text, real ArrayRecord files, real grain iterators and processes."""
 
-import contextlib
+import hashlib
 import json
 import os
 import resource
@@ -157,7 +157,7 @@ def test_a_prepared_folder_is_reused_unread_and_never_replaced(tmp_path, pydoc, 
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_records_prepared_again_by_any_number_of_processes_are_the_same_bytes(
+def test_records_prepared_again_by_any_number_of_threads_are_the_same_bytes(
     tmp_path, pydoc, packed, monkeypatch, workers
 ):
     monkeypatch.setattr(prepare_module, "PART", 1 << 14)  # so that there is work for all
@@ -278,52 +278,6 @@ def test_a_preparation_killed_at_any_moment_ends_as_one_that_was_not(tmp_path, p
     assert whole_files(tmp_path / "r") == whole_files(expected)
 
 
-def encoding_processes(parent: int) -> list[int]:
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return [int(c) for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
-
-
-def test_the_death_of_one_process_ends_all_in_one_line_and_what_is_finished_is_kept(
-    tmp_path, monkeypatch
-):
-    part = 1 << 15  # about 70 parts
-    monkeypatch.setattr(prepare_module, "PART", part)
-    program = f"import sedd_jax.data, sys\nsys.modules['sedd_jax.data.prepare'].PART = {part}"
-    text = tmp_path / "text"
-    text.mkdir()
-    for i in range(50):
-        (text / f"{i:02d}.txt").write_text(f"line {i} of many words\n" * 2000)
-    # The alphabet, which each process is sent, is more than a pipe holds unread.
-    (text / "50.txt").write_text("".join(map(chr, range(0x4E00, 0xD7A0))), encoding="utf-8")
-    flags = {"tokenizer": "characters", "workers": 2}
-    assert prepare_command(command(tmp_path / "expected", text, **flags)) == 0
-    arguments = command(tmp_path / "r", text, **flags)
-    parts = tmp_path / ".r.parts"
-    for is_time in (lambda: True, lambda: any(parts.glob("*.npz"))):  # at its start; at work
-        process = subprocess.Popen(
-            [sys.executable, "-c", program + PREPARE, *arguments],
-            start_new_session=True,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            while not (children := encoding_processes(process.pid)) or not is_time():
-                assert process.poll() is None, process.communicate()
-                time.sleep(0.005)
-            os.kill(children[0], signal.SIGKILL)
-            _, errors = process.communicate(timeout=20)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        last = errors.splitlines()[-1]
-        assert process.returncode == 2, last
-        assert "Traceback" not in errors
-        assert last.startswith("sedd-prepare: error: a process that encoded into"), last
-        assert "ended with exit code -9" in last and "what is finished is kept" in last
-    assert prepare_command(arguments) == 0
-    assert whole_files(tmp_path / "r") == whole_files(tmp_path / "expected")
-
-
 def test_two_processes_that_prepare_one_folder_both_end_with_it(tmp_path, prose):
     arguments = [sys.executable, "-c", PREPARE, *command(tmp_path / "r", prose)]
     pair = [subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -415,6 +369,19 @@ def test_every_fault_of_a_records_folder_is_named(tmp_path, pydoc):
     (folder / "fingerprint.json").write_text('{"format": 1}')
     with says("its format 1 is not 2; delete"):
         open_records(folder)
+
+
+@pytest.mark.parametrize("name", ["bytes", "characters"])
+def test_records_of_version_0_1_0_open_with_the_same_blocks(name):
+    records = open_records(Path(__file__).parent / f"earlier/records_{name}")
+    assert records.tokenizer.name == name
+    for split in ("train", "validation"):
+        blocks = read_blocks(records, split).tokens
+        digest = hashlib.sha256(blocks.astype(records.fingerprint["dtype"]).tobytes()).hexdigest()
+        assert digest == records.counts(split)["sha256"]
+        assert records.tokenizer.encode(records.tokenizer.decode(blocks[0])).tolist() == list(
+            blocks[0]
+        )
 
 
 # --- the published corpora

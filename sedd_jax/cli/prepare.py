@@ -45,7 +45,7 @@ def run(name: str, argv: list[str]) -> None:
         help="of the documents, for corpora without a split of their own (default: 0.1; of "
         f"openwebtext {HELDOUT_FRACTION})",
     )
-    add("--workers", type=int, default=1, help="processes that encode; the result is the same")
+    add("--workers", type=int, default=1, help="threads that encode; the result is the same")
     options = parser.parse_args(argv)
     records = data.make_records(
         options.dataset,

@@ -1,9 +1,9 @@
-"""Preparation: documents to fixed-length blocks of ids, once, by any number of processes. Floor 1.
+"""Preparation: documents to fixed-length blocks of ids, once.
 
-The documents are cut into parts of about PART characters. Each part is encoded by itself, in
-whichever process is free, and kept beside the folder to be, in .NAME.parts: a preparation that is
-stopped goes on from there. Then one process reads the parts in order and writes the blocks, so
-that the result does not depend on the number of processes.
+The documents are cut into parts of about PART characters. Each part is encoded by itself and
+saved beside the folder to be, in .NAME.parts: a preparation that is stopped continues from there.
+Then the parts are read in order and the blocks written, so that the result does not depend on the
+number of threads.
 """
 
 import contextlib
@@ -11,16 +11,14 @@ import fcntl
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
-import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -58,15 +56,17 @@ def prepare(
 
     `folder` is there in full or not at all. A complete folder of the same source, tokenizer,
     length and form is reused without reading the corpus; any other raises ValueError, as does
-    what cannot be encoded. OSError where the parts cannot be written or a process that encodes is
-    killed; what is finished is kept.
+    what cannot be encoded. OSError where the parts cannot be written; what is finished is kept.
+
+    workers: parts that are encoded at the same time, in threads; the `tokenizers` library uses
+    all CPUs for each part besides.
     """
     if length < 1:
         raise ValueError(f"data.length {length} is less than 1; give the tokens in a block")
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     if workers < 1:
-        raise ValueError(f"workers {workers} is less than 1; give the number of processes")
+        raise ValueError(f"workers {workers} is less than 1; give the number of threads")
     folder = Path(os.path.abspath(folder))
     wanted = {
         "format": FORMAT,
@@ -148,19 +148,19 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 class _Encoder:
-    """What a process needs to encode a part; sent to it once."""
+    """Encodes a part and writes it: ids, where each document ends, and counts of the text."""
 
     def __init__(self, tokenizer: Tokenizer, detokenizer: str, parts: Path, dtype: str):
         self.tokenizer, self.parts, self.dtype = tokenizer, parts, dtype
         self.detokenize = DETOKENIZERS[detokenizer] if detokenizer else None
 
-    def __call__(self, name: str, documents: list[str]) -> None:
-        """Write the part: ids of all documents, where each ends, and counts of the text."""
+    def __call__(self, name: str, documents: list[str]) -> int:
+        """Returns the number of documents."""
         words = sum(len(document.split()) for document in documents)
         if self.detokenize is not None:
             documents = [self.detokenize(document) for document in documents]
         separator = np.asarray(self.tokenizer.separator, self.dtype)
-        rows = [self.tokenizer.encode(document) for document in documents]
+        rows = self.tokenizer.encode_batch(documents)
         both = [part for row in rows for part in (row.astype(self.dtype), separator)]
         ids = np.concatenate([*both, separator[:0]])
         ends = np.cumsum([len(row) + len(separator) for row in rows])
@@ -171,101 +171,7 @@ class _Encoder:
             with unfinished.open("wb") as out:
                 np.savez(out, ids=ids, ends=ends, words=words, characters=characters)
             unfinished.replace(file)
-
-
-class _Pool:
-    """Processes that encode one part at a time, each at the far end of a pipe of its own.
-
-    They share nothing, so that one that is killed, at any moment, is an end of file here. (In
-    concurrent.futures it may leave a lock taken that the others need, or a pipe half read whose
-    only reader left is the process that writes to it: both wait forever.)
-    """
-
-    def __init__(self, encoder: _Encoder, workers: int, finished: Callable[[int], Any]):
-        self.encoder, self.workers, self.finished = encoder, workers, finished
-        # Not forked: this process may have threads (jax, grain), and a fork keeps their locks.
-        self.context = multiprocessing.get_context("spawn")
-        self.processes: dict[Connection, Any] = {}
-        self.first: dict[Connection, tuple[str, list[str]]] = {}  # parts of those that start
-        self.busy: dict[Connection, int] = {}  # documents in the part that each has or waits for
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_) -> None:
-        for process in self.processes.values():
-            process.kill()
-        for connection, process in self.processes.items():
-            process.join()
-            connection.close()
-
-    def encode(self, name: str, documents: list[str]) -> None:
-        """Give the part to a new process, or wait for one that is free."""
-        if len(self.processes) < self.workers:
-            connection, theirs = self.context.Pipe()
-            process = self.context.Process(target=_work, args=(theirs,), daemon=True)
-            process.start()
-            theirs.close()
-            self.processes[connection] = process
-            self.first[connection] = name, documents
-        else:
-            connection = self._free()
-            self._send(connection, (name, documents))
-        self.busy[connection] = len(documents)
-
-    def finish(self) -> None:
-        """Wait for all parts."""
-        while self.busy:
-            self._free()
-
-    def _free(self) -> Connection:
-        """A process that has ended its part; raises what went wrong there."""
-        while True:
-            connection = wait(list(self.busy))[0]
-            try:
-                error = connection.recv()
-            except (EOFError, OSError) as end:
-                raise self._ended(connection) from end
-            if error is not None:
-                raise error
-            if connection not in self.first:
-                self.finished(self.busy.pop(connection))
-                return connection
-            # It has started, and reads: so much would not fit into a pipe that nobody reads.
-            self._send(connection, self.encoder)
-            self._send(connection, self.first.pop(connection))
-
-    def _send(self, connection: Connection, message: Any) -> None:
-        try:
-            connection.send(message)
-        except OSError as end:
-            raise self._ended(connection) from end
-
-    def _ended(self, connection: Connection) -> OSError:
-        process = self.processes[connection]
-        process.join(5)
-        return ChildProcessError(
-            f"a process that encoded into {str(self.encoder.parts)!r} ended with exit code "
-            f"{process.exitcode}, perhaps killed for its memory; run again with fewer workers: "
-            "what is finished is kept"
-        )
-
-
-def _work(connection: Connection) -> None:
-    """Encode what comes, until the pipe ends; answers None, or what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the other end hears it too, and ends this one
-    with contextlib.suppress(EOFError, ConnectionError):
-        connection.send(None)
-        encoder = connection.recv()
-        while True:
-            name, documents = connection.recv()
-            try:
-                encoder(name, documents)
-            except Exception as error:  # noqa: BLE001 (raised at the other end)
-                error.add_note(traceback.format_exc())
-                connection.send(error)
-            else:
-                connection.send(None)
+        return len(documents)
 
 
 def _encode_all(
@@ -286,7 +192,8 @@ def _encode_all(
     total = sum(corpus.sizes.values()) if corpus.sizes else None
     kept = 0
     bar = tqdm(desc="encode", unit=" documents", total=total, disable=not progress)
-    with bar, _Pool(encoder, workers, bar.update) as pool:
+    pending: deque[Future[int]] = deque()  # at most `workers` parts, so that memory is bounded
+    with bar, ThreadPoolExecutor(workers) as pool:
         for split in corpus.streams:
             for number, documents in enumerate(_cut(corpus.documents(split))):
                 name = f"{split}-{number:06d}-{identity}-{_digest(documents)}"
@@ -294,12 +201,12 @@ def _encode_all(
                 if (parts / f"{name}.npz").exists():
                     kept += 1
                     bar.update(len(documents))
-                elif workers == 1:
-                    encoder(name, documents)
-                    bar.update(len(documents))
-                else:
-                    pool.encode(name, documents)
-        pool.finish()
+                    continue
+                if len(pending) == workers:
+                    bar.update(pending.popleft().result())
+                pending.append(pool.submit(encoder, name, documents))
+        while pending:
+            bar.update(pending.popleft().result())
     if kept:
         log.info("went on from %d finished parts of an earlier run", kept)
     return names

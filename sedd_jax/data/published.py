@@ -258,10 +258,10 @@ def open_published(
         raise ValueError(f"heldout_fraction {heldout_fraction} is not between 0 and 1; try 0.0125")
     data_dir = Path(os.path.abspath(data_dir))
     if manual_dir is None:
-        parts, files = [], {archive.name: archive.sha256 for archive in row.archives}
+        parts, hashes = [], {archive.name: archive.sha256 for archive in row.archives}
     else:
-        parts, files = _given(name, row, Path(manual_dir))
-    source = {"corpus": name, "version": row.version, "documents": documents, "files": files}
+        parts, hashes = _local_parts(name, row, Path(manual_dir))
+    source = {"corpus": name, "version": row.version, "documents": documents, "files": hashes}
     if heldout_fraction is not None:
         source["heldout_fraction"] = heldout_fraction
     about = {
@@ -277,7 +277,7 @@ def open_published(
             Part(_download(archive, downloads, progress), archive.members)
             for archive in row.archives
         ]
-        published = {archive.name for archive in row.archives} & set(files)
+        published = {archive.name for archive in row.archives} & set(hashes)
         size = row.member_size if published else None
         choices = Choices(documents, heldout_fraction, size)
         return read_parts(found, row.reader, choices, row.splits)
@@ -287,35 +287,35 @@ def open_published(
     )
 
 
-def _given(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[str, str]]:
+def _local_parts(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[str, str]]:
     """What manual_dir holds of the corpus, and the sha256 of each file by its published name."""
     if not folder.is_dir():
         raise ValueError(f"no folder at {str(folder)!r}; set {PATH} to one with {name!r}")
     parts: list[Part] = []
-    files: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for archive in row.archives:
         path = folder / archive.name
         if path.is_file():
-            files[archive.name] = files.sha256(path)
-            if files[archive.name] != archive.sha256:
+            hashes[archive.name] = files.sha256(path)
+            if hashes[archive.name] != archive.sha256:
                 raise ValueError(
-                    f"{path}: its sha256 {files[archive.name]} is not the published "
+                    f"{path}: its sha256 {hashes[archive.name]} is not the published "
                     f"{archive.sha256}; download it again from {archive.urls[0]} or remove it"
                 )
             parts.append(Part(path, archive.members))
     if parts:
-        return parts, files
+        return parts, hashes
     members = [m for archive in row.archives for m in archive.members.items()]
     for pattern, split in members + [(pattern, "") for pattern in row.also]:
         found = _find(folder, pattern)
         top = PurePosixPath(pattern).parent
         labels = {path: (top / path.name).as_posix() for path in found}
         parts += [Part(path, {label: split}) for path, label in labels.items()]
-        hashes = {label: files.sha256(path) for path, label in labels.items()}
-        if "*" in pattern and hashes:  # thousands of files; what sha256sum prints of them
-            listing = "".join(f"{hashes[label]}  {label}\n" for label in sorted(hashes))
-            hashes = {pattern: hashlib.sha256(listing.encode()).hexdigest()}
-        files |= hashes
+        matched = {label: files.sha256(path) for path, label in labels.items()}
+        if "*" in pattern and matched:  # thousands of files; what sha256sum prints of them
+            listing = "".join(f"{matched[label]}  {label}\n" for label in sorted(matched))
+            matched = {pattern: hashlib.sha256(listing.encode()).hexdigest()}
+        hashes |= matched
     if not parts:
         names = [archive.name for archive in row.archives]
         names += [m for m, _ in members if m not in names] + list(row.also)
@@ -324,7 +324,7 @@ def _given(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[st
             f"no file of corpus {name!r} in {str(folder)!r}; looked for {shown}; "
             f"put one there or leave out {PATH} to download"
         )
-    return parts, files
+    return parts, hashes
 
 
 def _find(folder: Path, pattern: str) -> list[Path]:

@@ -62,6 +62,10 @@ class Tokenizer:
         """Returns the ids of `text`, int32 [n]; ValueError for a character it cannot hold."""
         raise NotImplementedError
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns `encode` of each text."""
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: np.ndarray, mask: str = "░") -> str:
         """Returns the text of `ids` [n]; ids >= vocab_size are shown as `mask`, each in its place.
 
@@ -233,11 +237,19 @@ class Subwords(Tokenizer):
         raise NotImplementedError
 
     def encode(self, text: str) -> np.ndarray:
-        rows = [
-            np.asarray(self._library.encode(piece, add_special_tokens=False).ids, np.int32)
-            for piece in _pieces(text)
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text; the library encodes their pieces in threads of its own."""
+        pieces = [list(_pieces(text)) for text in texts]
+        encoded = self._library._tokenizer.encode_batch_fast(
+            list(itertools.chain.from_iterable(pieces)), add_special_tokens=False
+        )
+        rows = (np.asarray(encoding.ids, np.int32) for encoding in encoded)
+        return [
+            np.concatenate([np.zeros(0, np.int32), *itertools.islice(rows, len(parts))])
+            for parts in pieces
         ]
-        return np.concatenate([np.zeros(0, np.int32), *rows])
 
     def _as_published(self, path: str) -> Self:
         """Returns itself; ValueError if `path` meant the published files and these are others."""
