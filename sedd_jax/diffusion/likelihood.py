@@ -113,17 +113,10 @@ def bound(
     )
 
 
-def _diffusion(
-    key: jax.Array,
-    u: jax.Array,
-    examples: Examples,
-    score_fn: ScoreFn,
-    graph: Graph,
-    schedule: Schedule,
-    t_min: float,
-) -> tuple[jax.Array, jax.Array | None]:
+def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
     """The integral of dsigma/dt * score entropy over [t_min, 1], and that of the normalised one:
-    an estimate from each pass, at the noise levels u [passes, B]; [passes, B]."""
+    an estimate from each pass, at the noise levels u [passes, B]; [passes, B], the second or None.
+    """
     x0, _, is_token = examples
 
     def probe(key, x0, u, is_token):
@@ -163,15 +156,7 @@ def control_variate(cost: jax.Array, weight: jax.Array, mean_weight: jax.Array) 
     return (weight - mean_weight) * expected_cost
 
 
-def _reconstruction(
-    key: jax.Array,
-    passes: int,
-    examples: Examples,
-    score_fn: ScoreFn,
-    graph: Graph,
-    schedule: Schedule,
-    t_min: float,
-) -> jax.Array:
+def _reconstruction(key, passes, examples, score_fn, graph, schedule, t_min):
     """-log of the denoiser's probability of x0 at t_min, from each pass, [passes, B]."""
     x0 = examples.x0
     t = jnp.full((len(x0), 1), t_min)
