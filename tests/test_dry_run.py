@@ -15,8 +15,7 @@ from conftest import TINY, says
 from sedd_jax.configs import openwebtext_small, quickstart
 from sedd_jax.experiment import make_program
 from sedd_jax.parallel import sharding
-from sedd_jax.parallel.devices import device
-from sedd_jax.parallel.flops import matmul_flops
+from sedd_jax.parallel.devices import device, matmul_flops
 from sedd_jax.training.dry_run import describe, dry_run, hlo, parse_target
 
 VOCAB = 20

@@ -27,7 +27,7 @@ from sedd_jax.data import Records
 from sedd_jax.experiment import Program
 from sedd_jax.files import write_text
 from sedd_jax.inference import bounds
-from sedd_jax.parallel.devices import GIB, device
+from sedd_jax.parallel.devices import GIB, device, format_bytes, program_bytes
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ class Report:
     def compiled(self, train_step: jax.stages.Compiled) -> None:
         """Say what compiling took and what the step needs."""
         memory = train_step.memory_analysis()
-        need = "" if memory is None else f", {_bytes(memory) / GIB:.2f} GiB a device"
+        need = "" if memory is None else f", {format_bytes(program_bytes(memory))} a device"
         log.info("compiled in %.1f s%s", self.clock.seconds["compile"], need)
 
     def collect(self, metrics: dict[str, jax.Array]) -> None:
@@ -302,12 +302,6 @@ def lines_up_to(file: Path, step: int) -> str:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     return "".join(kept)
-
-
-def _bytes(memory: Any) -> int:
-    """What a device must hold at once for a compiled program."""
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
 
 
 def device_memory() -> dict[str, float]:
