@@ -25,7 +25,8 @@ from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
-from sedd_jax.parallel import flops, sharding
+from sedd_jax.parallel import sharding
+from sedd_jax.parallel.devices import matmul_flops
 from sedd_jax.parallel.sharding import Placement
 from sedd_jax.state import LossFn, TrainState
 
@@ -90,7 +91,7 @@ class Experiment:
         rows, length = self.batch_shape.tokens.shape
         tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         sigma = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
-        blocks = flops.matmul_flops(hidden, self.shape.params, tokens, sigma)
+        blocks = matmul_flops(hidden, self.shape.params, tokens, sigma)
         table = 2 * rows * length * self.graph.dim * self.config.model.hidden_size
         evaluated = evaluated_fraction(self.graph, self.schedule, self.config.objective.t_min)
         return 3 * (blocks + round(evaluated * table))

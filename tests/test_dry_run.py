@@ -18,8 +18,7 @@ from sedd_jax.diffusion.graphs import Absorbing, Uniform
 from sedd_jax.diffusion.schedules import Geometric, LogLinear
 from sedd_jax.experiment import evaluated_fraction
 from sedd_jax.parallel import sharding
-from sedd_jax.parallel.devices import device
-from sedd_jax.parallel.flops import matmul_flops
+from sedd_jax.parallel.devices import device, matmul_flops
 from sedd_jax.training.dry_run import describe, dry_run, hlo, parse_target
 
 VOCAB = 20

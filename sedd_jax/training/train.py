@@ -17,7 +17,7 @@ from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.parallel import processes, sharding
-from sedd_jax.parallel.devices import GIB, device
+from sedd_jax.parallel.devices import device, format_bytes, program_bytes
 from sedd_jax.runs import workdir as runs
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
@@ -150,11 +150,8 @@ def compile_step(experiment: Experiment, progress: Progress) -> jax.stages.Compi
     """The train step's executable; says what compiling took and what the step needs."""
     with progress.clock("compile"):
         compiled = experiment.compile()
-    memory, need = compiled.memory_analysis(), ""
-    if memory is not None:
-        outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        needed = memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes
-        need = f", {needed / GIB:.2f} GiB a device"
+    memory = compiled.memory_analysis()
+    need = "" if memory is None else f", {format_bytes(program_bytes(memory))} a device"
     log.info("compiled in %.1f s%s", progress.clock.seconds["compile"], need)
     return compiled
 
