@@ -4,9 +4,9 @@ Its files are those of the Hugging Face hub: config.json, model.safetensors and,
 vocab.json and merges.txt. Every tensor's name, shape and dtype is checked before one is read.
 """
 
+import contextlib
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from sedd_jax import hub
 from sedd_jax.config import DTYPES
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
+from sedd_jax.files import load_json
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
 
@@ -37,14 +38,14 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 VOCAB, MERGES = "vocab.json", "merges.txt"
 FILES = (WEIGHTS, INDEX, "model-*.safetensors", VOCAB, MERGES)  # and CONFIG
 
-# (field of the network, key of config.json)
-_SIZES = (
-    ("vocab_size", "vocab_size"),
-    ("positions", "n_positions"),
-    ("hidden_size", "n_embd"),
-    ("blocks", "n_layer"),
-    ("heads", "n_head"),
-)
+# Field of the network: key of config.json.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "positions": "n_positions",
+    "hidden_size": "n_embd",
+    "blocks": "n_layer",
+    "heads": "n_head",
+}
 # Keys that change the mathematics, each with the one value that the network computes, which is
 # also what an absent key means.
 _FIXED = {
@@ -56,29 +57,27 @@ _FIXED = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
-# (tensor, ours, shape in C, V and P positions). A layer is [in, out] in both; ours may split an
-# axis into heads, which leaves the order of the values alone.
-_TOP = (
-    ("wte.weight", "embedding", "V C"),
-    ("wpe.weight", "position", "P C"),
-    ("ln_f.weight", "norm/scale", "C"),
-    ("ln_f.bias", "norm/bias", "C"),
-)
-_BLOCK = (
-    ("h.{}.ln_1.weight", "blocks/norm_1/scale", "C"),
-    ("h.{}.ln_1.bias", "blocks/norm_1/bias", "C"),
-    ("h.{}.attn.c_attn.weight", "blocks/qkv/kernel", "C 3C"),
-    ("h.{}.attn.c_attn.bias", "blocks/qkv/bias", "3C"),
-    ("h.{}.attn.c_proj.weight", "blocks/out/kernel", "C C"),
-    ("h.{}.attn.c_proj.bias", "blocks/out/bias", "C"),
-    ("h.{}.ln_2.weight", "blocks/norm_2/scale", "C"),
-    ("h.{}.ln_2.bias", "blocks/norm_2/bias", "C"),
-    ("h.{}.mlp.c_fc.weight", "blocks/up/kernel", "C 4C"),
-    ("h.{}.mlp.c_fc.bias", "blocks/up/bias", "4C"),
-    ("h.{}.mlp.c_proj.weight", "blocks/down/kernel", "4C C"),
-    ("h.{}.mlp.c_proj.bias", "blocks/down/bias", "C"),
-)
-_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, and what it hides with
+# Our parameter -> (tensor, {} the block's number; its shape in C channels, V tokens, P positions).
+# A layer is [in, out] in both; ours may split an axis into heads, which keeps the order of values.
+_PARAMETERS = {
+    "embedding": ("wte.weight", "V C"),
+    "position": ("wpe.weight", "P C"),
+    "norm/scale": ("ln_f.weight", "C"),
+    "norm/bias": ("ln_f.bias", "C"),
+    "blocks/norm_1/scale": ("h.{}.ln_1.weight", "C"),
+    "blocks/norm_1/bias": ("h.{}.ln_1.bias", "C"),
+    "blocks/qkv/kernel": ("h.{}.attn.c_attn.weight", "C 3C"),
+    "blocks/qkv/bias": ("h.{}.attn.c_attn.bias", "3C"),
+    "blocks/out/kernel": ("h.{}.attn.c_proj.weight", "C C"),
+    "blocks/out/bias": ("h.{}.attn.c_proj.bias", "C"),
+    "blocks/norm_2/scale": ("h.{}.ln_2.weight", "C"),
+    "blocks/norm_2/bias": ("h.{}.ln_2.bias", "C"),
+    "blocks/up/kernel": ("h.{}.mlp.c_fc.weight", "C 4C"),
+    "blocks/up/bias": ("h.{}.mlp.c_fc.bias", "4C"),
+    "blocks/down/kernel": ("h.{}.mlp.c_proj.weight", "4C C"),
+    "blocks/down/bias": ("h.{}.mlp.c_proj.bias", "C"),
+}
+_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, and its score
 _HEAD = "lm_head.weight"
 _STORED = ("F32", "F16", "BF16")  # float32 holds each of them exactly
 
@@ -99,7 +98,7 @@ class Scorer:
 
         tokens int32 [N, L]; L at least 2 and at most the network's positions.
         """
-        tokens = self._check(tokens, least=2)
+        tokens = self._check(tokens, min_length=2)
         return self._over_batches(self._nats, batch_size, progress, tokens)
 
     def features(
@@ -112,14 +111,14 @@ class Scorer:
     ) -> np.ndarray:
         """Last hidden state at the last token of each row, float32 [N, C]: MAUVE's features.
 
-        tokens int32 [N, L], filled up on the right from lengths[n] on with any ids, which change
+        tokens int32 [N, L], padded on the right from lengths[n] on with any ids, which change
         nothing; lengths int [N], None where every row is full.
         """
-        tokens = self._check(tokens, least=1)
+        tokens = self._check(tokens, min_length=1)
         count, length = tokens.shape
         lengths = np.full(count, length) if lengths is None else np.asarray(lengths)
-        integers = np.issubdtype(lengths.dtype, np.integer)
-        if lengths.shape != (count,) or not integers or not _inside(lengths, 1, length):
+        is_integer = np.issubdtype(lengths.dtype, np.integer)
+        if lengths.shape != (count,) or not is_integer or not _is_within(lengths, 1, length):
             raise ValueError(
                 f"lengths must be {count} integers in [1, {length}], one for each row of tokens, "
                 f"not {lengths.dtype} {list(lengths.shape)}"
@@ -134,38 +133,33 @@ class Scorer:
     @functools.cached_property
     def _features(self) -> Callable:
         @jax.jit
-        def run(params, tokens, last):
+        def features(params, tokens, last):
             hidden = self.network.apply({"params": params}, tokens)
             return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
-        return run
+        return features
 
-    def _over_batches(self, call, batch_size, progress, *arrays):
+    def _over_batches(self, fn, batch_size, progress, *arrays):
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
         count = len(arrays[0])
         results = []
         starts = range(0, count, batch_size)
         for start in tqdm(starts, desc="score", unit="batch", disable=not progress):
-            # The last batch is filled up with rows that are dropped again: one shape compiles once.
+            # The last batch repeats the last row, dropped below, so that one shape is compiled.
             rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-            results.append(np.asarray(call(self.params, *(array[rows] for array in arrays))))
+            results.append(np.asarray(fn(self.params, *(array[rows] for array in arrays))))
         return np.concatenate(results)[:count]
 
-    def _check(self, tokens, least):
-        tokens = np.asarray(tokens)
-        if tokens.ndim != 2 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
+    def _check(self, tokens, min_length):
+        tokens = check_token_rows(tokens)
+        length, max_length = tokens.shape[1], self.network.positions
+        if not min_length <= length <= max_length:
             raise ValueError(
-                f"tokens must be integers [N, L] with N at least 1, not {tokens.dtype} "
-                f"{list(tokens.shape)}"
+                f"{length} tokens in a row are not in [{min_length}, {max_length}], what "
+                f"{self.name} can score; cut the rows"
             )
-        length, most = tokens.shape[1], self.network.positions
-        if not least <= length <= most:
-            raise ValueError(
-                f"{length} tokens in a row are not in [{least}, {most}], what {self.name} can "
-                "score; cut the rows"
-            )
-        if not _inside(tokens, 0, self.network.vocab_size - 1):
+        if not _is_within(tokens, 0, self.network.vocab_size - 1):
             raise ValueError(
                 f"token ids from {tokens.min()} to {tokens.max()} are not in "
                 f"[0, {self.network.vocab_size}); encode the text with GPT-2's tokenizer"
@@ -173,88 +167,85 @@ class Scorer:
         return tokens.astype(np.int32)
 
 
-def _inside(array, least, most):
-    return least <= array.min() and array.max() <= most
+def check_token_rows(tokens: np.ndarray, min_length: int = 0) -> np.ndarray:
+    """The tokens as an array; ValueError unless integers [N, L], N >= 1 and L >= min_length."""
+    tokens = np.asarray(tokens)
+    is_integer = np.issubdtype(tokens.dtype, np.integer)
+    if not is_integer or tokens.ndim != 2 or not len(tokens) or tokens.shape[1] < min_length:
+        raise ValueError(
+            f"tokens must be integers [N, L] with N at least 1 and L at least {min_length}, not "
+            f"{tokens.dtype} {list(tokens.shape)}"
+        )
+    return tokens
+
+
+def _is_within(array, lowest, highest):
+    return lowest <= array.min() and array.max() <= highest
 
 
 def load_scorer(name: str, *, dtype: str = "float32") -> Scorer:
     """The GPT-2 called name: a row of SCORERS, a hub id owner/name@revision, or a folder.
 
-    dtype is that of the matrix products: float32 or bfloat16. Files from the hub are kept in
-    Hugging Face's cache, and taken from there when there is no network. ValueError for a name that
-    leads nowhere, or files that are not a whole GPT-2.
+    dtype is that of the matmuls: float32 or bfloat16. Files from the hub go to Hugging Face's
+    cache, and are taken from there when there is no network. ValueError for a name that leads
+    nowhere, or files that are not a whole GPT-2.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
-    full_name, folder = _find(str(name))
-    network = _network(folder / CONFIG, DTYPES[dtype])
-    shape = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    flat = _read(folder, network, flax.traverse_util.flatten_dict(shape, sep="/"))
-    # One by one, so that memory never holds everything twice.
-    flat = {key: jnp.asarray(flat.pop(key)) for key in list(flat)}
-    params = flax.traverse_util.unflatten_dict(flat, sep="/")
-    return Scorer(full_name, network, params, _tokenizer(folder, network))
+    full_name, folder = _locate(str(name))
+    network = _read_network(folder / CONFIG, DTYPES[dtype])
+    return Scorer(full_name, network, _read_params(folder, network), _tokenizer(folder, network))
 
 
-def _find(name: str) -> tuple[str, Path]:
-    """The full name of a scorer, and the folder that holds its files."""
-    found = hub.parse(SCORERS.get(name, name))
+def _locate(name: str) -> tuple[str, Path]:
+    """The full name of a scorer, and the folder of its files."""
     if name not in SCORERS and Path(name).is_dir():
         return name, Path(name)
-    if found is None or found[1] is None:
+    repository, revision = hub.parse(SCORERS.get(name, name)) or (None, None)
+    if revision is None:
         raise ValueError(
             f"no scorer {name!r}: neither a folder, nor owner/name@revision on the hub, nor one of "
             f"{', '.join(SCORERS)}"
         )
-    repository, revision = found
     folder = hub.download(repository, revision, [CONFIG], optional=FILES)
     return f"{repository}@{folder.name}", folder  # a snapshot's folder is called by its commit
 
 
-def _one_line(error: Exception, most: int = 200) -> str:
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    return line if len(line) <= most else line[: most - 3] + "..."
-
-
-def _load_json(file: Path) -> dict:
+def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(
             f"no {file.name} in {str(file.parent)!r}; give the folder of a GPT-2 saved by "
             "Hugging Face's save_pretrained"
         )
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        raise ValueError(f"cannot read {str(file)!r}: {_one_line(error)}; get it again") from error
+    return load_json(file.read_bytes(), repr(str(file)))
 
 
-def _network(file: Path, dtype: jnp.dtype) -> GPT2:
+def _read_network(file: Path, dtype: jnp.dtype) -> GPT2:
     """The network that config.json describes."""
-    config = _load_json(file)
+    config, where = _read_json(file), repr(str(file))
     if config.get("model_type") != "gpt2":
         raise ValueError(
-            f"{str(file)!r} describes a model of type {config.get('model_type')!r}, not 'gpt2'; "
-            "give a GPT-2"
+            f"{where} describes a model of type {config.get('model_type')!r}, not 'gpt2'; give a "
+            "GPT-2"
         )
-    sizes = {ours: config.get(key) for ours, key in _SIZES}
-    for ours, key in _SIZES:
-        # type, because True is an int to isinstance
-        if type(sizes[ours]) is not int or sizes[ours] < 1:
-            raise ValueError(f"{key} {sizes[ours]!r} in {str(file)!r} is no integer above 0")
-    size, heads = sizes["hidden_size"], sizes["heads"]
-    if size % heads:
-        raise ValueError(f"n_embd {size} in {str(file)!r} is not divisible by n_head {heads}")
+    sizes = {field: config.get(key) for field, key in _SIZES.items()}
+    for field, size in sizes.items():
+        if type(size) is not int or size < 1:  # type, because True is an int to isinstance
+            raise ValueError(f"{_SIZES[field]} {size!r} in {where} is no integer above 0")
+    channels, heads = sizes["hidden_size"], sizes["heads"]
+    if channels % heads:
+        raise ValueError(f"n_embd {channels} in {where} is not divisible by n_head {heads}")
     for key, value in {**_FIXED, "n_ctx": sizes["positions"]}.items():
         if config.get(key, value) != value:
             raise ValueError(
-                f"{key} {config[key]!r} in {str(file)!r} is not {value!r}, all that this network "
+                f"{key} {config[key]!r} in {where} is not {value!r}, all that this network "
                 "computes; give a GPT-2 with that"
             )
     inner = config.get("n_inner")
-    if inner not in (None, gpt2.MLP_RATIO * size):
+    if inner not in (None, gpt2.MLP_RATIO * channels):
         raise ValueError(
-            f"n_inner {inner!r} in {str(file)!r} is neither null nor {gpt2.MLP_RATIO} n_embd = "
-            f"{gpt2.MLP_RATIO * size}; give a GPT-2 with that"
+            f"n_inner {inner!r} in {where} is neither null nor {gpt2.MLP_RATIO} n_embd = "
+            f"{gpt2.MLP_RATIO * channels}; give a GPT-2 with that"
         )
     return GPT2(**sizes, dtype=dtype)
 
@@ -275,74 +266,84 @@ def _weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the files that its index names."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
+    index = folder / INDEX
+    if not index.is_file():
         raise ValueError(
             f"no {WEIGHTS} in {str(folder)!r}; give the folder of a GPT-2 saved by Hugging Face's "
             "save_pretrained (pytorch_model.bin is not read)"
         )
-    places = _load_json(folder / INDEX).get("weight_map")
-    names = set(places.values()) if isinstance(places, dict) else {None}
-    wrong = [n for n in names if not isinstance(n, str) or Path(n).name != n]
-    if wrong or not names:
-        raise ValueError(f"{str(folder / INDEX)!r} has no weight_map to files; get it again")
-    missing = sorted(name for name in names if not (folder / name).is_file())
+    weight_map = _read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    # A name alone: a path could lead out of the folder.
+    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(f"{str(index)!r} has no weight_map to files; get it again")
+    files = [folder / name for name in sorted(set(names))]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise ValueError(f"{', '.join(missing)} not in {str(folder)!r}; get them again")
-    return [folder / name for name in sorted(names)]
+    return files
 
 
-def _read(folder: Path, network: GPT2, wanted: Mapping) -> dict[str, np.ndarray]:
-    """Our parameters by their names, float32; wanted holds their shapes."""
-    letters = {"C": network.hidden_size, "V": network.vocab_size, "P": network.positions}
-
-    def shape(words):
-        return [int(word[:-1] or 1) * letters[word[-1]] for word in words.split()]
-
-    places = {name: (ours, ..., shape(words)) for name, ours, words in _TOP}
-    for i in range(network.blocks):
-        places |= {name.format(i): (ours, i, shape(words)) for name, ours, words in _BLOCK}
-    expected = {name: words for name, (_, _, words) in places.items()}
-    head = {_HEAD: expected["wte.weight"]}
-
+def _read_params(folder: Path, network: GPT2) -> Any:
+    """The parameters, float32; every tensor's name, dtype and shape is checked before one is read."""
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
     files = _weight_files(folder)
+    params = {}
     try:
-        found = _headers(files)
-        _check_tensors(folder, found, expected, optional=head)
-        flat = {ours: np.empty(leaf.shape, np.float32) for ours, leaf in wanted.items()}
-        for name, tensor in _tensors(found, expected):
-            ours, block, _ = places[name]
-            flat[ours][block] = tensor.reshape(flat[ours][block].shape)
-        for _, tensor in _tensors(found, head):
-            if not np.array_equal(tensor.astype(np.float32), flat["embedding"]):
-                raise ValueError(
-                    f"{_HEAD} in {str(folder)!r} differs from wte.weight; give a GPT-2 whose "
-                    "output matrix is its embedding"
-                )
+        with contextlib.ExitStack() as stack:
+            tensors = _open_tensors(files, stack)
+            _check_tensors(folder, tensors, network)
+            for path, (template, _) in _PARAMETERS.items():  # one by one: nothing is held twice
+                parts = [tensors[name][:] for name in _tensor_names(template, network)]
+                leaf = np.stack(parts, dtype=np.float32).reshape(shapes[path].shape)
+                params[path] = jnp.asarray(leaf)
+            if _HEAD in tensors:
+                head = tensors[_HEAD][:].astype(np.float32)
+                if not np.array_equal(head, params["embedding"]):
+                    raise ValueError(
+                        f"{_HEAD} in {str(folder)!r} differs from wte.weight; give a GPT-2 whose "
+                        "output matrix is its embedding"
+                    )
     except (SafetensorError, OSError) as error:
         names = ", ".join(str(file) for file in files)
-        raise ValueError(f"cannot read {names}: {_one_line(error)}; get it again") from error
-    return flat
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"cannot read {names}: {reason}; get it again") from error
+    return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
-def _headers(files: list[Path]) -> dict[str, tuple]:
-    """Each tensor's (file, name there, dtype, shape) by its name without "transformer."."""
-    found = {}
+def _tensor_names(template: str, network: GPT2) -> list[str]:
+    return [template.format(i) for i in range(network.blocks if "{}" in template else 1)]
+
+
+def _open_tensors(files: list[Path], stack: contextlib.ExitStack) -> dict[str, Any]:
+    """safetensors' slices by the tensors' names without "transformer."; none is read yet."""
+    tensors = {}
     for file in files:
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
-                bare, part = name.removeprefix("transformer."), tensors.get_slice(name)
-                if bare in found:
-                    raise ValueError(
-                        f"tensor {name} is in {str(file.parent)!r} twice; get it again"
-                    )
-                found[bare] = (file, name, part.get_dtype(), part.get_shape())
-    return found
+        opened = stack.enter_context(safe_open(file, framework="numpy"))
+        for name in opened.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
+            bare = name.removeprefix("transformer.")
+            if bare in tensors:
+                raise ValueError(f"tensor {name} is in {str(file.parent)!r} twice; get it again")
+            tensors[bare] = opened.get_slice(name)
+    return tensors
 
 
-def _check_tensors(folder: Path, found: Mapping, expected: Mapping, optional: Mapping) -> None:
-    missing = sorted(expected.keys() - found.keys())
+def _check_tensors(folder: Path, tensors: Mapping[str, Any], network: GPT2) -> None:
+    """ValueError unless the names, shapes and dtypes are those of the network."""
+    sizes = {"C": network.hidden_size, "V": network.vocab_size, "P": network.positions}
+
+    def shape(words: str) -> list[int]:
+        return [int(word[:-1] or 1) * sizes[word[-1]] for word in words.split()]
+
+    expected = {
+        name: shape(words)
+        for template, words in _PARAMETERS.values()
+        for name in _tensor_names(template, network)
+    }
+    missing = sorted(expected.keys() - tensors.keys())
     extra = sorted(
-        n for n in found.keys() - expected.keys() - optional.keys() if not _BUFFER.fullmatch(n)
+        name for name in tensors.keys() - expected.keys() - {_HEAD} if not _BUFFER.fullmatch(name)
     )
     for fault, names in (("lacks", missing), ("has a tensor too many:", extra)):
         if names:
@@ -351,27 +352,16 @@ def _check_tensors(folder: Path, found: Mapping, expected: Mapping, optional: Ma
                 f"the model in {str(folder)!r} {fault} {names[0]}{more}; its weights and "
                 f"{CONFIG} must be of one GPT-2"
             )
-    for name, shape in {**expected, **optional}.items():
-        if name not in found:
-            continue
-        _, _, stored, actual = found[name]
+    if _HEAD in tensors:
+        expected[_HEAD] = expected["wte.weight"]
+    for name, needed in expected.items():
+        stored, actual = tensors[name].get_dtype(), list(tensors[name].get_shape())
         if stored not in _STORED:
             raise ValueError(
                 f"{name} in {str(folder)!r} is stored as {stored}; known: {', '.join(_STORED)}"
             )
-        if list(actual) != shape:
+        if actual != needed:
             raise ValueError(
-                f"{name} in {str(folder)!r} has shape {list(actual)}, not {shape}; its weights "
-                f"and {CONFIG} must be of one GPT-2"
+                f"{name} in {str(folder)!r} has shape {actual}, not {needed}; its weights and "
+                f"{CONFIG} must be of one GPT-2"
             )
-
-
-def _tensors(found: Mapping, names: Mapping):
-    """(name, array) of those names that were found, a file opened once."""
-    by_file = {}
-    for name in found.keys() & names.keys():
-        by_file.setdefault(found[name][0], []).append(name)
-    for file, mine in by_file.items():
-        with safe_open(file, framework="numpy") as tensors:
-            for name in sorted(mine):
-                yield name, tensors.get_tensor(found[name][1])
