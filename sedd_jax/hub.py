@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what is named owner/name@revision. Floor 1: standard library.
+"""The Hugging Face hub: what is named owner/name@revision.
 
 huggingface_hub is imported by the calls that need it; its cache, HF_HOME, HF_HUB_OFFLINE and
 HF_TOKEN mean here what they mean there.

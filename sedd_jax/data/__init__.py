@@ -1,4 +1,9 @@
-"""Data: corpora, tokenizers, packed records, batches, templates. Floor 1: no jax, no other room."""
+"""Data: corpora, tokenizers, packed records, batches, templates. Does not import jax.
+
+The order inside, each module importing from those before it:
+detokenizers, corpora -> subwords, tokenizers -> records -> prepare, pipeline, templates;
+corpora -> documents -> published; catalogue, which knows every corpus by name, is last.
+"""
 
 from sedd_jax.data.catalogue import CORPORA, make_corpus, make_records, text_source
 from sedd_jax.data.corpora import Corpus

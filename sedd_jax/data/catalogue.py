@@ -1,4 +1,4 @@
-"""Every corpus by name. Floor 1.
+"""Every corpus by name.
 
 A published corpus is a row of PUBLISHED; one's own text and the text inside CPython are here.
 """

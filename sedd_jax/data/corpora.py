@@ -1,4 +1,4 @@
-"""Corpora: documents by split, and the two that need no archive. Floor 1: standard library only."""
+"""Corpora: documents by split, and the two that need no archive."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Detokenizers: the published, word-tokenized corpora back to running text. Floor 1: `re` only.
+"""Detokenizers: the published, word-tokenized corpora back to running text.
 
 They are part of what a zero-shot number means, so each does exactly what Lou et al.'s code does
 (which took them from earlier evaluations), its peculiarities included. A new one is a function

@@ -1,4 +1,4 @@
-"""Documents of a published corpus: read from its files, kept by TFDS, read at random. Floor 1.
+"""Documents of a published corpus: read from its files, kept by TFDS, read at random.
 
 TensorFlow Datasets and array_record are imported where they are used: they are slow to import.
 TensorFlow is never needed.

@@ -1,4 +1,4 @@
-"""Batches: grain reads the records in an order that is a pure function of (seed, step). Floor 1.
+"""Batches: grain reads the records in an order that is a pure function of (seed, step).
 
 So a run resumes from its step alone, on any number of processes.
 """

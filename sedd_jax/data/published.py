@@ -1,4 +1,4 @@
-"""Published corpora: where their files are, what they must hash to, and how to open them. Floor 1.
+"""Published corpora: where their files are, what they must hash to, and how to open them.
 
 A new corpus is a row in PUBLISHED, and a reader in documents.READERS if its files need one.
 """

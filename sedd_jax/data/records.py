@@ -2,7 +2,7 @@
 
 A folder of records holds fingerprint.json (what it was made from), tokenizer.json and, for each
 split, SPLIT/blocks-*.array_record with one block a record. It is self-contained and never
-rewritten. Floor 1.
+rewritten.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Vocabularies of the subword tokenizers: read, downloaded or trained. Floor 1: standard library.
+"""Vocabularies of the subword tokenizers: read, downloaded or trained.
 
 sentencepiece is imported by the call that needs it. `path` is data.tokenizer_path everywhere.
 """

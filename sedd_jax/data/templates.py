@@ -1,4 +1,4 @@
-"""Templates: text with free positions -> (tokens, is_known), what infilling is given. Floor 1."""
+"""Templates: text with free positions -> (tokens, is_known), what infilling is given."""
 
 import re
 

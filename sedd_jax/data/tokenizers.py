@@ -1,4 +1,4 @@
-"""Tokenizers: text <-> int32 ids. Floor 1: numpy; `tokenizers`, `sentencepiece` where a row needs it.
+"""Tokenizers: text <-> int32 ids.
 
 The diffusion's mask id is `vocab_size` and belongs to no tokenizer; `decode` shows it as "░".
 A new tokenizer is a subclass of Tokenizer and a row in TOKENIZERS.
