@@ -6,7 +6,7 @@
 What is worth most comes first: the device's ceilings, training at two batch sizes, sampling, then
 the largest batch that fits and longer samples. Each group of rows has a process of its own, which
 has the whole accelerator; a row that does not fit the budget says so. JSON is written after every
-row. Columns and what is timed are those of step_time.py, sample_time.py and memory.py.
+row. Columns and what is timed are those of compare.py.
 
 The largest batch is a power of two: the first guess is a line through the peaks of the batches
 before it, then it is doubled or halved until one fits and the next does not (or was not tried).
@@ -56,6 +56,7 @@ class Bench:
         self.json, self.dtype = options.json, options.dtype
         self.ceilings = measure.Ceilings()
         self.about: dict[str, Any] = {}
+        self.flops: dict[str, int] = {}  # of a network call for one sequence, by size
         self.rows: list[dict[str, Any]] = []
 
     @property
@@ -84,7 +85,7 @@ class Bench:
             found = {
                 "about": self.about,
                 "dtype": self.dtype,
-                "ceilings": self.ceilings.found,
+                "ceilings": self.ceilings.by_framework,
                 "rows": self.rows,
             }
             self.json.write_text(json.dumps(found, indent=1))
@@ -113,7 +114,6 @@ def main() -> None:
         raise SystemExit(f"unknown size {', '.join(unknown)}; known: {', '.join(PLANS)}")
     bench = Bench(options)
     whole = (("XLA_PYTHON_CLIENT_PREALLOCATE", "true"), ("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95"))
-    options.cores = 0
     sides = [
         dataclasses.replace(side, environment=whole + side.environment)
         for side in measure.sides_of(options)
@@ -147,8 +147,11 @@ def open_worker(bench: Bench, name: str, side: Side) -> Worker:
     worker = Worker(side, measure.SIZES[name])
     if bench.left > 0.0 and side.name not in bench.about:
         bench.about[side.name] = bench.call(worker, "about")
-        if side.framework not in bench.ceilings.found:
-            bench.ceilings.found[side.framework] = bench.call(worker, "ceilings")
+        if side.framework not in bench.ceilings.by_framework:
+            bench.ceilings.by_framework[side.framework] = bench.call(worker, "ceilings")
+    if bench.left > 0.0 and side.kind == "ours" and name not in bench.flops:
+        length = PLANS[name].length
+        bench.flops[name] = bench.call(worker, "forward_flops", length=length)
     return worker
 
 
@@ -180,7 +183,7 @@ def _row(bench: Bench, row: dict[str, Any], timed: Callable[[], dict[str, Any]])
 
 
 def _train_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> bool:
-    plan, size = PLANS[row["size"]], measure.SIZES[row["size"]]
+    plan, flops = PLANS[row["size"]], bench.flops.get(row["size"], 0)
     batch = {"batch_size": row["batch_size"], "length": plan.length}
 
     def timed():
@@ -195,7 +198,7 @@ def _train_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> bool:
             "seconds": seconds,
             "turns": turns,
             "tokens_a_second": batch["batch_size"] * plan.length / seconds,
-            "flops_a_second": size.training_flops(**batch) / seconds,
+            "flops_a_second": 3 * flops * batch["batch_size"] / seconds,
             "peak_bytes": bench.call(worker, "memory")["peak"],
             **told,
         }
@@ -252,7 +255,7 @@ def sample(bench: Bench, name: str, side: Side, batches: Any, steps: int) -> Non
 
 
 def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> None:
-    plan, size = PLANS[row["size"]], measure.SIZES[row["size"]]
+    plan, flops = PLANS[row["size"]], bench.flops.get(row["size"], 0)
     batch = {"batch_size": row["batch_size"], "length": plan.length}
     calls = row["steps"] + 1
 
@@ -268,7 +271,7 @@ def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> None:
             "turns": turns,
             "steps_a_second": 1.0 / seconds,
             "tokens_a_second": batch["batch_size"] * plan.length / (calls * seconds),
-            "flops_a_second": size.forward_flops(**batch) / seconds,
+            "flops_a_second": flops * batch["batch_size"] / seconds,
             "compiles": answer["compiles"],
             "masked": answer["masked"],
             "peak_bytes": bench.call(worker, "memory")["peak"],
@@ -280,7 +283,7 @@ def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> None:
 
 def tables(bench: Bench, names: list[str]) -> str:
     """Training, sampling and the ceilings."""
-    rate = bench.ceilings.flops(bench.dtype) if bench.ceilings.found else 0.0
+    rate = bench.ceilings.flops(bench.dtype) if bench.ceilings.by_framework else 0.0
     devices = {about["device"] for about in bench.about.values()}
     frameworks = dict.fromkeys(about["framework"] for about in bench.about.values())
     parts = [f"\n{', '.join(devices)}; {', '.join(frameworks)}; {bench.dtype}"]
@@ -291,7 +294,7 @@ def tables(bench: Bench, names: list[str]) -> str:
         cells = [_cells(bench, row, rate, names[0]) for row in rows]
         if cells:
             parts.append(measure.table(cells))
-    if bench.ceilings.found:
+    if bench.ceilings.by_framework:
         parts.append(bench.ceilings.text())
     return "\n\n".join(parts)
 

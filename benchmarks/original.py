@@ -104,7 +104,7 @@ class Original:
 
     # --- training
 
-    def start_training(self, batch_size: int, length: int) -> dict[str, float]:
+    def start_training(self, batch_size: int, length: int) -> dict[str, Any]:
         torch = self.torch
         self._forget()
         config, graph, noise, network = self._build(length)
@@ -124,7 +124,9 @@ class Original:
         shape = (batch_size, length)
         self.batch = torch.randint(0, self.size["vocab_size"], shape, device=self.device)
         parameters = sum(p.numel() for p in network.parameters())
-        return {"state_bytes": 16 * parameters, "temporary_bytes": None}  # with AdamW's two, EMA
+        # Weights, AdamW's two moments and the average.
+        sizes = {"state_bytes": 16 * parameters, "temporary_bytes": None}
+        return sizes | {"parameters": parameters}
 
     def train(self, steps: int) -> float:
         for _ in range(steps):
@@ -134,10 +136,11 @@ class Original:
 
     # --- sampling
 
-    def start_sampling(self, batch_size: int, length: int) -> None:
+    def start_sampling(self, batch_size: int, length: int) -> dict[str, int]:
         self._forget()
         _, self.graph, self.noise, self.network = self._build(length)
         self.shape = (batch_size, length)
+        return {"parameters": sum(p.numel() for p in self.network.parameters())}
 
     def sample(self, steps: int) -> int:
         run = self.sampling.get_pc_sampler(
@@ -148,7 +151,7 @@ class Original:
 
     # --- the device
 
-    def product(self, side: int, dtype: str) -> Any:
+    def matmul(self, side: int, dtype: str) -> Any:
         torch = self.torch
         a, b = torch.randn(2, side, side, device=self.device).to(getattr(torch, dtype))
 

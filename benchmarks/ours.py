@@ -4,7 +4,7 @@ Lives in a process of its own (worker.py). The checkout is named: `sedd_jax` and
 are read from there, whatever is installed.
 """
 
-import contextlib
+import dataclasses
 import importlib
 import importlib.util
 import sys
@@ -16,8 +16,11 @@ import numpy as np
 
 def _first_module(*names: str) -> Any:
     """The first of the package's modules that the checkout has: they moved after version 0.1.0."""
+    root = Path(importlib.import_module("sedd_jax").__file__).parent
     for name in names:
-        with contextlib.suppress(ModuleNotFoundError):
+        path = root.joinpath(*name.split("."))
+        # By its file: an editable installation would find the module of another checkout.
+        if path.is_dir() or path.with_suffix(".py").is_file():
             return importlib.import_module(f"sedd_jax.{name}")
     raise ModuleNotFoundError(f"the checkout has none of {', '.join(names)}")
 
@@ -32,9 +35,7 @@ class Ours:
         from sedd_jax import config
         from sedd_jax.configs import base
 
-        self.jax, self.configuration = jax, config
-        self.experiment = _first_module("experiment", "program")
-        self.make = _first_module("experiment", "config")  # of a config's parts
+        self.jax, self.configuration, self.base = jax, config, base.get_config
         self.device = jax.devices()[0]
         self.is_accelerator = self.device.platform != "cpu"
         self.size = size
@@ -47,7 +48,6 @@ class Ours:
             "model.dtype": side["dtype"],
             **dict(side["values"]),
         }
-        self.base = base.get_config
         self.compiles = 0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
@@ -65,42 +65,50 @@ class Ours:
             "sheet_flops": sheet and sheet.flops,
         }
 
-    def _config(self, batch_size: int, length: int) -> Any:
+    def _experiment(self, batch_size: int, length: int, **changes: Any) -> Any:
+        """What the config means on one device: nothing is allocated."""
         batch = {"train.batch_size": batch_size, "data.length": length}
-        return self.configuration.with_values(self.base(), {**batch, **self.values})
+        config = self.configuration.with_values(self.base(), batch | self.values | changes)
+        make_mesh = _first_module("parallel.sharding", "sharding").make_mesh
+        mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [self.device])
+        module = _first_module("experiment", "program")
+        make = getattr(module, "make_experiment", None) or module.make_program
+        return make(config, self.size["vocab_size"], mesh)
+
+    def forward_flops(self, length: int) -> int:
+        """Operations of one network call with every logit, a sequence: uniform noise needs all.
+
+        A third of the package's own count of a training step.
+        """
+        every_logit = {"graph.name": "uniform", "graph.scale_by_sigma": False}
+        return self._experiment(1, length, **every_logit, **{"train.microbatches": 1}).flops // 3
 
     # --- training
 
-    def start_training(self, batch_size: int, length: int) -> dict[str, float]:
-        """The state on the device and the compiled step; bytes of the state and as compiled."""
+    def start_training(self, batch_size: int, length: int) -> dict[str, Any]:
+        """The state on the device and the compiled step; parameters, bytes, bytes as compiled."""
         from sedd_jax.data import Blocks
 
         jax = self.jax
         self.state = self.step = None  # of another batch
-        config = self._config(batch_size, length)
-        make_mesh = _first_module("parallel.sharding", "sharding").make_mesh
-        mesh = make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, [self.device])
-        make = getattr(self.experiment, "make_experiment", None) or self.experiment.make_program
-        program = make(config, self.size["vocab_size"], mesh)
+        experiment = self._experiment(batch_size, length)
 
         def start():
-            state = program.fresh()
-            params = self._filled(state.params)
+            state = experiment.fresh()
+            params = self._without_zeros(state.params)
             return state.replace(params=params, ema=jax.tree.map(jax.numpy.copy, params))
 
-        self.state = jax.jit(start, out_shardings=program.shardings)()
+        self.state = jax.jit(start, out_shardings=experiment.shardings)()
         drawn = np.random.default_rng(0).integers(
             self.size["vocab_size"], size=(batch_size, length), dtype=np.int32
         )
-        rows = program.batch_shape.tokens.sharding
-        self.batch = Blocks(jax.device_put(drawn, rows))
-        self.key = program.keys["train"]
-        self.step = program.compile()
-        memory = self.step.memory_analysis()
+        self.batch = Blocks(jax.device_put(drawn, experiment.batch_shape.tokens.sharding))
+        self.key = experiment.keys["train"]
+        self.step = experiment.compile()
         return {
+            "parameters": self._count(self.state.params),
             "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)),
-            "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
-            "traced_flops": program.flops,
+            "temporary_bytes": getattr(self.step.memory_analysis(), "temp_size_in_bytes", None),
         }
 
     def train(self, steps: int) -> float:
@@ -112,28 +120,18 @@ class Ours:
 
     # --- sampling
 
-    def start_sampling(self, batch_size: int, length: int) -> None:
-        """A model with random weights."""
+    def start_sampling(self, batch_size: int, length: int) -> dict[str, Any]:
+        """A model with random weights; its parameters."""
         SEDD = _first_module("inference.model", "api").SEDD
-        config = self._config(batch_size, length)
-        graph = self.make.make_graph(config, self.size["vocab_size"])
-        network = self.make.make_model(config, graph)
-
-        def start():
-            key = self.jax.random.key(config.seed)
-            return self._filled(self.make.init_params(config, network, key))
-
-        self.model = SEDD(
-            network=network,
-            params=self.jax.jit(start)(),
-            graph=graph,
-            schedule=self.make.make_schedule(config),
-            tokenizer=None,
-            length=length,
-            # An older package's SEDD holds the config.
-            **({"config": config, "step": None} if "config" in SEDD.__annotations__ else {}),
-        )
+        experiment = self._experiment(batch_size, length)
+        parts = {name: getattr(experiment, name, None) for name in ("config", "graph", "schedule")}
+        parts |= {"network": experiment.network, "length": length, "tokenizer": None, "step": None}
+        start = self.jax.jit(lambda: self._without_zeros(experiment.fresh().params))
+        parts["params"] = start()
+        fields = {field.name for field in dataclasses.fields(SEDD)}
+        self.model = SEDD(**{name: part for name, part in parts.items() if name in fields})
         self.batch_size, self.seed = batch_size, 0
+        return {"parameters": self._count(self.model.params)}
 
     def sample(self, steps: int) -> int:
         """Draw a batch; how many of its tokens are none of the vocabulary's: 0."""
@@ -143,7 +141,7 @@ class Ours:
         )
         return int((tokens >= self.size["vocab_size"]).sum())
 
-    def _filled(self, params: Any) -> Any:
+    def _without_zeros(self, params: Any) -> Any:
         """What starts at zero - head, modulation - drawn instead, so that scores are not trivial."""
         jax = self.jax
         leaves, treedef = jax.tree.flatten(params)
@@ -154,9 +152,12 @@ class Ours:
         ]
         return jax.tree.unflatten(treedef, drawn)
 
+    def _count(self, params: Any) -> int:
+        return sum(leaf.size for leaf in self.jax.tree.leaves(params))
+
     # --- the device
 
-    def product(self, side: int, dtype: str) -> Any:
+    def matmul(self, side: int, dtype: str) -> Any:
         """A function that multiplies two matrices and waits."""
         jax, jnp = self.jax, self.jax.numpy
         a, b = jax.random.normal(jax.random.key(0), (2, side, side)).astype(dtype)
@@ -178,8 +179,8 @@ class Ours:
 
     def device_memory(self) -> dict[str, int] | None:
         """Bytes in use of the accelerator, at most and now; None on a CPU."""
-        found = self.device.memory_stats() if self.is_accelerator else None
-        return found and {"peak": found["peak_bytes_in_use"], "now": found["bytes_in_use"]}
+        stats = self.device.memory_stats() if self.is_accelerator else None
+        return stats and {"peak": stats["peak_bytes_in_use"], "now": stats["bytes_in_use"]}
 
     def forget_device_memory(self) -> None:
         """jax's allocator keeps its peak."""

@@ -1,8 +1,8 @@
-"""The process of one side of a benchmark: does what it is told over a pipe, and times it.
+"""The process of one side of a benchmark: does what is called for over a pipe, and times it.
 
 Started by measure.Worker. A line of standard input is {"call": NAME, "arguments": {...}}, a line of
 standard output {"value": ...} or {"error": ..., "trace": ...}; anything else that the frameworks
-print goes to standard error. NAME is one of CALLS, each a function of the side's `Experiment`:
+print goes to standard error. NAME is one of CALLS, each a function of the side's `program`:
 ours.Ours or original.Original, which have the same methods.
 """
 
@@ -16,79 +16,81 @@ import traceback
 from pathlib import Path
 
 KINDS = {"ours": ("ours", "Ours"), "original": ("original", "Original")}
-MIB = 2**20
+
+
+def about(program) -> dict:
+    """The device and the framework."""
+    return program.about()
+
+
+def forward_flops(program, length: int) -> int:
+    """Operations of the matmuls of one network call for one sequence; only ours can count them."""
+    return program.forward_flops(length)
 
 
 def start_training(program, batch_size: int, length: int) -> dict:
     """Make the state, compile, take the first step; what that took and how much it holds."""
     began = time.perf_counter()
-    known = program.start_training(batch_size, length)
+    sizes = program.start_training(batch_size, length)
     loss = program.train(1)
-    return {"first_seconds": time.perf_counter() - began, "loss": loss, **known}
+    return {"first_seconds": time.perf_counter() - began, "loss": loss, **sizes}
 
 
 def train(program, steps: int) -> dict:
-    """Seconds of so many steps, sent off one after the other and waited for at the end."""
-    clock = _Clock()
-    loss = program.train(steps)
-    return {**clock.read(), "loss": loss}
+    """Times of so many steps, dispatched one after the other and waited for at the end."""
+    return _timed(program, lambda: {"loss": program.train(steps)})
 
 
 def start_sampling(program, batch_size: int, length: int, steps: int) -> dict:
     """Make the weights, compile, draw one whole sample of so many steps."""
     began = time.perf_counter()
-    program.start_sampling(batch_size, length)
+    sizes = program.start_sampling(batch_size, length)
     program.sample(steps)
-    return {"first_seconds": time.perf_counter() - began}
+    return {"first_seconds": time.perf_counter() - began, **sizes}
 
 
 def sample(program, steps: int) -> dict:
-    """Seconds of a whole sample, from all-MASK to clean tokens: steps + 1 network calls."""
-    compiles, clock = program.compiles, _Clock()
-    masked = program.sample(steps)
-    return {**clock.read(), "masked": masked, "compiles": program.compiles - compiles}
+    """Times of a whole sample, from all-MASK to clean tokens: steps + 1 network calls."""
+    return _timed(program, lambda: {"masked": program.sample(steps)})
+
+
+def _timed(program, fn) -> dict:
+    """fn's answer with seconds on the wall and of this process on all cores, and compilations."""
+    compiles, wall, cpu = program.compiles, time.perf_counter(), time.process_time()
+    answer = fn()
+    times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    return answer | times | {"compiles": program.compiles - compiles}
 
 
 def ceilings(program, seconds: float = 0.5) -> dict:
-    """Operations a second of large square products, bytes a second of x += 1."""
+    """Operations a second of large square matmuls, bytes a second of x += 1."""
     side, elements = (8192, 2**28) if program.is_accelerator else (1536, 2**26)
-    found = {}
+    rates = {}
     for dtype in ("float32", "bfloat16"):
-        found[f"matmul {dtype}"] = 2 * side**3 / _best(program.product(side, dtype), seconds)
-    found["traffic"] = 2 * 4 * elements / _best(program.increment(elements), seconds)
-    return found
+        rates[f"matmul {dtype}"] = 2 * side**3 / _fastest(program.matmul(side, dtype), seconds)
+    rates["traffic"] = 2 * 4 * elements / _fastest(program.increment(elements), seconds)
+    return rates
 
 
-class _Clock:
-    """Seconds since it was made, on the wall and of this process on all its cores."""
-
-    def __init__(self):
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def read(self) -> dict[str, float]:
-        wall, cpu = time.perf_counter() - self.wall, time.process_time() - self.cpu
-        return {"seconds": wall, "cpu_seconds": cpu}
-
-
-def _best(run, least: float) -> float:
+def _fastest(run, least: float) -> float:
     """Seconds of the fastest of several runs in so many seconds; run waits for its result."""
     run()
-    found, until = [], time.perf_counter() + least
-    while len(found) < 2 or time.perf_counter() < until:
+    times, until = [], time.perf_counter() + least
+    while len(times) < 2 or time.perf_counter() < until:
         began = time.perf_counter()
         run()
-        found.append(time.perf_counter() - began)
-    return min(found)
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def memory(program) -> dict:
     """Bytes held at once since the last `forget_memory`, and now; of the device, or of a CPU's
     process beyond what it held after its imports."""
-    found = program.device_memory()
-    if found is None:
-        found = {"peak": _status("VmHWM"), "now": _status("VmRSS")}
-        found = {name: value - program.after_imports for name, value in found.items()}
-    return found
+    held = program.device_memory()
+    if held is None:
+        held = {"peak": _status("VmHWM"), "now": _status("VmRSS")}
+        held = {name: value - program.after_imports for name, value in held.items()}
+    return held
 
 
 def forget_memory(program) -> None:
@@ -108,24 +110,8 @@ def _status(name: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def about(program) -> dict:
-    """The device and the framework."""
-    return program.about()
-
-
-CALLS = {
-    f.__name__: f
-    for f in (
-        about,
-        ceilings,
-        forget_memory,
-        memory,
-        sample,
-        start_sampling,
-        start_training,
-        train,
-    )
-}
+CALLS = (about, forward_flops, start_training, train, start_sampling, sample, ceilings, memory)
+CALLS = {fn.__name__: fn for fn in (*CALLS, forget_memory)}
 
 
 def main() -> None:
@@ -146,11 +132,11 @@ def main() -> None:
                 forget_memory(program)
             answer = {"value": CALLS[request["call"]](program, **request["arguments"])}
         except (RuntimeError, ValueError) as error:  # any other ends the process and is shown
-            answer = {"error": _told(error), "trace": traceback.format_exc()[-4000:]}
+            answer = {"error": _message(error), "trace": traceback.format_exc()[-4000:]}
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     text = " ".join(str(error).split())
     if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
         return "out of memory"
