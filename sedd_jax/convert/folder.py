@@ -141,6 +141,7 @@ def _read_ours(file: Path) -> dict[str, Any]:
 def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[str, ...]]:
     """(config, notices): ours as written; keys that are newer as configs/base.py has them."""
     known = dict(configuration.flatten(values))
+    known = {key: known[key] for key in known if key not in configuration.RETIRED}
     for key in known:
         if key not in configuration.KEYS:
             raise ValueError(f"unknown config key {key[:60]!r} in {where}; update sedd_jax")

@@ -15,7 +15,6 @@ from sedd_jax.experiment import Experiment, make_experiment, make_mesh
 from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
-from sedd_jax.models.head import make_score_fn
 from sedd_jax.parallel import processes, sharding
 from sedd_jax.parallel.devices import device, format_bytes, program_bytes
 from sedd_jax.runs import workdir as runs
@@ -176,11 +175,8 @@ def make_evaluate(
 ) -> Callable[[Any], bounds.CorpusBound | None]:
     """params -> the bound on the held-out blocks; None if must_stop() turned true before the end."""
     t_min = experiment.config.objective.t_min
-
-    def score_fn(params, is_token):
-        return make_score_fn(experiment.network, params, experiment.graph, is_token=is_token)
-
-    bound_fn = bounds.make_bound_fn(score_fn, experiment.graph, experiment.schedule, t_min=t_min)
+    network, graph, schedule = experiment.network, experiment.graph, experiment.schedule
+    bound_fn = bounds.make_bound_fn(network, graph, schedule, t_min=t_min)
     return lambda params: bounds.corpus_bound(
         bound_fn,
         params,
