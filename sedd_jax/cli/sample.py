@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sedd_jax.cli.arguments import DRAW_HELP, GRID_HELP, make_parser
+from sedd_jax.cli.arguments import add_sampling, make_parser
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -19,9 +19,7 @@ def run(name: str, argv: list[str]) -> None:
     add("--suffix", default="", help="text that every sample ends with")
     add("--length", type=int, help="tokens of a sample (default: the model's)")
     add("--steps", type=int, help="reverse steps (default: the config's); few make poor text")
-    add("--predictor", help="tweedie, euler or none (default: the config's)")
-    add("--draw", help=DRAW_HELP)
-    add("--grid", help=GRID_HELP)
+    add_sampling(parser)
     add("--seed", type=int, default=0)
     add("--num_samples", type=int, default=1)
     add("--batch_size", type=int, default=16, help="samples at once")
