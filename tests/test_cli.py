@@ -15,7 +15,7 @@ from sedd_jax.cli import (
     sample_command,
     train_command,
 )
-from sedd_jax.evaluation.report import picture
+from sedd_jax.evaluation.report import draw_picture
 from sedd_jax.inference import pretrained as loading
 
 
@@ -398,7 +398,7 @@ def test_the_picture_takes_frames_of_different_lengths(tmp_path, tiny_run):
     pytest.importorskip("matplotlib", reason="the picture needs the [plot] extra")
     result = {"bits_per_character": {}, "tokens": 2, "characters": 2}
     skipped = {"kind": "train", "step": 2, "nats_per_token": None}
-    picture(tmp_path / "a.png", [skipped], result, ["░░░", "a░░░░", "ab"])
+    draw_picture(tmp_path / "a.png", [skipped], result, ["░░░", "a░░░░", "ab"])
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

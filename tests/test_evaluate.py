@@ -13,7 +13,7 @@ from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.likelihood import bound
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
-from sedd_jax.evaluation import ngrams
+from sedd_jax.evaluation.likelihood import Bigram
 from sedd_jax.evaluation.report import word_rate
 from sedd_jax.inference import bounds
 from sedd_jax.parallel import sharding
@@ -116,7 +116,7 @@ def test_the_corpus_bound_stops_when_asked():
 
 def test_the_bigram_of_a_long_corpus_is_that_of_its_parts(monkeypatch):
     blocks = np.asarray(jax.random.randint(jax.random.key(0), (9000, 128), 0, 3))  # > 2^20 tokens
-    model = ngrams.Bigram(blocks, 3)
+    model = Bigram(blocks, 3)
     expected = np.zeros((3, 3), int)
     np.add.at(expected, (blocks[:, :-1].ravel(), blocks[:, 1:].ravel()), 1)
     np.testing.assert_array_equal(model.counts, expected.ravel())
@@ -143,7 +143,7 @@ def test_units_are_converted_by_their_definitions():
 
 def test_the_unigram_and_bigram_are_the_counted_ones():
     blocks = np.array([[0, 1, 0, 1, 2]], np.int32)
-    model = ngrams.Bigram(blocks, 4)
+    model = Bigram(blocks, 4)
     unigram = np.array([3, 3, 2, 1]) / 9
     text = np.array([[1, 0, 3]], np.int32)
     assert model.unigram_nats(text) == pytest.approx(-np.log(unigram[[1, 0, 3]]).sum())
@@ -156,7 +156,7 @@ def test_the_unigram_and_bigram_are_the_counted_ones():
 
 def test_the_bigram_is_a_distribution_after_every_token():
     blocks = np.asarray(jax.random.randint(jax.random.key(0), (3, 40), 0, 6)).astype(np.int32)
-    model = ngrams.Bigram(blocks, 7)  # token 6 never came: the unigram follows it
+    model = Bigram(blocks, 7)  # token 6 never came: the unigram follows it
     for first in range(7):
         start = -model.unigram_nats(np.array([[first]]))
         pairs = np.array([[first, second] for second in range(7)], np.int32)

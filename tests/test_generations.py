@@ -35,9 +35,9 @@ def test_generative_perplexity_says_what_it_was_made_with(
     assert len(np.unique(tokens, axis=0)) == 5
     nats = [scorer.nats(scorer.tokenizer.encode(t)[None])[0] for t in model.decode(tokens)]
     means = [row.mean(dtype=np.float64) for row in nats]
-    found = result["generative_perplexity"]
-    assert found["mean_of_exp"] == pytest.approx(np.exp(means).mean(), rel=1e-4)
-    assert found["token_mean"] == pytest.approx(np.exp(np.concatenate(nats).mean()), rel=1e-4)
+    perplexity = result["generative_perplexity"]
+    assert perplexity["mean_of_exp"] == pytest.approx(np.exp(means).mean(), rel=1e-4)
+    assert perplexity["token_mean"] == pytest.approx(np.exp(np.concatenate(nats).mean()), rel=1e-4)
 
 
 def test_the_seconds_of_a_sample_hold_no_compilation(tiny_run, scorer_folder, monkeypatch):
@@ -82,14 +82,13 @@ def test_mauve_completes_references_that_it_was_given_half_of(
     assert "MAUVE 0." in out and "2 repeats of 12 references, 3 clusters" in out
     assert result["mauve"]["buckets"] == 3
     assert "not comparable with the paper's 1000 references" in out
-    assert "not comparable" not in generations.mauve_table({**result, "references": 500})
+    assert "not comparable" not in generations.describe_mauve({**result, "references": 500})
 
 
 def test_completions_keep_what_was_given(long_run):
     model = load(long_run)
     reference = np.arange(200).reshape(2, 100) % model.tokenizer.vocab_size
-    pairs = [generations.mauve.known_tokens(row, "infill") for row in reference]
-    known = tuple(np.stack(part) for part in zip(*pairs, strict=True))
+    known = generations.mauve.known_tokens(reference, "infill")
     tokens = model.sample_tokens(2, known=known, steps=2)
     np.testing.assert_array_equal(tokens[known[1]], reference[known[1]])
     assert known[1].sum() == 100

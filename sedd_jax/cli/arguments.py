@@ -5,8 +5,7 @@ import importlib.util
 from pathlib import Path
 from typing import NoReturn
 
-GRID_HELP = "times of the steps: uniform or cosine (default: the config's)"
-DRAW_HELP = "exact or float32_gumbel, the original's (default: the config's)"
+MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,27 +19,76 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     return _Parser(prog=name, description=description, allow_abbrev=False)
 
 
-def run_parser(name: str, description: str, workdir: str) -> argparse.ArgumentParser:
-    parser = make_parser(name, description)
-    parser.add_argument("--workdir", type=Path, required=True, help=workdir)
-    return parser
+def add_workdir(parser: argparse.ArgumentParser, about: str) -> None:
+    parser.add_argument("--workdir", type=Path, required=True, help=about)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """--predictor, --draw and --grid: None where the model's config decides."""
+    add = parser.add_argument
+    add("--predictor", help="tweedie, euler or none (default: the config's)")
+    add("--draw", help="exact or float32_gumbel, the original's (default: the config's)")
+    add("--grid", help="times of the steps: uniform or cosine (default: the config's)")
+
+
+def add_scorer(parser: argparse.ArgumentParser) -> None:
+    """The scorer and how the texts that it scores are sampled."""
+    add = parser.add_argument
+    add("--scorer", default="gpt2-large", help="gpt2 .. gpt2-xl, a folder, or a hub id@commit")
+    add("--scorer_dtype", default="float32", help="float32 or bfloat16")
+    add_sampling(parser)
+    add("--batch_size", type=int, default=16, help="texts at once")
+    add("--seed", type=int, default=0)
+
+
+def add_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num_samples", type=int, default=256)
+    parser.add_argument("--length", type=int, help="tokens of a sample (default: the model's)")
+
+
+def add_records(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--records", type=Path, help="records of sedd-prepare (default: the run's own)")
+    add("--split", help="of the records (default: the run's heldout_split, test with --records)")
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
+
+
+def output_file(text: str) -> Path:
+    """An argparse type, a file to write, new or old: its folder is to be seen before the work."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is in no folder; make it or give another path")
+    return path
 
 
 def check_run(source: Path, remedy: str) -> None:
-    """ValueError for a model alone where the command needs its run; what is no model, load refuses."""
+    """ValueError for a model alone where the command needs its run; load refuses what is neither."""
     from sedd_jax import hub
     from sedd_jax.convert.folder import PICKLED, WEIGHTS
 
     if any((source / name).is_file() for name in (WEIGHTS, PICKLED)):
-        found = f"{str(source)!r} is an exported model, which has no records of its own"
+        fault = f"{str(source)!r} is an exported model, which has no records of its own"
     elif not source.exists() and hub.parse(str(source)) is not None:
-        found = f"no folder at {str(source)!r}, and a model of the hub has no records of its own"
+        fault = f"no folder at {str(source)!r}, and a model of the hub has no records of its own"
     else:
         return
-    raise ValueError(f"{found}; {remedy}, or the folder of a run as --workdir")
+    raise ValueError(f"{fault}; {remedy}, or the folder of a run as --workdir")
 
 
 def check_matplotlib(what: str) -> None:
     """ValueError without the library that draws, before the work."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(f'{what} needs the library matplotlib; pip install "sedd_jax[plot]"')
+
+
+def run_records(workdir: Path) -> tuple:
+    """(the records of the run in workdir, its config.data, which names their splits)."""
+    from sedd_jax.runs.workdir import open_records, saved_config
+
+    config = saved_config(workdir)
+    return open_records(config, workdir), config.data

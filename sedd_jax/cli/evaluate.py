@@ -3,88 +3,48 @@
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sedd_jax.cli.arguments import (
-    DRAW_HELP,
-    GRID_HELP,
+    MODEL,
+    add_json,
+    add_records,
+    add_samples,
+    add_scorer,
+    add_workdir,
     check_matplotlib,
     check_run,
     make_parser,
-    run_parser,
+    output_file,
+    run_records,
 )
 
-MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
 WITH_RECORDS = "(the last two need --records)"
 NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
-EVALUATIONS = {
-    "likelihood": "An upper bound on -log p of a split, in every unit.",
-    "generative_perplexity": "Perplexity of the model's samples under GPT-2, with their entropy.",
-    "mauve": "MAUVE of completions of 100-token texts, 50 tokens given.",
-    "pareto": "Generative perplexity against network calls: table and picture.",
-}
 
 
 def run(name: str, argv: list[str]) -> None:
-    kinds = {
-        "likelihood": _likelihood,
-        "generative_perplexity": _generative_perplexity,
-        "mauve": _mauve,
-        "pareto": _pareto,
-    }
-    if argv and argv[0] in kinds:
-        kinds[argv[0]](f"{name} {argv[0]}", argv[1:])
+    if argv and argv[0] in EVALUATIONS:
+        evaluation = EVALUATIONS[argv[0]]
+        evaluation.run(make_parser(f"{name} {argv[0]}", evaluation.about), argv[1:])
     elif {"-h", "--help"} & set(argv[:1]):
-        print(f"usage: {name} {{{','.join(kinds)}}} --workdir=DIR ...\n")
-        for kind, about in EVALUATIONS.items():
-            print(f"  {kind:<23}{about}")
+        print(f"usage: {name} {{{','.join(EVALUATIONS)}}} --workdir=DIR ...\n")
+        for kind, evaluation in EVALUATIONS.items():
+            print(f"  {kind:<23}{evaluation.about}")
         print(f"\nexample: {name} likelihood --workdir=runs/quickstart --json=result.json")
         print(f"{name} likelihood --help lists its arguments")
     else:
-        given = argv[0] if argv else ""
-        raise ValueError(f"unknown evaluation {given!r}; known: {', '.join(kinds)}")
+        kind = argv[0] if argv else ""
+        raise ValueError(f"unknown evaluation {kind!r}; known: {', '.join(EVALUATIONS)}")
 
 
-def _output(text: str) -> Path:
-    """An argparse type, a file to write, new or old: its folder is to be seen before the work."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is in no folder; make it or give another path")
-    return path
-
-
-def _write_json(path: Path | None, result: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def _add_records(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--records", type=Path, help="records of sedd-prepare (default: the run's own)")
-    add("--split", help="of the records (default: the run's heldout_split, test with --records)")
-
-
-def _records(options: argparse.Namespace) -> tuple:
-    """(records, split) that --records and --split name."""
-    from sedd_jax import data
-    from sedd_jax.convert.workdir import open_workdir
-    from sedd_jax.runs.workdir import open_records
-
-    if options.records is not None:
-        return data.open_records(options.records), options.split or "test"
-    config = open_workdir(options.workdir).config
-    return open_records(config, options.workdir), options.split or config.data.heldout_split
-
-
-def _likelihood(name: str, argv: list[str]) -> None:
-    parser = make_parser(name, EVALUATIONS["likelihood"])
+def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add = parser.add_argument
     add("--workdir", type=Path, help=f"{MODEL} {WITH_RECORDS}")
     add("--gpt2", help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id")
-    _add_records(parser)
+    add_records(parser)
     add("--blocks", type=int, help="score this many blocks (default: all)")
     add(
         "--passes",
@@ -103,7 +63,7 @@ def _likelihood(name: str, argv: list[str]) -> None:
     add("--batch_size", type=int, default=32, help="blocks a network call")
     add("--seed", type=int, default=0)
     add("--baselines", action="store_true", help="add n-gram models of the run's training text")
-    add("--json", type=_output, help="also write the numbers to this file")
+    add_json(parser)
     options = parser.parse_args(argv)
     if (options.workdir is None) == (options.gpt2 is None):
         raise ValueError("give --workdir, or --gpt2 with --records")
@@ -113,137 +73,89 @@ def _likelihood(name: str, argv: list[str]) -> None:
         check_run(options.workdir, NEEDS_RECORDS)
     elif options.workdir is not None and options.baselines:
         check_run(options.workdir, "leave --baselines out")
-    from sedd_jax import data
-    from sedd_jax.convert.workdir import open_workdir
-    from sedd_jax.evaluation import report
-    from sedd_jax.inference.pretrained import load
-    from sedd_jax.runs.workdir import open_records
+    from sedd_jax.evaluation.likelihood import likelihood_table
 
-    if options.gpt2 is not None:
-        from sedd_jax.evaluation.scorer import load_scorer
-
-        result = report.evaluate_gpt2(
-            load_scorer(options.gpt2),
-            data.open_records(options.records),
-            options.split or "test",
-            blocks=options.blocks,
-            batch_size=options.batch_size,
-            progress=True,
-        )
-    else:
-        model = load(options.workdir)
-        records, split = _records(options)
-        train = None
-        if options.baselines:
-            config = open_workdir(options.workdir).config
-            own = records if options.records is None else open_records(config, options.workdir)
-            train = (own, config.data.train_split)
-        result = report.evaluate_split(
-            model,
-            records,
-            split,
-            blocks=options.blocks,
-            passes=options.passes,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            target_standard_error=options.target_standard_error,
-            max_passes=options.max_passes,
-            train=train,
-            progress=True,
-        )
-    print(report.table(result))
+    result = _bound(options) if options.gpt2 is None else _gpt2(options)
+    print(likelihood_table(result))
     _write_json(options.json, result)
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--scorer", default="gpt2-large", help="gpt2 .. gpt2-xl, a folder, or a hub id@commit")
-    add("--scorer_dtype", default="float32", help="float32 or bfloat16")
-    add("--predictor", help="tweedie, euler or none (default: the config's)")
-    add("--draw", help=DRAW_HELP)
-    add("--grid", help=GRID_HELP)
-    add("--batch_size", type=int, default=16, help="texts at once")
-    add("--seed", type=int, default=0)
-    add("--json", type=_output, help="also write the numbers to this file")
-
-
-def _add_samples(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_samples", type=int, default=256)
-    parser.add_argument("--length", type=int, help="tokens of a sample (default: the model's)")
-
-
-def _chosen(options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """The options that every evaluation of samples takes, and those named besides."""
-    names = ("batch_size", "seed", "predictor", "draw", "grid", *more)
-    return {"progress": True, **{name: getattr(options, name) for name in names}}
-
-
-def _model_and_scorer(options: argparse.Namespace):
-    from sedd_jax.evaluation.scorer import load_scorer
+def _bound(options: argparse.Namespace) -> dict[str, Any]:
+    from sedd_jax.evaluation.likelihood import evaluate_split
     from sedd_jax.inference.pretrained import load
 
     model = load(options.workdir)
-    return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
+    records, split = _records(options)
+    train = None
+    if options.baselines:
+        own, names = run_records(options.workdir)
+        train = (own, names.train_split)
+    keys = ("blocks", "passes", "batch_size", "seed", "target_standard_error", "max_passes")
+    chosen = {key: getattr(options, key) for key in keys}
+    return evaluate_split(model, records, split, train=train, progress=True, **chosen)
 
 
-def _generative_perplexity(name: str, argv: list[str]) -> None:
-    parser = run_parser(name, EVALUATIONS["generative_perplexity"], MODEL)
-    _add_sampling(parser)
-    _add_samples(parser)
-    parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
+def _gpt2(options: argparse.Namespace) -> dict[str, Any]:
+    from sedd_jax.evaluation.likelihood import evaluate_gpt2
+    from sedd_jax.evaluation.scorer import load_scorer
+
+    scorer = load_scorer(options.gpt2)
+    chosen = {"blocks": options.blocks, "batch_size": options.batch_size}
+    return evaluate_gpt2(scorer, *_records(options), progress=True, **chosen)
+
+
+def _generative_perplexity(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    add = parser.add_argument
+    add_workdir(parser, MODEL)
+    add_scorer(parser)
+    add("--steps", type=int, help="reverse steps (default: the config's)")
+    add_samples(parser)
+    add_json(parser)
     options = parser.parse_args(argv)
     from sedd_jax.evaluation import generations
 
     result = generations.generative_perplexity(
-        *_model_and_scorer(options), **_chosen(options, "num_samples", "length", "steps")
+        *_model_and_scorer(options), **_sampling(options, "num_samples", "length", "steps")
     )
-    print(generations.table([result]))
+    print(generations.perplexity_table([result]))
     _write_json(options.json, result)
 
 
-def _mauve(name: str, argv: list[str]) -> None:
-    parser = run_parser(name, EVALUATIONS["mauve"], f"{MODEL} {WITH_RECORDS}")
-    _add_sampling(parser)
+def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add = parser.add_argument
+    add_workdir(parser, f"{MODEL} {WITH_RECORDS}")
+    add_scorer(parser)
     add("--steps", type=int, help="reverse steps (default: the config's)")
     add("--form", default="prefix", help="prefix: the first 50 given; infill: 25 at each end")
-    _add_records(parser)
+    add_records(parser)
     add("--references", type=int, default=1000)
     add("--repeats", type=int, default=5)
     add("--buckets", type=int, help="clusters of MAUVE (default: a tenth of the texts)")
+    add_json(parser)
     options = parser.parse_args(argv)
     if options.records is None:
         check_run(options.workdir, NEEDS_RECORDS)
-    from sedd_jax.evaluation import generations, mauve, report
+    from sedd_jax.evaluation import generations, likelihood, mauve
 
-    mauve.check(
-        options.form,
-        options.references,
-        options.repeats,
-        seed=options.seed,
-        buckets=options.buckets,
-    )
+    protocol = (options.form, options.references, options.repeats)
+    mauve.check(*protocol, seed=options.seed, buckets=options.buckets)
     model, scorer = _model_and_scorer(options)
     records, split = _records(options)
-    report.check_records(model, records)
-    result = generations.conditional_mauve(
-        model,
-        scorer,
-        records,
-        split,
-        **_chosen(options, "form", "references", "repeats", "buckets", "steps"),
-    )
-    print(generations.mauve_table(result))
+    likelihood.check_records(model, records)
+    chosen = _sampling(options, "form", "references", "repeats", "buckets", "steps")
+    result = generations.conditional_mauve(model, scorer, records, split, **chosen)
+    print(generations.describe_mauve(result))
     _write_json(options.json, result)
 
 
-def _pareto(name: str, argv: list[str]) -> None:
-    parser = run_parser(name, EVALUATIONS["pareto"], MODEL)
-    _add_sampling(parser)
+def _pareto(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add = parser.add_argument
+    add_workdir(parser, MODEL)
+    add_scorer(parser)
     add("--steps", default="32,64,128,256,512,1024,2048", help="numbers of steps, commas between")
-    _add_samples(parser)
-    add("--picture", type=_output, help="also draw the curve to this PNG file")
+    add_samples(parser)
+    add("--picture", type=output_file, help="also draw the curve to this PNG file")
+    add_json(parser)
     options = parser.parse_args(argv)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.steps):
         raise ValueError(f"--steps {options.steps!r} is not like 32,64,128")
@@ -251,12 +163,60 @@ def _pareto(name: str, argv: list[str]) -> None:
         check_matplotlib("--picture")
     from sedd_jax.evaluation import generations
 
+    steps = [int(count) for count in options.steps.split(",")]
     results = generations.pareto(
-        *_model_and_scorer(options),
-        [int(count) for count in options.steps.split(",")],
-        **_chosen(options, "num_samples", "length"),
+        *_model_and_scorer(options), steps, **_sampling(options, "num_samples", "length")
     )
-    print(generations.table(results))
+    print(generations.perplexity_table(results))
     _write_json(options.json, results)
     if options.picture:
         generations.pareto_picture(options.picture, results)
+
+
+class Evaluation(NamedTuple):
+    """What --help says of an evaluation, and what takes its parser and arguments."""
+
+    about: str
+    run: Callable[[argparse.ArgumentParser, list[str]], None]
+
+
+EVALUATIONS = {
+    "likelihood": Evaluation("An upper bound on -log p of a split, in every unit.", _likelihood),
+    "generative_perplexity": Evaluation(
+        "Perplexity of the model's samples under GPT-2, with their entropy.",
+        _generative_perplexity,
+    ),
+    "mauve": Evaluation("MAUVE of completions of 100-token texts, 50 tokens given.", _mauve),
+    "pareto": Evaluation(
+        "Generative perplexity against network calls: table and picture.", _pareto
+    ),
+}
+
+
+def _model_and_scorer(options: argparse.Namespace) -> tuple:
+    from sedd_jax.evaluation.scorer import load_scorer
+    from sedd_jax.inference.pretrained import load
+
+    model = load(options.workdir)
+    return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
+
+
+def _records(options: argparse.Namespace) -> tuple:
+    """(records, split) that --records and --split name, else the run's own."""
+    from sedd_jax import data
+
+    if options.records is not None:
+        return data.open_records(options.records), options.split or "test"
+    records, names = run_records(options.workdir)
+    return records, options.split or names.heldout_split
+
+
+def _sampling(options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """The options that every evaluation of samples takes, and those named besides."""
+    names = ("batch_size", "seed", "predictor", "draw", "grid", *more)
+    return {"progress": True, **{name: getattr(options, name) for name in names}}
+
+
+def _write_json(path: Path | None, result: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sedd_jax.cli.arguments import DRAW_HELP, GRID_HELP, make_parser
+from sedd_jax.cli.arguments import add_sampling, make_parser
 from sedd_jax.files import replacing
 
 OPTIONS = ("steps", "predictor", "draw", "grid")  # the config's, where the command names none
@@ -68,9 +68,7 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     add("--suffix", default="", help="text that every sample ends with")
     add("--length", type=int, help="tokens of a sample (default: the model's)")
     add("--steps", type=int, help="reverse steps (default: the config's); few make poor text")
-    add("--predictor", help="tweedie, euler or none (default: the config's)")
-    add("--draw", help=DRAW_HELP)
-    add("--grid", help=GRID_HELP)
+    add_sampling(parser)
     add("--seed", type=int, default=0)
     add("--num_samples", type=int, default=1)
     add("--batch_size", type=int, default=16, help="samples at once")

@@ -1,7 +1,8 @@
 """What a model writes, measured: generative perplexity, diversity, MAUVE, quality against calls.
 
-Every result says what it was made with: steps and network calls (NFE), predictor, draw, dtype,
-seed, scorer.
+A low generative perplexity alone proves little, since repetition lowers it too: it stands beside
+the unigram entropy of the same tokens. Every result says what it was made with: steps and network
+calls (NFE), predictor, draw, dtype, seed, scorer.
 """
 
 import dataclasses
@@ -13,11 +14,59 @@ from typing import Any
 import numpy as np
 
 from sedd_jax import data
-from sedd_jax.evaluation import generation, mauve
-from sedd_jax.evaluation.scorer import Scorer
+from sedd_jax.evaluation import mauve
+from sedd_jax.evaluation.scorer import Scorer, check_token_rows
 from sedd_jax.inference.model import SEDD
 
-FEW = 500  # references; below, MAUVE says little
+MIN_REFERENCES = 500  # below, MAUVE says little
+
+
+# --- statistics of texts
+
+
+def text_perplexity(nats: np.ndarray) -> dict[str, float]:
+    """Perplexity of texts under another model, from its nats [N, L - 1], NaN beyond a text's end.
+
+    mean_of_exp, the original's protocol, is the mean over texts of exp(mean nats of the text);
+    token_mean, that of others, is exp(mean nats over all tokens) and never larger.
+    """
+    nats = np.asarray(nats, np.float64)
+    if nats.ndim != 2 or not nats.size:
+        raise ValueError(f"nats must be [N, L - 1] and not empty, not {list(nats.shape)}")
+    return {
+        "mean_of_exp": float(np.exp(np.nanmean(nats, axis=1)).mean()),
+        "token_mean": float(np.exp(np.nanmean(nats))),
+    }
+
+
+def unigram_entropy(tokens: np.ndarray) -> float:
+    """Entropy in nats of the token frequencies within a text, averaged over texts int [N, L].
+
+    At most log L; OpenWebText in rows of 1024 GPT-2 tokens has 5.45.
+    """
+
+    def entropy(row):
+        _, counts = np.unique(row, return_counts=True)
+        frequency = counts / len(row)
+        return (frequency * np.log(1.0 / frequency)).sum()
+
+    return float(np.mean([entropy(row) for row in check_token_rows(tokens, min_length=1)]))
+
+
+def distinct(tokens: np.ndarray, n: int) -> float:
+    """Different n-grams over n-grams, in (0, 1], over all texts int [N, L] together.
+
+    An n-gram crosses no boundary of a text. Li et al. 2016. It falls as N L grows, so compare
+    only equal amounts of text.
+    """
+    if n < 1:
+        raise ValueError(f"n {n} is below 1; give at least 1")
+    tokens = check_token_rows(tokens, min_length=n)
+    ngrams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
+    return len(np.unique(ngrams, axis=0)) / len(ngrams)
+
+
+# --- evaluations of a model
 
 
 def generative_perplexity(
@@ -37,10 +86,10 @@ def generative_perplexity(
     missing is the config's.
     """
     sampling = with_defaults(model, sampling)
-    drawn = {"length": length, "batch_size": batch_size, "seed": seed}
-    _compile(model, num_samples, **drawn, **sampling)
+    batching = {"length": length, "batch_size": batch_size, "seed": seed}
+    _compile(model, num_samples, **batching, **sampling)
     began = time.perf_counter()
-    tokens = model.sample_tokens(num_samples, progress=progress, **drawn, **sampling)
+    tokens = model.sample_tokens(num_samples, progress=progress, **batching, **sampling)
     seconds = time.perf_counter() - began
     rows, lengths = scorer_rows(model, scorer, tokens)
     nats = scorer.nats(rows, batch_size=batch_size, progress=progress)
@@ -50,19 +99,27 @@ def generative_perplexity(
         "num_samples": num_samples,
         "length": tokens.shape[1],
         "seconds_a_sample": seconds / num_samples,
-        "generative_perplexity": generation.generative_perplexity(nats),
-        "unigram_entropy": generation.unigram_entropy(tokens),
-        "distinct": {str(n): generation.distinct(tokens, n) for n in (1, 2, 3)},
+        "generative_perplexity": text_perplexity(nats),
+        "unigram_entropy": unigram_entropy(tokens),
+        "distinct": {str(n): distinct(tokens, n) for n in (1, 2, 3)},
         "samples": model.decode(tokens[:4]),
     }
 
 
 def _compile(model: SEDD, num_samples: int, *, batch_size: int, **options: Any) -> None:
-    """One step at each shape of batch that sample_tokens will meet, so that no time counts XLA's."""
+    """Samples one step at each batch shape of sample_tokens, so that the time holds no compiling."""
     options |= {"batch_size": batch_size, "steps": 1}
     model.sample_tokens(min(num_samples, max(batch_size, 1)), **options)
     if last := num_samples % batch_size:
         model.sample_tokens(last, **options)
+
+
+def pareto(
+    model: SEDD, scorer: Scorer, steps: Sequence[int], **options: Any
+) -> list[dict[str, Any]]:
+    """generative_perplexity at each number of steps; the paper's Figures 1 and 2."""
+    options.pop("steps", None)
+    return [generative_perplexity(model, scorer, steps=count, **options) for count in steps]
 
 
 def conditional_mauve(
@@ -82,39 +139,25 @@ def conditional_mauve(
 ) -> dict[str, Any]:
     """The paper's Table 5: MAUVE of completions against the texts that they complete.
 
-    References are the first 100 tokens of the split's blocks; see mauve.known_tokens for what is
-    given of them. `repeats` completions of each are scored apart.
+    References are the first 100 tokens of the split's blocks; see mauve.known_tokens for which of
+    them the sampler knows. `repeats` completions of each are scored apart.
     """
     sampling = with_defaults(model, sampling)
     mauve.check(form, references, repeats, seed=seed, buckets=buckets)
-    long = mauve.CONDITIONAL_LENGTH
-    if min(records.length, model.length) < long:
-        raise ValueError(
-            f"records of {records.length} and a model of {model.length} tokens: MAUVE's texts "
-            f"have {long}; use longer blocks"
-        )
-    blocks = data.read_blocks(records, split, references)
-    whole = slice(None) if blocks.is_token is None else blocks.is_token[:, long - 1]
-    texts = blocks.tokens[whole, :long]
-    if len(texts) < references:
-        raise ValueError(
-            f"split {split!r} of {str(records.folder)!r} has {len(texts)} texts of {long} tokens, "
-            f"not {references}; lower --references"
-        )
-    pairs = [mauve.known_tokens(text, form) for text in texts]
-    known = tuple(np.stack(part) for part in zip(*pairs, strict=True))
-    features = []
-    for repeat in range(repeats):
-        tokens = model.sample_tokens(
-            references,
-            known=known,
-            batch_size=batch_size,
-            seed=_child(seed, repeat),
-            progress=progress,
-            **sampling,
-        )
-        features.append(_features(model, scorer, tokens, batch_size, progress))
-    of_references = _features(model, scorer, texts, batch_size, progress)
+    texts = _read_references(records, split, references, model.length)
+    batching = {"batch_size": batch_size, "progress": progress}
+
+    def features(tokens):
+        rows, lengths = scorer_rows(model, scorer, tokens)
+        return scorer.features(rows, lengths, **batching)
+
+    def complete(repeat):
+        # seed + repeat would give the repeats of one seed to the next as well.
+        child = int(np.random.SeedSequence([seed, repeat]).generate_state(1)[0])
+        known = mauve.known_tokens(texts, form)
+        return model.sample_tokens(references, known=known, seed=child, **batching, **sampling)
+
+    completed = [features(complete(repeat)) for repeat in range(repeats)]
     return {
         **made_with(model, scorer, seed, sampling),
         "form": form,
@@ -123,16 +166,29 @@ def conditional_mauve(
         "split": split,
         "source": records.fingerprint["source"],
         "sha256": records.counts(split)["sha256"],
-        "mauve": mauve.mauve_of_repeats(of_references, features, seed=seed, buckets=buckets),
+        "mauve": mauve.mauve_of_repeats(features(texts), completed, seed=seed, buckets=buckets),
     }
 
 
-def pareto(
-    model: SEDD, scorer: Scorer, steps: Sequence[int], **options: Any
-) -> list[dict[str, Any]]:
-    """generative_perplexity at each number of steps; the paper's Figures 1 and 2."""
-    options.pop("steps", None)
-    return [generative_perplexity(model, scorer, steps=count, **options) for count in steps]
+def _read_references(
+    records: data.Records, split: str, count: int, model_length: int
+) -> np.ndarray:
+    """The first 100 tokens of `count` blocks, int32 [count, 100]."""
+    length = mauve.CONDITIONAL_LENGTH
+    if min(records.length, model_length) < length:
+        raise ValueError(
+            f"records of {records.length} and a model of {model_length} tokens: MAUVE's texts "
+            f"have {length}; use longer blocks"
+        )
+    blocks = data.read_blocks(records, split, count)
+    is_long = slice(None) if blocks.is_token is None else blocks.is_token[:, length - 1]
+    texts = blocks.tokens[is_long, :length]
+    if len(texts) < count:
+        raise ValueError(
+            f"split {split!r} of {str(records.folder)!r} has {len(texts)} texts of {length} "
+            f"tokens, not {count}; lower --references"
+        )
+    return texts
 
 
 def with_defaults(model: SEDD, sampling: dict[str, Any]) -> dict[str, Any]:
@@ -151,23 +207,18 @@ def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: dict[str, Any]) 
         "seed": seed,
         "dtype": model.dtype,
         "scorer": scorer.name,
-        "scorer_dtype": scorer.network.dtype.__name__,
+        "scorer_dtype": np.dtype(scorer.network.dtype).name,
     }
 
 
-def _child(seed: int, index: int) -> int:
-    """A seed for part `index`; seed + index would give parts of another seed twice."""
-    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-
-
 def scorer_rows(model: SEDD, scorer: Scorer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same texts in the scorer's tokens: int32 [N, L], lengths [N]; the rest of a row is 0.
+    """The same texts in the scorer's tokens: int32 [N, L], lengths [N]; the padding is 0.
 
     The ids themselves where both have GPT-2's tokenizer, else the decoded text encoded again.
     """
     theirs = scorer.tokenizer
-    same = theirs is not None and theirs.fingerprint() == model.tokenizer.fingerprint()
-    if same or (theirs is None and model.tokenizer.name == "gpt2"):
+    is_same = theirs is not None and theirs.fingerprint() == model.tokenizer.fingerprint()
+    if is_same or (theirs is None and model.tokenizer.name == "gpt2"):
         return tokens, np.full(len(tokens), tokens.shape[1])
     if theirs is None:
         raise ValueError(
@@ -182,12 +233,10 @@ def scorer_rows(model: SEDD, scorer: Scorer, tokens: np.ndarray) -> tuple[np.nda
     return rows, lengths
 
 
-def _features(model, scorer, tokens, batch_size, progress) -> np.ndarray:
-    rows, lengths = scorer_rows(model, scorer, tokens)
-    return scorer.features(rows, lengths, batch_size=batch_size, progress=progress)
+# --- what the commands print and draw
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def perplexity_table(results: list[dict[str, Any]]) -> str:
     """Results of generative_perplexity as aligned text, a line each."""
     first = results[0]
     lines = [
@@ -203,17 +252,17 @@ def table(results: list[dict[str, Any]]) -> str:
         ),
     ]
     for r in results:
-        perplexity, distinct = r["generative_perplexity"], r["distinct"]
+        perplexity = r["generative_perplexity"]
         lines.append(
             f"{r['steps']:>7}{r['nfe']:>7}{perplexity['mean_of_exp']:>16.2f}"
             f"{perplexity['token_mean']:>15.2f}{r['unigram_entropy']:>10.3f}"
-            + "".join(f"{distinct[n]:>8.3f}" for n in ("1", "2", "3"))
+            + "".join(f"{r['distinct'][n]:>8.3f}" for n in ("1", "2", "3"))
             + f"{r['seconds_a_sample']:>10.3g}"
         )
     return "\n".join(lines)
 
 
-def mauve_table(result: dict[str, Any]) -> str:
+def describe_mauve(result: dict[str, Any]) -> str:
     """The result of conditional_mauve as text; a warning where it has too few references."""
     value, references = result["mauve"], result["references"]
     lines = [
@@ -225,10 +274,11 @@ def mauve_table(result: dict[str, Any]) -> str:
             f"{result['scorer_dtype']}"
         )
     ]
-    if references < FEW:
+    if references < MIN_REFERENCES:
         lines.append(
-            f"not comparable with the paper's 1000 references, 5 repeats: below {FEW} references "
-            "there are so few clusters that MAUVE is near 1 for any text; raise --references"
+            "not comparable with the paper's 1000 references, 5 repeats: below "
+            f"{MIN_REFERENCES} references there are so few clusters that MAUVE is near 1 for any "
+            "text; raise --references"
         )
     return "\n".join(lines)
 

@@ -8,22 +8,22 @@ from collections.abc import Callable
 
 import numpy as np
 
-# The paper's section 5.4 completes texts of 100 GPT-2 tokens of which 50 are given.
+# The paper's section 5.4 completes texts of 100 GPT-2 tokens of which 50 are known.
 CONDITIONAL_LENGTH = 100
-FORMS = {"prefix": (50, 0), "infill": (25, 25)}  # tokens given at the beginning, at the end
+KNOWN_ENDS = {"prefix": (50, 0), "infill": (25, 25)}  # known tokens at the beginning, at the end
 
-_MOST_SEED = 2**31 - 3  # the library adds 2, and faiss keeps a 32-bit int
+_MAX_SEED = 2**31 - 3  # the library adds 2, and faiss keeps a 32-bit int
 
 
 def mauve(
     p_features: np.ndarray, q_features: np.ndarray, *, seed: int, buckets: int | None = None
 ) -> dict[str, float | int]:
-    """MAUVE in (0, 1], 1 where the laws agree, of human P [N, C] and generated Q [M, C].
+    """MAUVE in (0, 1], 1 for equal distributions, of human P [N, C] and generated Q [M, C].
 
     Features are the scorer's (Scorer.features), of texts of one length in tokens: texts cut
     differently differ for that alone. buckets is the number of k-means clusters, None for the
     library's min(N, M) / 10; published values use that and a few thousand texts. The seed starts
-    k-means. frontier_integral, in [0, 1], is 0 where the laws agree.
+    k-means. frontier_integral, in [0, 1], is 0 for equal distributions.
     """
     p_features, q_features = np.asarray(p_features), np.asarray(q_features)
     for name, features in (("p_features", p_features), ("q_features", q_features)):
@@ -64,8 +64,8 @@ def check(
 
 
 def _check_form(form: str) -> None:
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    if form not in KNOWN_ENDS:
+        raise ValueError(f"unknown form {form!r}; known: {', '.join(KNOWN_ENDS)}")
 
 
 def _check_repeats(repeats: int) -> None:
@@ -74,8 +74,8 @@ def _check_repeats(repeats: int) -> None:
 
 
 def _check_clustering(seed: int, buckets: int | None, texts: int) -> None:
-    if not 0 <= seed <= _MOST_SEED:
-        raise ValueError(f"seed {seed} is not in [0, {_MOST_SEED}]; choose another")
+    if not 0 <= seed <= _MAX_SEED:
+        raise ValueError(f"seed {seed} is not in [0, {_MAX_SEED}]; choose another")
     if buckets is not None and not 2 <= buckets <= texts:
         raise ValueError(f"buckets {buckets} is not in [2, {texts}], the texts; choose another")
 
@@ -91,24 +91,25 @@ def _compute_mauve() -> Callable:
     return compute_mauve
 
 
-def known_tokens(reference: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a sampler is given of a reference int [100]: (tokens int32 [100], is_known bool [100]).
+def known_tokens(references: np.ndarray, form: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a sampler knows of references int [..., 100]: (tokens int32, is_known bool), as large.
 
     prefix: the first 50 tokens are known. infill: the first 25 and the last 25. The others are 0
     in tokens, so that nothing of the answer can leak.
     """
     _check_form(form)
-    reference = np.asarray(reference)
-    integers = np.issubdtype(reference.dtype, np.integer)
-    if reference.shape != (CONDITIONAL_LENGTH,) or not integers:
+    references = np.asarray(references)
+    is_integer = np.issubdtype(references.dtype, np.integer)
+    if references.shape[-1:] != (CONDITIONAL_LENGTH,) or not is_integer:
         raise ValueError(
-            f"a reference must be {CONDITIONAL_LENGTH} integers, not {reference.dtype} "
-            f"{list(reference.shape)}"
+            f"a reference must be {CONDITIONAL_LENGTH} integers, not {references.dtype} "
+            f"{list(references.shape)}"
         )
-    first, last = FORMS[form]
-    place = np.arange(CONDITIONAL_LENGTH)
-    is_known = (place < first) | (place >= CONDITIONAL_LENGTH - last)
-    return np.where(is_known, reference, 0).astype(np.int32), is_known
+    first, last = KNOWN_ENDS[form]
+    position = np.arange(CONDITIONAL_LENGTH)
+    is_known = (position < first) | (position >= CONDITIONAL_LENGTH - last)
+    tokens = np.where(is_known, references, 0).astype(np.int32)
+    return tokens, np.broadcast_to(is_known, references.shape)
 
 
 def mauve_of_repeats(
@@ -120,7 +121,7 @@ def mauve_of_repeats(
 ) -> dict[str, float | int | list[float]]:
     """Mean and standard deviation of MAUVE over repeats, each a completion of every reference.
 
-    reference_features [N, C] and each of sample_features [N, C] are of whole texts, given tokens
+    reference_features [N, C] and each of sample_features [N, C] are of whole texts, known tokens
     included, as in SSD-LM's evaluation. The paper has N = 1000 references and 5 repeats. To score
     the repeats one by one and to average is our convention, since it yields an error; SSD-LM pools
     them into one Q, which is mauve(reference_features, np.concatenate(sample_features), ...).

@@ -1,0 +1,262 @@
+"""A split's blocks under SEDD's bound, and under GPT-2 and n-gram models to compare it with.
+
+Every result holds the same units, so that two of them can stand in one table.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from sedd_jax import data
+from sedd_jax.evaluation.scorer import Scorer
+from sedd_jax.inference import bounds
+from sedd_jax.inference.model import SEDD
+
+ROWS = {
+    "bound": "SEDD, bound",
+    "normalised": "SEDD, normalised bound",
+    "paper_protocol": "SEDD, the paper's protocol (no boundary terms)",
+    "gpt2": "GPT-2",
+    "bigram": "interpolated bigram, same text",
+    "unigram": "unigram, same text",
+}
+
+
+def evaluate_split(
+    model: SEDD,
+    records: data.Records,
+    split: str,
+    *,
+    blocks: int | None = None,
+    passes: int = 16,
+    batch_size: int = 32,
+    seed: int = 0,
+    target_standard_error: float | None = None,
+    max_passes: int = 1024,
+    train: tuple[data.Records, str] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """The bound on a split's blocks (the first `blocks`, or all) in every unit.
+
+    train, records and split, adds n-gram models fitted on that. With target_standard_error, nats
+    per token, the result says whether it was reached within max_passes. ValueError if the records
+    are not the model's kind.
+    """
+    check_records(model, records)
+    heldout = data.read_blocks(records, split, blocks)
+    ngrams = {} if train is None else _ngram_nats(*train, heldout)  # refuses before the bound
+    total = model.bound(
+        heldout,
+        passes=passes,
+        batch_size=batch_size,
+        seed=seed,
+        target_standard_error=target_standard_error,
+        max_passes=max_passes,
+        progress=progress,
+    )
+    sizes = _sizes(records, split, heldout)
+    values = bounds.in_units(total, **sizes)
+    for name, nats in ngrams.items():
+        for unit, value in bounds.one_in_units(nats, **sizes).items():
+            values[unit][name] = value
+    target = {}
+    if target_standard_error is not None:
+        error = values["nats_per_token"]["bound_standard_error"]
+        target = {
+            "target_standard_error": target_standard_error,
+            "target_reached": error <= target_standard_error,
+        }
+    return {
+        "step": model.step,
+        "split": split,
+        "blocks": len(heldout.tokens),
+        **sizes,
+        "passes": total.passes,
+        **target,
+        "seed": seed,
+        "data": _provenance(records, split),
+        **values,
+    }
+
+
+def evaluate_gpt2(
+    scorer: Scorer,
+    records: data.Records,
+    split: str,
+    *,
+    blocks: int | None = None,
+    batch_size: int = 8,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """-log p of a split under GPT-2, in the units of evaluate_split: Table 1's baseline rows.
+
+    Each block by itself, no sliding window; its first token is a condition and not scored.
+    """
+    tokenizer = records.tokenizer
+    if tokenizer.name != "gpt2" or (
+        scorer.tokenizer is not None and scorer.tokenizer.fingerprint() != tokenizer.fingerprint()
+    ):
+        raise ValueError(
+            f"the records in {str(records.folder)!r} were made with tokenizer {tokenizer.name!r} "
+            f"({tokenizer.fingerprint()[:12]}), not with that of {scorer.name!r}; prepare them "
+            "with --tokenizer=gpt2"
+        )
+    scored = data.read_blocks(records, split, blocks)
+    nats = scorer.nats(scored.tokens, batch_size=batch_size, progress=progress)
+    is_scored = np.ones(nats.shape, bool) if scored.is_token is None else scored.is_token[:, 1:]
+    fraction = int(is_scored.sum()) / scored.count
+    sizes = {name: round(size * fraction) for name, size in _sizes(records, split, scored).items()}
+    units = bounds.one_in_units(float(nats[is_scored].sum(dtype=np.float64)), **sizes)
+    return {
+        "scorer": scorer.name,
+        "dtype": np.dtype(scorer.network.dtype).name,
+        "split": split,
+        "blocks": len(scored.tokens),
+        **sizes,
+        "data": _provenance(records, split),
+        **{unit: {"gpt2": value} for unit, value in units.items()},
+    }
+
+
+def check_records(model: SEDD, records: data.Records) -> None:
+    """ValueError unless the model can score these records."""
+    ours, theirs = model.tokenizer, records.tokenizer
+    if ours.fingerprint() != theirs.fingerprint():
+        raise ValueError(
+            f"the records in {str(records.folder)!r} were made with tokenizer {theirs.name!r} "
+            f"({theirs.vocab_size} tokens, {theirs.fingerprint()[:12]}), the model was trained "
+            f"with {ours.name!r} ({ours.vocab_size} tokens, {ours.fingerprint()[:12]}); prepare "
+            "the corpus with the model's tokenizer"
+        )
+    if records.length > model.length:
+        raise ValueError(
+            f"the records in {str(records.folder)!r} have blocks of {records.length} tokens, more "
+            f"than the model's {model.length}; prepare them with --length={model.length}"
+        )
+
+
+def _sizes(records: data.Records, split: str, blocks: data.Blocks) -> dict[str, Any]:
+    """{"tokens", "characters", "words"} of the blocks.
+
+    Words are those of the published text, white space between them, and one for the end of each
+    document, as word-level tables count; the blocks have them in proportion to their tokens.
+    """
+    counts = records.counts(split)
+    words = counts["words"] + counts["documents"]
+    tokens = blocks.tokens[... if blocks.is_token is None else blocks.is_token]
+    return {
+        "tokens": blocks.count,
+        "characters": records.tokenizer.count_characters(tokens.reshape(-1)),
+        "words": blocks.count * words / counts["tokens"],
+    }
+
+
+def _provenance(records: data.Records, split: str) -> dict[str, Any]:
+    """What was scored, for whoever compares two numbers."""
+    keys = ("source", "tokenizer", "length", "form")
+    provenance = {key: records.fingerprint[key] for key in keys}
+    return {**provenance, "sha256": records.counts(split)["sha256"]}
+
+
+def likelihood_table(result: dict[str, Any]) -> str:
+    """The numbers of a split as aligned text; a bound carries its standard error."""
+    bits, nats = result["bits_per_character"], result["nats_per_token"]
+    perplexity, per_word = result["perplexity_per_token"], result["perplexity_per_word"]
+    source = result["data"]["source"]["corpus"]
+    levels = f"; {result['passes']} noise levels a block" if "passes" in result else ""
+    lines = [
+        (
+            f"{source} {result['split']}: {result['blocks']} blocks, {result['tokens']:,} tokens, "
+            f"{result['characters']:,} characters, {result['words']:,.0f} words{levels}"
+        ),
+        f"{'':48}{'bits/character':>18}{'nats/token':>18}{'PPL/token':>12}{'PPL/word':>12}",
+    ]
+    for key, name in ROWS.items():
+        if bits.get(key) is None:
+            continue
+        cells = []
+        for unit in (bits, nats):
+            error = unit.get(f"{key}_standard_error")
+            cells.append(f"{unit[key]:.3f}" + ("" if error is None else f" +- {error:.3f}"))
+        exponentials = f"{perplexity[key]:>12.2f}{per_word[key]:>12.4g}"
+        lines.append(f"{name:48}{cells[0]:>18}{cells[1]:>18}{exponentials}")
+    if "diffusion" not in bits:
+        return "\n".join(lines)
+    parts = ", ".join(f"{part} {bits[part]:.4f}" for part in ("diffusion", "tail", "prior"))
+    lines.append(f"the bound's parts, bits/character: {parts}")
+    if not result.get("target_reached", True):
+        lines.append(
+            f"target {result['target_standard_error']:g} nats/token not reached: "
+            f"{nats['bound_standard_error']:.3g} after {result['passes']} noise levels a block; "
+            "raise --max_passes"
+        )
+    return "\n".join(lines)
+
+
+# --- n-gram models
+
+
+def _ngram_nats(records: data.Records, split: str, heldout: data.Blocks) -> dict[str, float]:
+    """-log p of the held-out blocks under n-gram models of the split, nats."""
+    source = records.source(split)
+    if heldout.is_token is not None:
+        raise ValueError("n-gram models need packed records; leave --baselines out")
+    blocks = (records.parse(source[i]) for i in range(len(source)))
+    bigram = Bigram(blocks, records.tokenizer.vocab_size)
+    return {
+        "unigram": bigram.unigram_nats(heldout.tokens),
+        "bigram": bigram.bigram_nats(heldout.tokens),
+    }
+
+
+class Bigram:
+    """Unigram and interpolated bigram models of a token stream, fitted by counting.
+
+    The unigram adds one to every count. The bigram mixes in the unigram by Witten and Bell's rule
+    (1991): p(y | x) = (count(x, y) + kinds(x) unigram(y)) / (count(x) + kinds(x)), kinds(x) the
+    number of different tokens seen after x.
+    """
+
+    def __init__(self, blocks: Iterable[np.ndarray], vocab_size: int):
+        self.vocab_size = vocab_size
+        singles = np.ones(vocab_size)
+        self.pairs, self.counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        pending: list[np.ndarray] = []
+
+        def merge():
+            # A part at a time: memory holds the different pairs, not the corpus.
+            pairs, counts = np.unique(np.concatenate(pending), return_counts=True)
+            pending.clear()
+            self.pairs, where = np.unique(np.concatenate([self.pairs, pairs]), return_inverse=True)
+            counts = np.concatenate([self.counts, counts])
+            self.counts = np.bincount(where, weights=counts).astype(np.int64)
+
+        for block in blocks:  # int [L]
+            singles += np.bincount(block, minlength=vocab_size)
+            pending.append(self._pair(block[:-1], block[1:]))
+            if len(pending) * len(block) > 2**20:
+                merge()
+        if pending:
+            merge()
+        self.unigram = singles / singles.sum()
+        first = self.pairs // vocab_size
+        self.totals = np.bincount(first, weights=self.counts, minlength=vocab_size)
+        self.kinds = np.bincount(first, minlength=vocab_size)
+
+    def _pair(self, x, y):
+        return x.astype(np.int64) * self.vocab_size + y
+
+    def unigram_nats(self, blocks: np.ndarray) -> float:
+        """-log p of int32 [N, L] under the unigram, summed."""
+        return float(-np.log(self.unigram[blocks]).sum())
+
+    def bigram_nats(self, blocks: np.ndarray) -> float:
+        """-log p of int32 [N, L] under the bigram, summed; a block starts with the unigram."""
+        x, y = blocks[:, :-1], blocks[:, 1:]
+        pairs = self._pair(x, y)
+        index = np.minimum(np.searchsorted(self.pairs, pairs), len(self.pairs) - 1)
+        count = np.where(self.pairs[index] == pairs, self.counts[index], 0)
+        kinds = np.maximum(self.kinds[x], 1)  # a token that never came first: the unigram
+        probability = (count + kinds * self.unigram[y]) / (self.totals[x] + kinds)
+        return float(-np.log(self.unigram[blocks[:, 0]]).sum() - np.log(probability).sum())
