@@ -22,7 +22,7 @@ from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.samplers import DRAWS, GRIDS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES
 from sedd_jax.kernels import attention, vocab_reduce
-from sedd_jax.models.transformer import REMAT
+from sedd_jax.models.transformer import SAVED
 from sedd_jax.parallel.sharding import batch_parts
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
     "model.cond_dim": _whole(1),
     "model.dropout": _DECAY,
     "model.dtype": _one_of(DTYPES),
-    "model.remat": _one_of(REMAT),
+    "model.remat": _one_of(SAVED),
     "model.attention": _one_of({"auto": None, **attention.FORMS}),
     "model.head": _one_of({"auto": None, **vocab_reduce.FORMS}),
     "optimizer.learning_rate": _POSITIVE,

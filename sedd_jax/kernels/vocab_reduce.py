@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.kernels import HEAD, choose, for_platform
-from sedd_jax.kernels.products import product, transposed
+from sedd_jax.kernels.cpu import transposed
+from sedd_jax.kernels.matmul import einsum
 
 
 class Tile(NamedTuple):
@@ -37,7 +38,7 @@ SMALL = 2**18
 
 def logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
     """hidden [..., C] times weight [V, C] plus bias [V], accumulated in float32, [..., V]."""
-    return product("...c,vc->...v", hidden, weight.astype(hidden.dtype)) + bias
+    return einsum("...c,vc->...v", hidden, weight.astype(hidden.dtype)) + bias
 
 
 def total_and_pick(
@@ -269,11 +270,11 @@ class Xla:
                 d_bias += slope.sum(axis=0)
                 slope = slope.astype(hidden.dtype)
                 if slope.dtype == jnp.float32:
-                    d_part += product("pv,pc->vc", slope, hidden)
+                    d_part += einsum("pv,pc->vc", slope, hidden)
                 else:
-                    d_part += product("vp,pc->vc", transposed(slope), hidden)
+                    d_part += einsum("vp,pc->vc", transposed(slope), hidden)
                 (mine,) = _cut((d_hidden,), i, tile.positions)
-                mine += product("pv,vc->pc", slope, part.weight)
+                mine += einsum("pv,vc->pc", slope, part.weight)
                 (d_hidden,) = _put((d_hidden,), (mine,), i, tile.positions)
                 return d_hidden, d_part, d_bias
 

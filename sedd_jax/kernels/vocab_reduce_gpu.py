@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from sedd_jax.kernels.products import precision
+from sedd_jax.kernels.matmul import precision
 
 LOWEST = float(jnp.finfo(jnp.float32).min)  # a maximum to start from: -inf - -inf would be NaN
 # Programs of one kernel at least, if there are tokens enough: about 4 for each core of an H100.
