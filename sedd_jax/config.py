@@ -21,7 +21,7 @@ from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.samplers import DRAWS, GRIDS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES
 from sedd_jax.kernels import attention
-from sedd_jax.models.transformer import REMAT
+from sedd_jax.models.transformer import SAVED
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -91,7 +91,7 @@ KEYS: dict[str, Constraint] = {
     "model.cond_dim": _whole(1),
     "model.dropout": _DECAY,
     "model.dtype": _one_of(DTYPES),
-    "model.remat": _one_of(REMAT),
+    "model.remat": _one_of(SAVED),
     "model.attention": _one_of({"auto": None, **attention.FORMS}),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _whole(0),

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from sedd_jax.diffusion.losses import Loss
-from sedd_jax.kernels.residuals import packed, unpacked
+from sedd_jax.kernels.cpu import as_bits, from_bits
 from sedd_jax.parallel import sharding
 
 # Numbers of a leaf that a CPU changes at a time: parameters, average, moments and gradient of them
@@ -195,7 +195,7 @@ def _leaf_by_leaf(change: Callable, is_wanted: jax.Array, grads: Any, state: Tra
 def _in_tiles(fn: Callable, is_wanted: jax.Array, arrays: list, grad: jax.Array, tile: int):
     """The arrays as fn(arrays, grad) gives them, changed in place; as they are if not wanted."""
     shape, (whole, rest) = grad.shape, divmod(grad.size, tile)
-    grad, *arrays = (packed(a, "cpu").reshape(-1) for a in (grad, *arrays))
+    grad, *arrays = (as_bits(a).reshape(-1) for a in (grad, *arrays))
 
     def change(kept, start, length):
         parts = [jax.lax.dynamic_slice(a, (start,), (length,)) for a in (grad, *kept)]
@@ -203,16 +203,16 @@ def _in_tiles(fn: Callable, is_wanted: jax.Array, arrays: list, grad: jax.Array,
         # old ones of all, each time anew, and all that is written be copied first.
         parts = jax.lax.cond(
             is_wanted,
-            lambda grad, *parts: fn([unpacked(a) for a in parts], grad),
-            lambda grad, *parts: [unpacked(a) for a in parts],
+            lambda grad, *parts: fn([from_bits(a) for a in parts], grad),
+            lambda grad, *parts: [from_bits(a) for a in parts],
             *parts,
         )
         pairs = zip(kept, parts, strict=True)
-        return [jax.lax.dynamic_update_slice(a, packed(n, "cpu"), (start,)) for a, n in pairs]
+        return [jax.lax.dynamic_update_slice(a, as_bits(n), (start,)) for a, n in pairs]
 
     arrays = jax.lax.fori_loop(0, whole, lambda i, kept: change(kept, i * tile, tile), arrays)
     arrays = change(arrays, whole * tile, rest)
-    return [unpacked(a).reshape(shape) for a in arrays]
+    return [from_bits(a).reshape(shape) for a in arrays]
 
 
 def on_mesh(train_step, state_shape: TrainState, mesh: Mesh):

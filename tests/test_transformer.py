@@ -16,7 +16,7 @@ from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.kernels.attention import attention
 from sedd_jax.models.head import HeadScores, make_score_fn
-from sedd_jax.models.transformer import Output, Transformer, rotate, sigma_embedding
+from sedd_jax.models.transformer import SAVED, Output, Transformer, rotate, sigma_embedding
 from sedd_jax.parallel.sharding import Placement
 
 graphs = pytest.mark.parametrize("name", GRAPHS)
@@ -100,23 +100,40 @@ def test_remat_changes_neither_outputs_nor_gradients():
 
     def cost(model):
         def loss(params):
-            return (slopes * logits(model, params, tokens)).sum()
+            how = {"deterministic": False, "rngs": {"dropout": jax.random.key(1)}}
+            return (slopes * logits(model, params, tokens, **how)).sum()
 
         return jax.value_and_grad(loss)(params)
 
-    plain, remade = cost(network()), cost(network(remat="blocks"))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, remade)
+    plain, *others = (cost(network(remat=remat, dropout=0.1)) for remat in SAVED)
+    for other in others:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, other
+        )
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(plain))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_block_keeps_what_its_products_take_and_give_for_its_gradient(dtype):
-    """For each channel of a token its input, q, k and v, what attention gives, two branches, and 4
-    of the MLP: 11, and two masks; of bits, bfloat16 on a CPU, what attention gives is kept by it and
-    by the layer after it. No step between the products keeps anything."""
-    numbers = 11 if dtype == jnp.float32 else 12
+def test_a_block_saves_its_matmuls_results_and_what_attention_needs_for_its_gradient(dtype):
+    """For each channel of a token: the block's input, q, k and v, what attention gives, two
+    branches and 4 of the MLP, 11 in all, and two masks. No step between the matmuls saves anything."""
+    tokens, _, _ = tokens_and_params()
+    saved = {remat: saved_arrays(network(dtype=dtype, dropout=0.1, remat=remat)) for remat in SAVED}
+    channels = network().blocks * tokens.size * network().hidden_size
+
+    def count(remat, is_counted):
+        return sum(leaf.size for leaf in saved[remat] if is_counted(leaf.dtype)) / channels
+
+    for remat, numbers, masks in (("none", 11, 2), ("elementwise", 10, 0), ("blocks", 1, 0)):
+        assert count(remat, lambda dtype: dtype != bool) == numbers, remat
+        assert count(remat, lambda dtype: dtype == bool) == masks, remat
+        in_float32 = numbers if dtype == jnp.float32 else 1  # the stream always is
+        assert count(remat, lambda dtype: dtype == jnp.float32) == in_float32, remat
+
+
+def saved_arrays(model):
+    """[blocks, B, L, ...] of a channel each, by tokens or by heads, that the gradient needs."""
     tokens, _, params = tokens_and_params()
-    model = network(dtype=dtype, dropout=0.1)
 
     def pullback(params, key):
         def run(params):
@@ -126,15 +143,9 @@ def test_a_block_keeps_what_its_products_take_and_give_for_its_gradient(dtype):
         return jax.vjp(run, params)[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(pullback, params, jax.random.key(0)))
-    # [blocks, B, L, C], by tokens or by heads, and not the parameters.
-    rows = {len(tokens), tokens.size, len(tokens) * model.heads}
+    rows = {len(tokens), tokens.size, len(tokens) * model.heads}  # and not the parameters
     leaves = [leaf for leaf in leaves if leaf.ndim > 1 and leaf.shape[1] in rows]
-    channels = model.blocks * tokens.size * model.hidden_size
-    kept = [leaf for leaf in leaves if leaf.size >= channels]
-    assert sum(leaf.size for leaf in kept if leaf.dtype != bool) == numbers * channels
-    assert sum(leaf.size for leaf in kept if leaf.dtype == bool) == 2 * channels
-    in_float32 = sum(leaf.size for leaf in kept if leaf.dtype == jnp.float32)
-    assert in_float32 == (11 if dtype == jnp.float32 else 1) * channels  # the stream always is
+    return [leaf for leaf in leaves if leaf.size >= model.blocks * tokens.size * model.hidden_size]
 
 
 def test_bfloat16_is_close_to_float32_and_leaves_the_parameters_alone():

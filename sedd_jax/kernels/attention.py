@@ -4,15 +4,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sedd_jax.kernels import ATTENTION, choose, for_platform
-from sedd_jax.kernels.products import product, transposed
-from sedd_jax.kernels.residuals import packed, unpacked
+from sedd_jax.kernels.cpu import as_bits, from_bits, transposed
+from sedd_jax.kernels.matmul import einsum
 
 # Products of queries and keys that exist at a time: what stays in a CPU core's cache, 1 MiB, and
 # what is little of an accelerator's memory, 512 MiB. One head's of one row at least.
 TILES = {"cpu": 2**18, "gpu": 2**27, "tpu": 2**27}
 UNSEEN = -1e30  # finite, so that a row without a key stays finite
+CHECKPOINT_NAME = "attention"  # of what attention's gradient needs
 SPLASH_BLOCK = 512  # positions of a block of the TPU's kernel, at most
 
 
@@ -69,7 +71,7 @@ def _softmax_forward(is_causal, tile, platform, q, k, v, lengths):
     """What autodiff would keep, the weights [N, L, L] of each layer, is made again."""
 
     def of_tile(q, k, v, lengths):
-        products = product("nlk,nmk->nlm", q, k)
+        products = einsum("nlk,nmk->nlm", q, k)
         seen = _seen(q.shape[1], is_causal, lengths)
         if seen is not None:
             products = jnp.where(seen, products, UNSEEN)
@@ -77,37 +79,38 @@ def _softmax_forward(is_causal, tile, platform, q, k, v, lengths):
         top = products.max(axis=-1, keepdims=True)
         weights = jnp.exp(scale * (products - top))
         total = weights.sum(axis=-1, keepdims=True)
-        out = product("nlm,nmk->nlk", weights.astype(v.dtype), v) / total
+        out = einsum("nlm,nmk->nlk", weights.astype(v.dtype), v) / total
         return out.astype(v.dtype), (scale * top + jnp.log(total))[..., 0]
 
     shape = q.shape
-    q, k, v = (_by_head(packed(a, platform)) for a in (q, k, v))
+    q, k, v = (_by_head(as_bits(a, platform)) for a in (q, k, v))
     out, log_total = _over_tiles(of_tile, tile, platform, (q, k, v, lengths))
-    out = _by_row(out, shape)
-    return unpacked(out), (q, k, v, lengths, out, log_total)
+    out = checkpoint_name(_by_row(out, shape), CHECKPOINT_NAME)
+    log_total = checkpoint_name(log_total, CHECKPOINT_NAME)
+    return from_bits(out), (q, k, v, lengths, out, log_total)
 
 
 def _softmax_backward(is_causal, tile, platform, kept, slope):
     def of_tile(q, k, v, lengths, log_total, mean, slope):
         # Keys come first: a CPU's products are fast where the last axis of the left is summed over.
         scale = q.shape[-1] ** -0.5
-        weights = jnp.exp(scale * product("nmk,nlk->nml", k, q) - log_total[:, None])
+        weights = jnp.exp(scale * einsum("nmk,nlk->nml", k, q) - log_total[:, None])
         seen = _seen(q.shape[1], is_causal, lengths)
         if seen is not None:
             weights = jnp.where(seen.swapaxes(1, 2), weights, 0.0)
-        d_products = weights * (product("nmk,nlk->nml", v, slope) - mean[:, None])
+        d_products = weights * (einsum("nmk,nlk->nml", v, slope) - mean[:, None])
         d_products = d_products.astype(q.dtype)
-        d_q = scale * transposed(product("nkm,nml->nkl", transposed(k), d_products))
-        d_k = scale * product("nml,nlk->nmk", d_products, q)
-        d_v = product("nml,nlk->nmk", weights.astype(v.dtype), slope)
+        d_q = scale * transposed(einsum("nkm,nml->nkl", transposed(k), d_products))
+        d_k = scale * einsum("nml,nlk->nmk", d_products, q)
+        d_v = einsum("nml,nlk->nmk", weights.astype(v.dtype), slope)
         return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
     q, k, v, lengths, out, log_total = kept
-    mean = (unpacked(out).astype(jnp.float32) * slope.astype(jnp.float32)).sum(axis=-1)
+    mean = (from_bits(out).astype(jnp.float32) * slope.astype(jnp.float32)).sum(axis=-1)
     mean = _by_head(mean[..., None])[..., 0]
-    slope = _by_head(packed(slope, platform))
+    slope = _by_head(as_bits(slope, platform))
     found = _over_tiles(of_tile, tile, platform, (q, k, v, lengths, log_total, mean, slope))
-    return *(unpacked(_by_row(a, out.shape)) for a in found), None
+    return *(from_bits(_by_row(a, out.shape)) for a in found), None
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -142,8 +145,8 @@ def _over_tiles(fn, size, platform, arrays):
     """fn(*arrays), packed trees of [N, ...] in and out, a tile of so many after the other."""
 
     def of_packed(tile):
-        found = fn(*jax.tree.map(unpacked, tile))
-        return jax.tree.map(lambda a: packed(a, platform), found)
+        found = fn(*jax.tree.map(from_bits, tile))
+        return jax.tree.map(lambda a: as_bits(a, platform), found)
 
     if arrays[0].shape[0] == size:
         return of_packed(arrays)
@@ -159,6 +162,11 @@ def _cudnn(q, k, v, is_causal, lengths, platform):
     )
 
 
+def saves_cudnn(primitive, *_, **__) -> bool:
+    """The jax.checkpoint policy that saves what the gradient of cuDNN's needs: it has no name."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
 def _splash(q, k, v, is_causal, lengths, platform):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -171,6 +179,7 @@ def _splash(q, k, v, is_causal, lengths, platform):
         splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(**sizes),
         interpret=platform == "cpu",
+        residual_checkpoint_name=CHECKPOINT_NAME,
     )
     q = q * q.shape[-1] ** -0.5  # a power of 4 at 64: exact in bfloat16
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))  # [B, H, L, K]

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.kernels import for_platform
-from sedd_jax.kernels.products import product as matmul
-from sedd_jax.kernels.products import transposed
+from sedd_jax.kernels.cpu import transposed
+from sedd_jax.kernels.matmul import einsum
 
 
 class Tile(NamedTuple):
@@ -37,7 +37,7 @@ SMALL = 2**18
 
 def logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
     """hidden [..., C] times weight [V, C] plus bias [V], accumulated in float32, [..., V]."""
-    return matmul("...c,vc->...v", hidden, weight.astype(hidden.dtype)) + bias
+    return einsum("...c,vc->...v", hidden, weight.astype(hidden.dtype)) + bias
 
 
 def total_and_pick(
@@ -213,11 +213,11 @@ def _backward(tile, saved, cotangents):
             d_bias += d_logits.sum(axis=0)
             d_logits = d_logits.astype(hidden.dtype)
             if d_logits.dtype == jnp.float32:
-                d_part += matmul("pv,pc->vc", d_logits, hidden)
+                d_part += einsum("pv,pc->vc", d_logits, hidden)
             else:
-                d_part += matmul("vp,pc->vc", transposed(d_logits), hidden)
+                d_part += einsum("vp,pc->vc", transposed(d_logits), hidden)
             d_block = _block(d_hidden, i, tile.positions)
-            d_block += matmul("pv,vc->pc", d_logits, part.weight)
+            d_block += einsum("pv,vc->pc", d_logits, part.weight)
             return _with_block(d_hidden, d_block, i), d_part, d_bias
 
         zeros = jnp.zeros(part.weight.shape), jnp.zeros(part.bias.shape)

@@ -1,7 +1,7 @@
 """GPT-2, the causal network that scores generated text, parameter for parameter as the original.
 
 Tokens go in, the last hidden state comes out; the embedding is the output matrix too. Parameters
-are float32. `dtype` is the dtype of the matrix products; the residual stream, layer norms and the
+are float32. `dtype` is the dtype of the matmuls; the residual stream, layer norms and the
 softmax stay in float32. Imports jax, flax and sedd_jax.kernels only.
 """
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from sedd_jax.kernels import vocab_reduce
 from sedd_jax.kernels.attention import attention
-from sedd_jax.kernels.products import precision
+from sedd_jax.kernels.matmul import precision
 
 MLP_RATIO = 4
 LAYER_NORM_EPSILON = 1e-5
@@ -52,7 +52,7 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """tokens int32 [B, L], L <= positions -> last hidden state after the final norm, [B, L, C].
 
-    float32 whatever the dtype of the products. Radford et al. 2019.
+    float32 whatever the dtype of the matmuls. Radford et al. 2019.
     """
 
     vocab_size: int

@@ -2,22 +2,22 @@
 
 Tokens and total noise go in, the last hidden state and the output matrix come out; what the
 output means is the graph's to say. Small has 169,627,218 parameters at GPT-2's vocabulary with
-MASK. Parameters are float32. `dtype` is the dtype of the matrix products; the residual stream,
-layer norms and the modulation stay in float32.
+MASK. Parameters are float32. `dtype` is the dtype of the matmuls; the residual stream, layer norms
+and the modulation stay in float32.
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from sedd_jax.kernels.attention import attention
-from sedd_jax.kernels.products import Precision, linear
-from sedd_jax.kernels.residuals import remade
+from sedd_jax.kernels import cpu
+from sedd_jax.kernels.attention import attention, saves_cudnn
+from sedd_jax.kernels.matmul import Precision
 from sedd_jax.parallel.sharding import Placement
 
 FREQUENCIES = 256
@@ -25,14 +25,25 @@ MLP_RATIO = 4
 ROTARY_BASE = 10_000.0
 LAYER_NORM_EPSILON = 1e-5
 
-
-# What the backward pass makes again: nothing; each block, all but the products with its weights,
-# or all of it. Less memory each, and more time: blocks costs a third more operations.
-REMAT = {
-    "none": None,
-    "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "blocks": jax.checkpoint_policies.nothing_saveable,
+# What a block saves for the backward pass beside its input, numbers per channel of a token:
+#     matmul     results of qkv 3, out 1, up 4, down 1
+#     attention  what flash attention's gradient needs: its result 1, a float32 per head
+#     dropout    two masks, bool
+# Everything else (norms, modulation, rotation, GELU, the sums) is recomputed there. Each value of
+# config.model.remat saves less than the one before and takes more time.
+SAVED = {
+    "none": ("matmul", "attention", "dropout"),
+    "elementwise": ("matmul",),
+    "blocks": (),
 }
+
+
+def saving(names):
+    """The jax.checkpoint policy that saves what has one of the names."""
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+    if "attention" in names:  # cuDNN's has no name
+        policy = jax.checkpoint_policies.save_from_both_policies(policy, saves_cudnn)
+    return policy
 
 
 class Output(NamedTuple):
@@ -72,12 +83,17 @@ def rotate(x: jax.Array) -> jax.Array:
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [B, L, C] scaled and shifted by the noise level's [B, C]."""
-    return x * (1.0 + scale[:, None]) + shift[:, None]
+    """x [B, L, C] scaled and shifted by the noise level's [B, 1, C]."""
+    return x * (1.0 + scale) + shift
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+    """With weight and no bias, in float32."""
+    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, name=name)
 
 
 class Modulation(nn.Module):
-    """`count` vectors [B, C] from the conditioning [B, cond]; zero at the start (adaLN-zero)."""
+    """`count` vectors [B, 1, C] from the conditioning [B, cond]; zero at the start (adaLN-zero)."""
 
     count: int
     size: int
@@ -90,7 +106,7 @@ class Modulation(nn.Module):
             self.count * self.size, kernel_init=zeros, precision=Precision.HIGHEST, name="linear"
         )
         out = self.placement.rows(dense(conditioning))
-        return jnp.split(out, self.count, axis=-1)
+        return jnp.split(out[:, None], self.count, axis=-1)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -99,26 +115,17 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """[..., *inputs] -> [..., *outputs] in `dtype`, as flax's DenseGeneral over the last axes.
-
-    It takes what prologue makes of arrays, [..., *inputs], and keeps the arrays: that is made again
-    for the gradient. Of a tuple it takes the first, and returns the others beside the product.
-    """
+    """[..., *inputs] -> [..., *outputs] in `dtype`, as flax's DenseGeneral over the last axes."""
 
     outputs: tuple[int, ...]
     dtype: jnp.dtype
     placement: Placement
     axes: int = 1  # of the inputs
     has_bias: bool = False
-    prologue: Callable = lambda x: x
 
     @nn.compact
-    def __call__(self, *arrays):
-        def prologue(arrays):
-            made = self.prologue(*arrays)
-            return made if isinstance(made, tuple) else (made,)
-
-        inputs = jax.eval_shape(prologue, arrays)[0].shape[-self.axes :]
+    def __call__(self, x):
+        inputs = x.shape[x.ndim - self.axes :]
         flat = (math.prod(inputs), math.prod(self.outputs))
 
         def kernel_init(key, shape):
@@ -128,30 +135,23 @@ class Linear(nn.Module):
         bias = None
         if self.has_bias:
             bias = self.param("bias", _torch_bias(flat[0]), self.outputs, jnp.float32)
-
-        def product(arrays, kernel, bias):
-            x, *others = prologue(arrays)
-            x = x.astype(self.dtype)
-            out = linear(x, kernel, bias, self.axes, is_one_cpu=self.placement.is_one_cpu)
-            return (out, *others) if others else out
-
-        return remade(product, self.placement.platform)(arrays, kernel, bias)
+        x = x.astype(self.dtype)
+        out = cpu.linear(x, kernel, bias, self.axes, is_one_cpu=self.placement.is_one_cpu)
+        return cpu.save(out, "matmul", self.placement.platform)
 
 
-class LayerNormWeight(nn.Module):
-    """[C]: the norm itself is a function of arrays, to be made again."""
+class Dropout(nn.Module):
+    """nn.Dropout, but for the name by which the mask is saved for the backward pass."""
+
+    rate: float
+    deterministic: bool
 
     @nn.compact
-    def __call__(self, size):
-        return self.param("scale", nn.initializers.ones_init(), (size,))
-
-
-def norm(x: jax.Array, weight: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """The layer norm of x [B, L, C] with weight [C], modulated by the noise level's [B, C]."""
-    layer_norm = nn.LayerNorm(
-        epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, parent=None
-    )
-    return modulate(layer_norm.apply({"params": {"scale": weight}}, x), shift, scale)
+    def __call__(self, x):
+        if self.deterministic or not self.rate:
+            return x
+        mask = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
+        return jnp.where(checkpoint_name(mask, "dropout"), x / (1.0 - self.rate), 0.0)
 
 
 class Block(nn.Module):
@@ -168,44 +168,31 @@ class Block(nn.Module):
     def __call__(self, x, conditioning, lengths):
         x = self.placement.rows(x)
         size = x.shape[-1]
-        head = (self.heads, size // self.heads)
-        layer = functools.partial(Linear, dtype=self.dtype, placement=self.placement)
-
-        def attend(heads, lengths):
-            how = {"implementation": self.attention, "platform": self.placement.platform}
-            return attention(*heads, lengths=lengths, **how)
-
-        def stays():
-            """What dropout leaves of a branch, bool; () where it leaves everything."""
-            if self.deterministic or not self.dropout:
-                return ()
-            return (nn.Dropout(self.dropout, deterministic=False)(jnp.ones(x.shape)) > 0,)
-
-        def gated(branch, gate, *stays):
-            branch = branch.astype(jnp.float32)
-            for mask in stays:
-                branch = jnp.where(mask, branch / (1.0 - self.dropout), 0.0)
-            return gate[:, None] * branch
-
-        def norm_of_sum(x, branch, *modulation):
-            x = x + gated(*branch)
-            return norm(x, *modulation), x
-
+        linear = functools.partial(Linear, dtype=self.dtype, placement=self.placement)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
             6, size, self.placement, name="modulation"
         )(conditioning)
+        norm_1, norm_2 = (layer_norm(name) for name in ("norm_1", "norm_2"))
 
-        weight_1, weight_2 = (LayerNormWeight(name=f"norm_{i}")(size) for i in (1, 2))
-        qkv = layer((3, *head), prologue=norm, name="qkv")(x, weight_1, shift_1, scale_1)
-        q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))  # [B, L, H, K]
-        h = self.placement.over_heads(attend, (rotate(q), rotate(k), v), lengths)
-        h = layer((size,), axes=2, name="out")(h)
-        branch = (h, gate_1, *stays())
+        def dropout(branch):
+            return Dropout(self.dropout, self.deterministic)(branch.astype(jnp.float32))
 
-        up = layer((MLP_RATIO * size,), has_bias=True, prologue=norm_of_sum, name="up")
-        h, x = up(x, branch, weight_2, shift_2, scale_2)
-        h = layer((size,), has_bias=True, prologue=gelu, name="down")(h)
-        x = x + remade(gated, self.placement.platform)(h, gate_2, *stays())
+        def mix(heads, lengths):
+            how = {"implementation": self.attention, "platform": self.placement.platform}
+            return attention(*heads, lengths=lengths, **how)
+
+        def attend(x):
+            qkv = linear((3, self.heads, size // self.heads), name="qkv")(x)
+            q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))  # [B, L, H, K]
+            mixed = self.placement.over_heads(mix, (rotate(q), rotate(k), v), lengths)
+            return linear((size,), axes=2, name="out")(mixed)
+
+        def mlp(x):
+            x = linear((MLP_RATIO * size,), has_bias=True, name="up")(x)
+            return linear((size,), has_bias=True, name="down")(gelu(x))
+
+        x = x + gate_1 * dropout(attend(modulate(norm_1(x), shift_1, scale_1)))
+        x = x + gate_2 * dropout(mlp(modulate(norm_2(x), shift_2, scale_2)))
         return self.placement.rows(x), None
 
 
@@ -223,7 +210,7 @@ class Transformer(nn.Module):
     cond_dim: int
     dropout: float
     dtype: jnp.dtype = jnp.float32
-    remat: str = "none"  # of REMAT
+    remat: str = "none"  # of SAVED
     attention: str = "auto"  # of kernels.attention
     placement: Placement = Placement()
 
@@ -257,11 +244,8 @@ class Transformer(nn.Module):
         conditioning = embedded("sigma_2", self.cond_dim)(nn.silu(conditioning))
         conditioning = self.placement.rows(nn.silu(conditioning))
 
-        block = Block
-        if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat])
         scanned = nn.scan(
-            block,
+            nn.remat(Block, prevent_cse=False, policy=saving(SAVED[self.remat])),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
@@ -278,11 +262,11 @@ class Transformer(nn.Module):
             name="blocks",
         )(x, conditioning, lengths)
 
-        norm_weight = LayerNormWeight(name="norm")(self.hidden_size)
         shift, scale = Modulation(2, self.hidden_size, self.placement, name="modulation")(
             conditioning
         )
-        hidden = self.placement.rows(norm(x, norm_weight, shift, scale).astype(self.dtype))
+        x = modulate(layer_norm("norm")(x), shift, scale)
+        hidden = self.placement.rows(x.astype(self.dtype))
         weight = self.param("head_weight", zeros, table)
         bias = self.param("head_bias", zeros, (self.dim,))
         return Output(hidden, self.placement.whole(weight), bias)

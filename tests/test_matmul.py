@@ -1,22 +1,21 @@
-"""Products: the precision they keep, the layers' own, and what is kept for their gradients."""
+"""Matmuls: their precision, a layer's gradients on a CPU, and what is saved for them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.kernels import products
-from sedd_jax.kernels.products import linear, product, transposed
-from sedd_jax.kernels.residuals import packed, remade, unpacked
+from sedd_jax.kernels.cpu import as_bits, from_bits, linear, save, transposed
+from sedd_jax.kernels.matmul import CPU_SUMS_IN_FLOAT32, einsum
 
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
 
 @dtypes
-def test_a_product_is_summed_and_returned_in_float32(dtype):
+def test_an_einsum_is_summed_and_returned_in_float32(dtype):
     a, b = (jax.random.normal(jax.random.key(i), (40, 40)).astype(dtype) for i in range(2))
     exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
-    found = product("mk,kn->mn", a, b)
+    found = einsum("mk,kn->mn", a, b)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(transposed(a), np.asarray(a).T)
@@ -60,12 +59,12 @@ def test_a_layer_and_its_gradients_are_lax_dot_generals(
 
 
 @pytest.mark.parametrize("is_one_cpu", [True, False])
-def test_one_cpu_takes_flat_products(is_one_cpu):
+def test_one_cpu_takes_flat_matmuls(is_one_cpu):
     def layer(x, kernel):
-        return linear(x, kernel, None, is_one_cpu=is_one_cpu)
+        return linear(x, kernel, None, 1, is_one_cpu=is_one_cpu)
 
     program = str(jax.make_jaxpr(layer)(jnp.zeros((2, 3, 4)), jnp.zeros((4, 5))))
-    assert ("6,4" in program) == (is_one_cpu and products._CPU_ADDS_WIDE)
+    assert ("6,4" in program) == (is_one_cpu and CPU_SUMS_IN_FLOAT32)
 
 
 @dtypes
@@ -77,21 +76,28 @@ def test_transposed_is_the_transpose_of_the_last_two_axes(dtype):
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_what_is_remade_keeps_its_arguments_alone(platform):
-    def fn(x, is_kept, scale):
-        return jnp.where(is_kept, jnp.tanh(jnp.exp(x.astype(jnp.float32))) ** 3, 0.0) * scale
+def test_what_is_saved_by_name_is_all_that_the_gradient_needs_and_bits_on_a_cpu(platform):
+    policy = jax.checkpoint_policies.save_only_these_names("branch")
+
+    def fn(x, scale):
+        branch = jnp.exp(x.astype(jnp.float32)).astype(jnp.bfloat16)
+        return jnp.tanh(save(branch, "branch", platform).astype(jnp.float32)) ** 3 * scale
+
+    def plain(x, scale):
+        branch = jnp.exp(x.astype(jnp.float32)).astype(jnp.bfloat16)
+        return jnp.tanh(branch.astype(jnp.float32)) ** 3 * scale
 
     x = jax.random.normal(jax.random.key(0), (4, 3)).astype(jnp.bfloat16)
-    is_kept, scale = jnp.arange(12).reshape(4, 3) % 3 > 0, jnp.linspace(1.0, 2.0, 3)
+    scale = jnp.linspace(1.0, 2.0, 3)
 
     def answers(fn):
-        value, pull = jax.vjp(lambda x, scale: fn(x, is_kept, scale), x, scale)
+        value, pull = jax.vjp(fn, x, scale)
         return value, pull(jnp.ones_like(value))
 
-    jax.tree.map(np.testing.assert_array_equal, answers(remade(fn, platform)), answers(fn))
-    arguments = jax.eval_shape(lambda: (x, is_kept, scale))
-    kept = jax.eval_shape(lambda *a: jax.vjp(remade(fn, platform), *a)[1], *arguments)
-    bits = {"cpu": jnp.uint16, "gpu": jnp.bfloat16}[platform]
-    found = sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(kept))
-    assert found == sorted([((4, 3), jnp.dtype(bits).name), ((4, 3), "bool"), ((3,), "float32")])
-    np.testing.assert_array_equal(unpacked(packed(x, platform)), x)
+    saving = jax.checkpoint(fn, policy=policy)
+    jax.tree.map(np.testing.assert_array_equal, answers(saving), answers(plain))
+    saved = jax.eval_shape(lambda *a: jax.vjp(saving, *a)[1], x, scale)
+    bits = {"cpu": "uint16", "gpu": "bfloat16"}[platform]
+    found = sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(saved))
+    assert found == sorted([((4, 3), bits), ((4, 3), "bfloat16"), ((3,), "float32")])
+    np.testing.assert_array_equal(from_bits(as_bits(x, platform)), x)

@@ -1,0 +1,103 @@
+"""What XLA compiles badly for a CPU, in forms that it compiles well. Imports jax only.
+
+Every function here equals a plain one, named in its docstring, which the other platforms run.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from sedd_jax.kernels import matmul
+from sedd_jax.kernels.matmul import CPU_SUMS_IN_FLOAT32, einsum
+
+
+def as_bits(a: jax.Array, platform: str = "cpu") -> jax.Array:
+    """a; on a CPU, bfloat16 as uint16, since loops there stack, slice and transpose bfloat16 as
+    float32."""
+    if platform == "cpu" and a.dtype == jnp.bfloat16:
+        return jax.lax.bitcast_convert_type(a, jnp.uint16)
+    return a
+
+
+def from_bits(a: jax.Array) -> jax.Array:
+    """The inverse of as_bits."""
+    return jax.lax.bitcast_convert_type(a, jnp.bfloat16) if a.dtype == jnp.uint16 else a
+
+
+def save(a: jax.Array, name: str, platform: str) -> jax.Array:
+    """checkpoint_name(a, name): a is saved for the backward pass where the policy has the name."""
+    if platform == "cpu" and a.dtype == jnp.bfloat16:
+        return _save_bits(a, name)
+    return checkpoint_name(a, name)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _save_bits(a, name):
+    return from_bits(checkpoint_name(as_bits(a), name))
+
+
+@_save_bits.defjvp
+def _save_bits_jvp(name, primals, tangents):  # a bit cast alone has no gradient
+    return from_bits(checkpoint_name(as_bits(primals[0]), name)), tangents[0]
+
+
+def transposed(a: jax.Array) -> jax.Array:
+    """a.swapaxes(-1, -2) for the left side of a matmul. No gradient is taken through it.
+
+    XLA folds a transposition into the matmul, and a CPU's fast matmuls take no left side that is
+    summed over its rows: half as fast as with the copy that is made here.
+    """
+    shape = (*a.shape[:-2], a.shape[-1], a.shape[-2])
+
+    def copied(a):
+        # Flat, since what XLA has laid out by columns goes to none of bfloat16's fast matmuls.
+        bits = jax.lax.optimization_barrier(as_bits(a))
+        flat = bits.swapaxes(-1, -2).reshape(-1)
+        return from_bits(jax.lax.optimization_barrier(flat).reshape(shape))
+
+    return jax.lax.platform_dependent(a, cpu=copied, default=lambda a: a.swapaxes(-1, -2))
+
+
+def linear(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, axes: int, *, is_one_cpu: bool
+) -> jax.Array:
+    """matmul.linear; is_one_cpu: the arrays are whole on a CPU.
+
+    A CPU has fast matmuls of two matrices in one order only, of bfloat16 only with a result in
+    float32. Elsewhere a flattened kernel would lose its split over devices.
+    """
+    if not (is_one_cpu and CPU_SUMS_IN_FLOAT32):
+        return matmul.linear(x, kernel, bias, axes)
+    inputs = math.prod(kernel.shape[:axes])
+    flat_bias = None if bias is None else bias.reshape(-1)
+    flat = _linear(x.reshape(-1, inputs), kernel.reshape(inputs, -1), flat_bias)
+    return flat.reshape(*x.shape[: x.ndim - axes], *kernel.shape[axes:])
+
+
+@jax.custom_vjp
+def _linear(x, kernel, bias):
+    out = einsum("mk,kn->mn", x, kernel.astype(x.dtype))
+    return (out if bias is None else out + bias).astype(x.dtype)
+
+
+def _linear_forward(x, kernel, bias):
+    return _linear(x, kernel, bias), (x, kernel, bias)
+
+
+def _linear_backward(saved, d_out):
+    x, kernel, bias = saved
+    d_x = einsum("mn,kn->mk", d_out, kernel.astype(x.dtype)).astype(x.dtype)
+    if x.shape[1] <= d_out.shape[1]:  # the smaller one is transposed
+        d_kernel = einsum("km,mn->kn", transposed(x), d_out)
+    else:
+        d_kernel = transposed(einsum("nm,mk->nk", transposed(d_out), x))
+    # Of bfloat16, the CPU's sum over rows is much slower than a matmul.
+    ones = jnp.ones((1, d_out.shape[0]), d_out.dtype)
+    d_bias = None if bias is None else einsum("om,mn->on", ones, d_out)[0]
+    return d_x, d_kernel, d_bias
+
+
+_linear.defvjp(_linear_forward, _linear_backward)

@@ -1,0 +1,41 @@
+"""Matmuls in the precision that their operands promise. Imports jax only."""
+
+import jax
+import jax.numpy as jnp
+
+Precision = jax.lax.Precision
+# The CPU runtime of jax 0.7.2 cannot sum products of bfloat16 in float32.
+CPU_SUMS_IN_FLOAT32 = jax.__version_info__ >= (0, 8)
+
+
+def precision(dtype: jnp.dtype) -> Precision | None:
+    """HIGHEST for float32, whose default is bfloat16 passes on TPU and TF32 on NVIDIA GPUs."""
+    return Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """jnp.einsum of a and b, of one dtype, summed and returned in float32."""
+
+    def plain(a, b):
+        return jnp.einsum(
+            spec, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32
+        )
+
+    def widened(a, b):  # the same sums: float32 holds products of bfloat16 exactly
+        return plain(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    if a.dtype == jnp.float32 or CPU_SUMS_IN_FLOAT32:
+        return plain(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=widened, default=plain)
+
+
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, axes: int = 1) -> jax.Array:
+    """x [..., *inputs] times kernel [*inputs, *outputs] plus bias [*outputs], in the dtype of x.
+
+    axes is the number of inputs. Kernel and bias are float32.
+    """
+    contracted = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
+    kernel = kernel.astype(x.dtype)
+    out = jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision=precision(x.dtype))
+    # In float32, in which the gradient of the bias is then summed.
+    return out if bias is None else (out.astype(jnp.float32) + bias).astype(x.dtype)
