@@ -1,4 +1,4 @@
-"""A 0.6 M parameter character model of the text that ships with Python, in minutes on 2 CPU cores."""
+"""A 0.6 M parameter character model of Python's own documentation, in minutes on 2 CPU cores."""
 
 from sedd_jax.configs import base
 

@@ -1,7 +1,7 @@
 """The launchers: what they would run, what they refuse, and the supervisor with real children.
 
-sbatch, srun, scancel, squeue, scontrol, gcloud and the installed sedd-train are stand-ins in a test's
-own folder, which record how they are called.
+sbatch, srun, scancel, squeue, scontrol, gcloud and the installed sedd-train are stand-ins in a
+test's own folder, which record how they are called.
 """
 
 import os
@@ -393,7 +393,9 @@ case "$*" in
   *describe*) n=$((n + 1)); echo $n > n
     case $n in 1) echo NOT_FOUND >&2; exit 1 ;; 2) echo PREEMPTED ;; *) echo READY ;; esac ;;
   *'worker.sh status'*)
-    case $n in 3) echo 'not installed' ;; 4) exit 255 ;; 5) echo 'ended 75' ;; *) echo 'ended 0' ;; esac ;;
+    case $n in
+      3) echo 'not installed' ;; 4) exit 255 ;; 5) echo 'ended 75' ;; *) echo 'ended 0' ;;
+    esac ;;
 esac
 """
     stand_in(tmp_path / "bin", "gcloud", f"cd {tmp_path}{story}")

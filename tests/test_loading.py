@@ -1,4 +1,4 @@
-"""load: from a run, an exported folder, the hub; what it refuses, and that nothing is half loaded."""
+"""load: from a run, an exported folder, the hub; what it refuses; nothing is half loaded."""
 
 import json
 import subprocess
