@@ -10,8 +10,8 @@ GROUP = 256
 def categorical(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     """A token in proportion to exp(log_weights [..., V]), int32 [...].
 
-    The distribution is that of noise over all V tokens, but for a large V first a group of tokens is
-    drawn, in proportion to its sum, and then a token of it: noise costs more than the sum.
+    The distribution is that of noise over all V tokens, but for a large V first a group of tokens
+    is drawn, in proportion to its sum, and then a token of it: noise costs more than the sum.
     """
 
     def draw(key, log_weights):
@@ -27,7 +27,7 @@ def categorical(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     groups = jnp.pad(log_weights, padding, constant_values=-jnp.inf)
     groups = jax.nn.logsumexp(groups.reshape(*rows, -1, GROUP), axis=-1)
     begin = GROUP * draw(key_group, groups)
-    # Slices of one size: that of a last group that is not full begins with tokens of the one before.
+    # Slices of one size: a last group that is not full begins with tokens of the one before.
     start = jnp.minimum(begin, vocab - GROUP)
     cut = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, GROUP))
     members = cut(log_weights.reshape(-1, vocab), start.reshape(-1)).reshape(*rows, GROUP)

@@ -25,7 +25,8 @@ class ScoreEntropy(NamedTuple):
     """Score entropy per token, before the weight dsigma/dt; float32 [B, L] each.
 
     normalised is the same for the scores rescaled to the total that the true ones have, and log_z
-    the log of how far they are from it, 0 where there are none; None where the graph fixes no total.
+    the log of how far they are from it, 0 where there are none; None where the graph fixes no
+    total.
     """
 
     value: jax.Array
@@ -62,7 +63,7 @@ def _k(a: jax.Array, log_a: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Graph(abc.ABC):
-    """The forward process of a token. A new graph defines the abstract methods; the rest follows."""
+    """The forward process of a token; a graph defines the abstract methods, the rest follows."""
 
     vocab_size: int
 

@@ -1,4 +1,4 @@
-"""Training objectives: nats per sequence from a score function and clean tokens. Imports jax only."""
+"""Training objectives: nats per sequence from a score function and clean tokens."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Distributions of a reverse step: what may be drawn, and how likely each token is. Imports jax only.
+"""Distributions of a reverse step: what may be drawn, and how likely each token is.
 
 A graph turns scores into the distribution of x_s given x_t; a sampler draws from it, and the bound
 asks for the probability of the data under the last one.

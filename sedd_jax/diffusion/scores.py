@@ -47,7 +47,7 @@ ScoreFn = Callable[[Tokens, Sigma], Scores]
 
 
 def draw_categorical(keys: jax.Array, log_weights: jax.Array) -> Tokens:
-    """A token in proportion to exp(log_weights [B, L, V]), int32 [B, L]; a key for each row, [B]."""
+    """A token in proportion to exp(log_weights [B, L, V]), int32 [B, L]; one key a row, [B]."""
     return jax.vmap(categorical)(keys, log_weights)
 
 

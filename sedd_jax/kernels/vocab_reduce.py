@@ -1,9 +1,9 @@
 """The reductions over the vocabulary that training, the bound and sampling need. Imports jax only.
 
-They answer from the last hidden state, a tile of positions and tokens at a time: the [B, L, V] table
-of logits never exists, forward or backward. The positions that are needed are put first and the
-loops end with them, so the cost follows their number, exactly and without a capacity that could be
-too small.
+They answer from the last hidden state, a tile of positions and tokens at a time: the table of
+logits, [B, L, V], never exists, forward or backward. The positions that are needed are put first
+and the loops end with them, so the cost follows their number, exactly and without a capacity that
+could be too small.
 """
 
 import functools
