@@ -45,7 +45,7 @@ def download(
         folder = _cached(repository, revision, patterns)
         if folder is not None:
             return folder
-    # Asked once: snapshot_download would try again for 20 seconds before it reports no answer.
+    # One request: snapshot_download would try again for 20 seconds before it reports no answer.
     try:
         info = HfApi().model_info(
             repository, revision=revision, timeout=TIMEOUT, files_metadata=True
