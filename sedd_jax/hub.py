@@ -4,10 +4,7 @@ huggingface_hub is imported by the calls that need it; its cache, HF_HOME, HF_HU
 HF_TOKEN mean here what they mean there.
 """
 
-import contextlib
-import fnmatch
 import logging
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,27 +29,29 @@ def download(
     """Returns the folder that holds `files` of a repository; its name is the commit.
 
     revision: a commit, branch or tag; None is main. `optional` files come where they exist; their
-    names may be patterns. What the cache has is not got again. Where the hub does not answer, the
-    cache is enough if it has `files`: they come last, so that with them a download was whole.
+    names may be patterns. What the cache has is not downloaded again. Where the hub does not
+    answer, the cache is enough if it has all of these files that the hub had.
 
     ValueError of one line: no such repository, revision or file; no right to read it; no network
     and not in the cache; a download that broke off, or a file of the cache that is not whole.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
+    from huggingface_hub.utils import filter_repo_objects
 
     name = repository if revision is None else f"{repository}@{revision}"
-    revision = revision or "main"
-    if COMMIT.fullmatch(revision):
-        folder = _cached(repository, revision, [*optional, *files])
+    patterns = [*optional, *files]
+    if revision is not None and COMMIT.fullmatch(revision):
+        folder = _cached(repository, revision, patterns)
         if folder is not None:
             return folder
+    # One request: snapshot_download would try again for 20 seconds before it reports no answer.
     try:
         info = HfApi().model_info(
             repository, revision=revision, timeout=TIMEOUT, files_metadata=True
         )
     except Exception as error:  # the hub's own errors, its HTTP library's and the system's
-        folder = _cached(repository, revision, files)
+        folder = _cached(repository, revision, files, optional)
         # That a revision is gone is news, not a fault of the network.
         if folder is not None and not isinstance(error, RevisionNotFoundError):
             log.info("%s from the cache: %s", name, _reason(error).split(";")[0])
@@ -66,22 +65,18 @@ def download(
                 f"no {file} in {name!r} on the hub, which has {_short(', '.join(sizes)) or 'none'};"
                 " give the name of a repository that has it"
             )
-    more = {file for file in sizes for p in optional if fnmatch.fnmatchcase(file, p)}
-    for file in (*sorted(more.difference(files)), *files):
-        try:
-            place = Path(hf_hub_download(repository, file, revision=info.sha))
-        except Exception as error:  # as above, and a disk that is full
+    try:
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # as above, and a disk that is full
+        raise ValueError(f"cannot get {name!r} from the hub: {_reason(error)}") from error
+    for file in filter_repo_objects(sizes, allow_patterns=patterns):
+        path = folder / file
+        size = path.stat().st_size if path.is_file() else -1
+        if sizes[file] not in (None, size):
             raise ValueError(
-                f"cannot get {file} of {name!r} from the hub: {_reason(error)}"
-            ) from error
-        if sizes[file] is not None and place.stat().st_size != sizes[file]:
-            raise ValueError(
-                f"{str(place)!r} has {place.stat().st_size} bytes, on the hub it has {sizes[file]}"
-                f"; delete {str(place.resolve())!r} and run again"
+                f"{str(path)!r} has {max(size, 0)} bytes, on the hub it has {sizes[file]}; "
+                f"delete {str(path.resolve())!r} and run again"
             )
-    folder = place.parents[file.count("/")]
-    if revision != info.sha:
-        _keep_ref(folder, revision)
     return folder
 
 
@@ -93,7 +88,7 @@ def push(folder: Path | str, name: str, *, private: bool, token: str | None, mes
 
     ValueError of one line, which never holds the token: no config.json in `folder`; `name` is no
     owner/name; no token, or one without the right; no network; a public repository where `private`
-    is asked for.
+    is set.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -125,6 +120,7 @@ def push(folder: Path | str, name: str, *, private: bool, token: str | None, mes
             hub.create_repo(name, private=private)
             is_private = private
         if is_private or not private:
+            # upload_folder may make several commits, the first of them without the weights.
             additions = [CommitOperationAdd(f.as_posix(), str(folder / f)) for f in files]
             return str(hub.create_commit(name, additions, commit_message=message).commit_url)
     except Exception as error:  # noqa: BLE001 (as in download)
@@ -134,31 +130,23 @@ def push(folder: Path | str, name: str, *, private: bool, token: str | None, mes
     raise ValueError(f"{name!r} is public already; give another name, or push without private")
 
 
-def _cached(repository: str, revision: str, files: Sequence[str]) -> Path | None:
-    """The folder of the cache that holds all of `files`."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+def _cached(
+    repository: str, revision: str | None, files: Sequence[str], optional: Sequence[str] = ()
+) -> Path | None:
+    """The cache's folder that has all of `files`, and of `optional` all that the hub had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    folder = None
-    for file in files:
-        try:
-            place = try_to_load_from_cache(repository, file, revision=revision)
-        except HFValidationError:  # no such name can be on the hub; the hub's call says so
-            return None
-        if not isinstance(place, str):
-            return None
-        folder = Path(place).parents[file.count("/")]
-    return folder
-
-
-def _keep_ref(folder: Path, revision: str) -> None:
-    """Note which commit a branch is, as huggingface_hub does, for a time without network."""
-    ref = folder.parents[1] / "refs" / revision
-    temporary = ref.with_name(f"{ref.name}.tmp-{os.getpid()}")
-    with contextlib.suppress(OSError):  # of a cache that is not ours to write
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(folder.name, encoding="utf-8")
-        temporary.replace(ref)
+    patterns = [*optional, *files]
+    try:
+        folder = Path(
+            snapshot_download(
+                repository, revision=revision, allow_patterns=patterns, local_files_only=True
+            )
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if all((folder / file).is_file() for file in files) else None
 
 
 def _reason(error: Exception, *, writing: bool = False) -> str:
@@ -167,7 +155,7 @@ def _reason(error: Exception, *, writing: bool = False) -> str:
 
     elsewhere = "" if writing else ", or download its files elsewhere and give their folder"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = _short(" ".join(f"{type(error).__name__}: {error}".split()))
+    message = _short(" ".join(f"{type(error).__name__}: {error}".split()))
     if isinstance(error, errors.GatedRepoError):
         return "its owner gives access on request; ask on its page, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError) and not writing:
@@ -182,17 +170,17 @@ def _reason(error: Exception, *, writing: bool = False) -> str:
     if status in (401, 403):
         return f"the hub refuses ({status}); run `hf auth login` with a token that may read it"
     if status is not None:
-        return f"the hub answers {status}, {said}; try again later{elsewhere}"
+        return f"the hub answers {status}, {message}; try again later{elsewhere}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         lack = "" if writing else " and the cache does not have it"
         return f"HF_HUB_OFFLINE is set{lack}; unset it{elsewhere}"
     no_answer = (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
     if type(error).__module__.split(".")[0] in _HTTP or isinstance(error, no_answer):
-        return f"no answer ({said}); check the network{elsewhere}"
+        return f"no answer ({message}); check the network{elsewhere}"
     if isinstance(error, errors.HFValidationError):
         return "no name that the hub allows; write owner/name or owner/name@revision"
-    return f"{said}; run again{elsewhere}"
+    return f"{message}; run again{elsewhere}"
 
 
-def _short(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
+def _short(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -93,6 +93,15 @@ class Handler(BaseHTTPRequestHandler):
         about = {"id": name, "private": found["private"], "sha": commit_of(files)}
         self.answer(200, {**about, "siblings": siblings})
 
+    def tree(self, token, _, name, revision):
+        if (found := self.readable(token, name)) is None:
+            return
+        entries = [
+            {"type": "file", "path": path, "size": len(content), "oid": "0"}
+            for path, content in found["commits"][revision].items()
+        ]
+        self.answer(200, entries)
+
     def file(self, token, _, name, revision, path):
         if (found := self.readable(token, name)) is None:
             return
@@ -169,6 +178,7 @@ class Handler(BaseHTTPRequestHandler):
 NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES = (
     (rf"GET /api/models/{NAME}(?:/revision/(.+))?", Handler.info),
+    (rf"GET /api/models/{NAME}/tree/([^/]+)", Handler.tree),
     (rf"(?:GET|HEAD) /{NAME}/resolve/([^/]+)/(.+)", Handler.file),
     (r"GET /lfs/(\w+)", Handler.stored),
     (r"POST /api/repos/create", Handler.create),

@@ -72,7 +72,7 @@ def test_every_fault_of_a_download_is_named(server, alone, monkeypatch):
         get("me/modell")
     with says("'me/private'", "or a private one", "run `hf auth login`"):
         get("me/private")
-    with says("cannot get config.json of 'me/gated'", "access on request; ask on its page"):
+    with says("cannot get 'me/gated' from the hub", "access on request; ask on its page"):
         get("me/gated")
     with says("cannot get 'me/model@v2' from the hub: no such revision"):
         get("me/model@v2")
@@ -111,7 +111,19 @@ def test_without_a_network_the_fault_is_told_at_once(alone):
         start = time.monotonic()
         with says("cannot get 'me/model' from the hub", reason, "download its files elsewhere"):
             hub.download("me/model", None, ["config.json"])
-        assert time.monotonic() - start < 3
+        with says(f"cannot get 'me/model@{'0' * 40}' from the hub", reason):
+            hub.download("me/model", "0" * 40, ["config.json"])
+        assert time.monotonic() - start < 6
+
+
+def test_a_download_that_broke_off_is_not_taken_for_whole_without_a_network(server, alone):
+    commit = server.add("me/model", FILES)
+    folder = hub.download("me/model", None, ["config.json"], optional=["*.safetensors"])
+    (folder / "model.safetensors").unlink()
+    alone(NOWHERE)
+    for revision in (None, commit):
+        with says("from the hub", "no answer (ConnectError", "check the network"):
+            hub.download("me/model", revision, ["config.json"], optional=["*.safetensors"])
 
 
 @pytest.fixture

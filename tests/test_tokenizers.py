@@ -1,6 +1,7 @@
 """Tokenizers: published ids, real text there and back, and every place a vocabulary comes from."""
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -20,10 +21,11 @@ from sedd_jax.data import (
     Corpus,
     make_tokenizer,
     named_tokenizer,
+    sentencepiece,
     tokenizer_from_dict,
+    tokenizers,
 )
-from sedd_jax.data import subwords as subwords_module
-from sedd_jax.data import tokenizers as tokenizers_module
+from sedd_jax.data import tokenizer as tokenizer_module
 
 PATHS = {"gpt2": "gpt2_bpe", "bert": "bert_vocab"}  # folders of TEST_DATA
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -199,9 +201,9 @@ def test_a_character_belongs_to_the_last_of_its_ids():
 
 
 def test_separators_that_are_no_text_count_no_characters():
-    tokenizer = tokenizers_module.GPT2(("a", "b", "<|endoftext|>"), ())
+    tokenizer = tokenizers.GPT2.from_vocabulary(("a", "b", "<|endoftext|>"))
     assert tokenizer.count_characters(np.array([0, 2, 1, 2])) == 2
-    characters = tokenizers_module.Characters("\nab")
+    characters = tokenizers.Characters("\nab")
     assert characters.count_characters(np.array([1, 0, 2, 0])) == 4
     trained = some_tokenizer("sentencepiece")
     ids = [*trained.encode("a b\n"), *trained.separator, *trained.encode("c")]
@@ -212,10 +214,10 @@ def test_separators_that_are_no_text_count_no_characters():
 def test_ids_do_not_depend_on_the_pieces_given_to_the_library(name, monkeypatch):
     tokenizer = some_tokenizer(name)
     text = real("wikitext2/wiki.test.raw").read_text(encoding="utf-8")[:200_000] + ODD
-    monkeypatch.setattr(tokenizers_module, "PIECE", 50)
+    monkeypatch.setattr(tokenizer_module, "PIECE", 50)
     in_pieces = tokenizer.encode(text)
     # SentencePiece adds up float32 scores: its ids of a long text are another matter (rounding)
-    monkeypatch.setattr(tokenizers_module, "PIECE", 5000 if name == "sentencepiece" else 1 << 30)
+    monkeypatch.setattr(tokenizer_module, "PIECE", 5000 if name == "sentencepiece" else 1 << 30)
     np.testing.assert_array_equal(in_pieces, tokenizer.encode(text))
 
 
@@ -250,10 +252,54 @@ def test_a_dictionary_with_values_of_other_types_is_refused(values, words):
         tokenizer_from_dict(values)
 
 
-def test_merges_that_are_none_are_refused_when_they_are_used():
-    tokenizer = tokenizer_from_dict({"name": "gpt2", "vocab": ["a"], "merges": ["x"]})
+def test_merges_that_are_none_are_refused():
     with says("the merges do not fit the vocabulary", "get both again"):
-        tokenizer.decode([0])
+        tokenizer_from_dict({"name": "gpt2", "vocab": ["a"], "merges": ["x"]})
+
+
+def earlier(tokenizer) -> dict:
+    """What to_dict of gpt2 and bert gave before it held the library's JSON."""
+    return {"name": tokenizer.name, **{k: list(v) for k, v in tokenizer._vocabulary.items()}}
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_vocabulary_stored_by_the_version_before_gives_the_same_tokenizer(name):
+    tokenizer = published(name)
+    stored = json.loads(json.dumps(earlier(tokenizer)))
+    opened = tokenizer_from_dict(stored)
+    assert opened == tokenizer and opened.fingerprint() == tokenizer.source.fingerprint
+    digest = hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+    assert digest == tokenizer.source.fingerprint  # what the version before recorded
+    text = text_of_every_kind()
+    assert opened.encode(text).tolist() == tokenizer.encode(text).tolist()
+    with says("keys [", "do not fit tokenizer"):
+        tokenizer_from_dict({**stored, "library_json": tokenizer.library_json})
+
+
+def test_a_vocabulary_of_bert_that_lacks_a_needed_token_is_refused():
+    with says("the vocabulary is not BERT's: sep_token not found", "get it again"):
+        tokenizer_from_dict({"name": "bert", "vocab": ["a"]})
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        (lambda d: "?", "Expecting value"),
+        (lambda d: "[]", "has no attribute 'get'"),
+        (lambda d: json.dumps({**d, "model": None}), "its model.type is None, not 'BPE'"),
+        (lambda d: json.dumps({**d, "normalizer": {"type": "NFC"}}), "normalizer.type is 'NFC'"),
+    ],
+)
+def test_a_stored_tokenizer_of_other_ids_is_refused(change, fault):
+    stored = tokenizers.GPT2.from_vocabulary(("a", "<|endoftext|>")).library_json
+    tokenizer = tokenizers.GPT2(change(json.loads(stored)))
+    for use in (
+        tokenizer.fingerprint,
+        lambda: tokenizer.encode("a"),
+        lambda: tokenizer.decode([0]),
+    ):
+        with says("the stored tokenizer 'gpt2' cannot be read: ", fault, "; copy it again"):
+            use()
 
 
 @pytest.mark.parametrize("name", ["bert", "bytes", "gpt2", "sentencepiece"])
@@ -516,18 +562,18 @@ def test_a_document_of_one_long_line_is_cut_and_not_dropped():
 
 def test_a_sentence_is_cut_before_a_space_and_keeps_every_character():
     documents = ["one\ntwo\tthree", "word " * 700, "x" * 2500, "字" * 1500 + " end"]
-    sentences = list(subwords_module._sentences(documents))
+    sentences = list(sentencepiece._sentences(documents))
     assert sentences[:3] == ["one", "two", "three"]
     assert "".join(sentences[3:]) == "".join(documents[1:])
     assert max(map(len, sentences)) == 1000 and sentences[4].startswith(" word")
 
 
 def test_a_large_corpus_is_drawn_from_evenly_and_the_same_each_time():
-    drawn = subwords_module._draw(map(str, range(10_000)), 1000)
-    assert drawn == subwords_module._draw(map(str, range(10_000)), 1000)
+    drawn = sentencepiece._draw(map(str, range(10_000)), 1000)
+    assert drawn == sentencepiece._draw(map(str, range(10_000)), 1000)
     numbers = [int(line) for line in drawn]
     assert len(set(numbers)) == 1000 and 4700 < np.mean(numbers) < 5300
-    assert subwords_module._draw("abc", 5) == ["a", "b", "c"]
+    assert sentencepiece._draw("abc", 5) == ["a", "b", "c"]
 
 
 def test_a_model_file_gives_the_trained_tokenizer(tmp_path):

@@ -1,7 +1,8 @@
 """Data: corpora, tokenizers, packed records, batches, templates. Does not import jax.
 
 The order inside, each module importing from those before it:
-detokenizers, corpora -> subwords, tokenizers -> records -> prepare, pipeline, templates;
+detokenizers, corpora -> tokenizer -> subwords, sentencepiece -> tokenizers -> records
+-> prepare, pipeline, templates;
 corpora -> documents -> published; catalogue, which knows every corpus by name, is last.
 """
 

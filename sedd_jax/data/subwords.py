@@ -1,156 +1,336 @@
-"""Vocabularies of the subword tokenizers: read, downloaded or trained.
+"""GPT-2's byte-level BPE and BERT's WordPiece, by the `tokenizers` library.
 
-sentencepiece is imported by the call that needs it. `path` is data.tokenizer_path everywhere.
+Their stored state is the library's own JSON. The library is imported by the call that needs it.
 """
 
-import io
+import hashlib
+import itertools
 import json
-import random
-import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
 
 from sedd_jax import hub
+from sedd_jax.data.corpora import Corpus
+from sedd_jax.data.tokenizer import PATH, Tokenizer, check_ids, cut
 
-PATH = "data.tokenizer_path (sedd-prepare: --tokenizer_path)"  # the setting, for errors
-LINE = 1000  # characters of a training sentence at most
-SENTENCES = 500_000  # drawn from a larger corpus, to bound the trainer's memory and time
+# What a file may say in place of the library's default without a change of the ids.
+EQUIVALENT = {
+    "dropout": (0.0,),
+    "continuing_subword_prefix": (None,),
+    "end_of_word_suffix": (None,),
+    "strip_accents": (True,),  # None: as lowercase says, which is True
+}
+# What changes no ids: offsets, and what becomes of an unknown byte, which no vocabulary here has.
+IRRELEVANT = ("vocab", "merges", "trim_offsets", "fuse_unk", "byte_fallback")
+FAULTS = (LookupError, ValueError, TypeError, AttributeError, OSError)  # of a file's content
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """How a tokenizer's vocabulary is stored, and where the published one is."""
 
     published: str  # hub id, owner/name@commit
     fingerprint: str  # of the tokenizer that the published files make
     files: tuple[tuple[str, ...], ...]  # the names each file may have, the hub's last
     needed: tuple[str, ...]  # tokens that the vocabulary must hold
-    sections: dict[str, dict[str, tuple]] = field(hash=False)  # see _check_sections
 
 
-GPT2 = Source(
-    published="openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
-    fingerprint="3fdf29b9e9eaea666fda7ec10b50b907abed940b8b24165223c5c0f1e9403774",
-    files=(("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")),
-    needed=("<|endoftext|>",),
-    sections={
-        "normalizer": {"type": (None,)},
-        "pre_tokenizer": {
-            "type": ("ByteLevel",),
-            "add_prefix_space": (False,),
-            "use_regex": (True,),
-        },
-        "model": {
-            "type": ("BPE",),
-            "dropout": (None, 0.0),
-            "continuing_subword_prefix": ("", None),
-            "end_of_word_suffix": ("", None),
-            "ignore_merges": (False,),
-        },
-    },
-)
+@dataclass(frozen=True)
+class Subwords(Tokenizer):
+    """A tokenizer of the `tokenizers` library.
 
-BERT = Source(
-    published="google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594",
-    fingerprint="383dfd746f1a4f5bcca4903226d5fc11a219e93b152f3052da1b329040a75f91",
-    files=(("vocab.txt",),),
-    needed=("[UNK]", "[SEP]", "[CLS]"),
-    sections={
-        "normalizer": {
-            "type": ("BertNormalizer",),
-            "clean_text": (True,),
-            "handle_chinese_chars": (True,),
-            "strip_accents": (None, True),  # None: as lowercase says
-            "lowercase": (True,),
-        },
-        "pre_tokenizer": {"type": ("BertPreTokenizer",)},
-        "model": {
-            "type": ("WordPiece",),
-            "unk_token": ("[UNK]",),
-            "continuing_subword_prefix": ("##",),
-            "max_input_chars_per_word": (100,),
-        },
-    },
-)
+    `make` reads the files at `path`: their folder, a tokenizer.json, a hub id
+    "owner/name@commit", or "" for the published ones.
+    """
+
+    library_json: str  # Tokenizer.to_str of the library
+    end_of_document: ClassVar[str]
+    source: ClassVar[Source]
+
+    @classmethod
+    def make(cls, path: str, corpus: Corpus) -> Self:
+        files = _locate(path, cls.source)
+        try:
+            vocabulary = cls._read(files)
+            for token in cls.source.needed:
+                if token not in vocabulary["vocab"]:
+                    raise ValueError(f"it lacks {token}")
+        except FAULTS as error:
+            raise ValueError(
+                f"cannot read {str(files[0])!r} as a vocabulary: {_fault(error)}; download it again"
+            ) from error
+        try:
+            tokenizer = cls.from_vocabulary(**vocabulary)
+        except ValueError as error:
+            raise ValueError(f"{path!r}: {error}") from error
+        expected, fingerprint = cls.source.fingerprint, tokenizer.fingerprint()
+        if path in ("", cls.source.published) and fingerprint != expected:
+            raise ValueError(
+                f"what was downloaded as {cls.source.published!r} has fingerprint {fingerprint}, "
+                f"not {expected}; delete it from the cache of huggingface_hub, or set {PATH} to a "
+                "folder"
+            )
+        return tokenizer
+
+    @classmethod
+    def from_vocabulary(cls, vocab: Sequence[str]) -> Self:
+        """Returns the tokenizer in which token i of `vocab` has id i."""
+        raise NotImplementedError
+
+    @classmethod
+    def _read(cls, files: list[Path]) -> dict[str, tuple[str, ...]]:
+        """Returns the arguments of `from_vocabulary`; one of FAULTS if the content does not fit."""
+        raise NotImplementedError
+
+    @classmethod
+    def _parse(cls, text: str) -> dict[str, tuple[str, ...]]:
+        """Returns the arguments of `from_vocabulary` of the library's JSON.
+
+        One of FAULTS if a setting would give other ids than that constructor. Absent settings
+        have their defaults: published files are older than some of them.
+        """
+        document = json.loads(text)
+        expected = json.loads(cls.from_vocabulary(cls.source.needed).library_json)
+        for section in ("normalizer", "pre_tokenizer", "model"):
+            content = document.get(section) or {"type": None}
+            for key, value in (expected[section] or {"type": None}).items():
+                other = content.get(key, value)
+                if key not in IRRELEVANT and other not in (value, *EQUIVALENT.get(key, ())):
+                    raise ValueError(f"its {section}.{key} is {other!r}, not {value!r}")
+        model = document["model"]
+        ids = dict(model["vocab"])
+        for token in document.get("added_tokens") or ():
+            if not token.get("special"):
+                raise ValueError(f"it matches {token['content']!r} ahead of the vocabulary")
+            if ids.setdefault(token["content"], token["id"]) != token["id"]:
+                raise ValueError(f"it gives {token['content']!r} two ids")
+        vocabulary = {"vocab": _in_order(ids)}
+        if "merges" in expected["model"]:  # older files hold "left right" in place of a pair
+            merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
+            vocabulary["merges"] = tuple(merges)
+        return vocabulary
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, tuple[str, ...]]:
+        try:
+            return self._parse(self.library_json)
+        except FAULTS as error:
+            raise ValueError(
+                f"the stored tokenizer {self.name!r} cannot be read: {_fault(error)}; copy it again"
+            ) from error
+
+    @property
+    def _tokens(self) -> tuple[str, ...]:
+        return self._vocabulary["vocab"]
+
+    @cached_property
+    def _library(self) -> Any:
+        from tokenizers import Tokenizer as Library
+
+        assert self._vocabulary  # its errors are better than the library's
+        library = Library.from_str(self.library_json)
+        library.no_truncation()
+        library.no_padding()
+        return library
+
+    def fingerprint(self) -> str:
+        """Returns the sha256, in hex, of name, vocabulary and merges.
+
+        Not of the library's JSON, whose other settings have been checked and whose text differs
+        between versions of the library.
+        """
+        identity = {"name": self.name, **self._vocabulary}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._tokens)
+
+    @cached_property
+    def separator(self) -> tuple[int, ...]:
+        return (self._tokens.index(self.end_of_document),)
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        return self.separator
+
+    def encode(self, text: str) -> np.ndarray:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the ids of each text; the library encodes their pieces in threads of its own."""
+        pieces = [list(cut(text)) for text in texts]
+        encoded = self._library.encode_batch_fast(
+            list(itertools.chain.from_iterable(pieces)), add_special_tokens=False
+        )
+        rows = (np.asarray(encoding.ids, np.int32) for encoding in encoded)
+        return [
+            np.concatenate([np.zeros(0, np.int32), *itertools.islice(rows, len(parts))])
+            for parts in pieces
+        ]
 
 
-def read_gpt2(path: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns vocabulary and merges ("left right", by rank) at `path`; ValueError names a fault."""
-    files = _locate(path, GPT2)
-    try:
+@dataclass(frozen=True)
+class GPT2(Subwords):
+    """GPT-2's byte-level BPE (Radford et al. 2019); documents end in <|endoftext|>.
+
+    Its files: encoder.json or vocab.json and vocab.bpe or merges.txt, or tokenizer.json.
+    """
+
+    name: ClassVar[str] = "gpt2"
+    end_of_document: ClassVar[str] = "<|endoftext|>"
+    source: ClassVar[Source] = Source(
+        published="openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
+        fingerprint="3fdf29b9e9eaea666fda7ec10b50b907abed940b8b24165223c5c0f1e9403774",
+        files=(("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")),
+        needed=("<|endoftext|>",),
+    )
+
+    @classmethod
+    def make(cls, path: str, corpus: Corpus) -> Self:
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        tokenizer = super().make(path, corpus)
+        missing = set(ByteLevel.alphabet()) - set(tokenizer._tokens)
+        if missing:  # the library would drop them without a word
+            raise ValueError(
+                f"the vocabulary at {path!r} lacks {len(missing)} of the 256 bytes, "
+                f"{min(missing)!r} first; give a byte-level vocabulary"
+            )
+        return tokenizer
+
+    @classmethod
+    def from_vocabulary(cls, vocab: Sequence[str], merges: Sequence[str] = ()) -> Self:
+        """`merges` are "left right", in order of rank."""
+        from tokenizers import ByteLevelBPETokenizer
+
+        ids = {token: i for i, token in enumerate(vocab)}
+        pairs = [tuple(line.split(" ")) for line in merges]
+        try:
+            return cls(ByteLevelBPETokenizer(ids, pairs, add_prefix_space=False).to_str())
+        except Exception as error:  # the Rust library raises plain Exception
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"the merges do not fit the vocabulary: {reason}; get both again"
+            ) from error
+
+    @classmethod
+    def _read(cls, files: list[Path]) -> dict[str, tuple[str, ...]]:
+        texts = [file.read_text(encoding="utf-8") for file in files]
         if len(files) == 1:
-            model, ids = _read_json(files[0], GPT2)
-            pairs = model["merges"]
-            merges = tuple(pair if isinstance(pair, str) else " ".join(pair) for pair in pairs)
-        else:
-            ids = json.loads(files[0].read_text(encoding="utf-8"))
-            lines = files[1].read_text(encoding="utf-8").split("\n")
-            merges = tuple(line for line in lines if line and not line.startswith("#version"))
-        return _in_order(ids, GPT2), merges
-    except (LookupError, ValueError, TypeError, AttributeError, OSError) as error:
-        raise _unreadable(files[0], error) from error
+            return cls._parse(texts[0])
+        merges = (line for line in texts[1].split("\n") if not line.startswith("#version"))
+        return {"vocab": _in_order(json.loads(texts[0])), "merges": tuple(filter(None, merges))}
+
+    def _decode_run(self, ids: np.ndarray) -> str:
+        return self._library.decode(ids.tolist(), skip_special_tokens=False)
+
+    @cached_property
+    def _surfaces(self) -> list[bytes]:
+        """GPT-2 writes bytes that are no printable character of Latin-1 as U+0100 and up."""
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        others = [byte for byte in range(256) if byte not in printable]
+        table = {chr(byte): byte for byte in printable}
+        table |= {chr(256 + n): byte for n, byte in enumerate(others)}
+        return [
+            bytes(table[c] for c in token) if table.keys() >= set(token) else token.encode()
+            for token in self._tokens
+        ]
 
 
-def read_bert(path: str) -> tuple[str, ...]:
-    """Returns the vocabulary at `path`, token i at place i; ValueError names the fault."""
-    (file,) = _locate(path, BERT)
-    try:
-        if file.suffix == ".json":
-            return _in_order(_read_json(file, BERT)[1], BERT)
-        tokens = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+@dataclass(frozen=True)
+class Bert(Subwords):
+    """BERT's lowercase WordPiece; documents end in [SEP]. Text outside the vocabulary is [UNK].
+
+    Its file: vocab.txt, a token a line, or tokenizer.json.
+    """
+
+    name: ClassVar[str] = "bert"
+    end_of_document: ClassVar[str] = "[SEP]"
+    source: ClassVar[Source] = Source(
+        published="google-bert/bert-base-uncased@86b5e0934494bd15c9632b12f734a8a67f723594",
+        fingerprint="383dfd746f1a4f5bcca4903226d5fc11a219e93b152f3052da1b329040a75f91",
+        files=(("vocab.txt",),),
+        needed=("[UNK]", "[SEP]", "[CLS]"),
+    )
+
+    @classmethod
+    def from_vocabulary(cls, vocab: Sequence[str]) -> Self:
+        from tokenizers import BertWordPieceTokenizer
+
+        try:
+            return cls(BertWordPieceTokenizer({t: i for i, t in enumerate(vocab)}).to_str())
+        except TypeError as error:
+            raise ValueError(f"the vocabulary is not BERT's: {error}; get it again") from error
+
+    @classmethod
+    def _read(cls, files: list[Path]) -> dict[str, tuple[str, ...]]:
+        text = files[0].read_text(encoding="utf-8")
+        if files[0].suffix == ".json":
+            return cls._parse(text)
+        tokens = tuple(text.removesuffix("\n").split("\n"))
         if len(set(tokens)) != len(tokens):
             raise ValueError("it holds a token twice")
-        return _in_order({token: i for i, token in enumerate(tokens)}, BERT)
-    except (LookupError, ValueError, TypeError, AttributeError, OSError) as error:
-        raise _unreadable(file, error) from error
+        return {"vocab": tokens}
+
+    def decode(self, ids: np.ndarray, mask: str = "░") -> str:
+        """Returns words joined by spaces: case, accents and spacing of the text are lost."""
+        return self._library.decoder.decode(self._words(ids, mask))
+
+    def pieces(self, ids: np.ndarray, mask: str = "░") -> list[str]:
+        decode = self._library.decoder.decode
+        words = self._words(ids, mask)
+        return [decode([word] if i == 0 else ["", word]) for i, word in enumerate(words)]
+
+    def _words(self, ids: np.ndarray, mask: str) -> list[str]:
+        tokens = self._tokens
+        return [tokens[i] if i < len(tokens) else mask for i in check_ids(ids)]
 
 
-def _unreadable(file: Path, error: Exception) -> ValueError:
-    fault = f"it has no {error}" if isinstance(error, LookupError) else error
-    return ValueError(f"cannot read {str(file)!r} as a vocabulary: {fault}; download it again")
-
-
-def _in_order(ids: dict[str, int], source: Source) -> tuple[str, ...]:
-    vocab = tuple(sorted(ids, key=ids.__getitem__))
-    if [ids[token] for token in vocab] != list(range(len(vocab))):
+def _in_order(ids: dict[str, int]) -> tuple[str, ...]:
+    tokens = tuple(sorted(ids, key=ids.__getitem__))
+    if [ids[token] for token in tokens] != list(range(len(tokens))):
         raise ValueError("its ids are not 0 .. n - 1")
-    for token in source.needed:
-        if token not in ids:
-            raise ValueError(f"it lacks {token}")
-    return vocab
+    return tokens
+
+
+def _fault(error: Exception) -> str:
+    return f"it has no {error}" if isinstance(error, LookupError) else str(error)
 
 
 def _locate(path: str, source: Source) -> list[Path]:
     """Returns the files of source.files at `path`, or one tokenizer.json in their place."""
-    place = Path(path)
-    if path and place.is_file():
-        return [place]
-    if not path or not place.is_dir():
+    folder = Path(path)
+    if path and folder.is_file():
+        return [folder]
+    if not path or not folder.is_dir():
         return _download(path or source.published, source)
-    found = []
+    files = []
     for names in source.files:
-        present = [place / name for name in names if (place / name).is_file()]
-        if not present and (place / "tokenizer.json").is_file():
-            return [place / "tokenizer.json"]
+        present = [folder / name for name in names if (folder / name).is_file()]
+        if not present and (folder / "tokenizer.json").is_file():
+            return [folder / "tokenizer.json"]
         if not present:
             raise ValueError(
                 f"no {' or '.join(names)} in {path!r}, and no tokenizer.json; "
                 f"set {PATH} to their folder"
             )
-        found.append(present[0])
-    return found
+        files.append(present[0])
+    return files
 
 
 def _download(name: str, source: Source) -> list[Path]:
     """Returns the files of hub id `name`, from the hub or the cache it keeps."""
-    found = hub.parse(name)
-    if found is None:
+    parsed = hub.parse(name)
+    if parsed is None:
         raise ValueError(
             f"no folder or file at {name!r}; set {PATH} to one, or to a hub id owner/name@commit"
         )
-    repository, revision = found
+    repository, revision = parsed
     if revision is None or not hub.COMMIT.fullmatch(revision):
         raise ValueError(
             f"{name!r} is no folder or file here, and as a hub id it pins no commit; write "
@@ -162,122 +342,3 @@ def _download(name: str, source: Source) -> list[Path]:
     except ValueError as error:
         raise ValueError(f"{PATH}: {error}") from error
     return [folder / file for file in files]
-
-
-def _read_json(file: Path, source: Source) -> tuple[dict[str, Any], dict[str, int]]:
-    """Returns the section `model` of a tokenizer.json and its ids, those of added tokens too."""
-    document = json.loads(file.read_text(encoding="utf-8"))
-    _check_sections(document, source)
-    ids = dict(document["model"]["vocab"])
-    for token in document.get("added_tokens") or ():
-        if not token.get("special"):
-            raise ValueError(f"it matches {token['content']!r} ahead of the vocabulary")
-        if ids.setdefault(token["content"], token["id"]) != token["id"]:
-            raise ValueError(f"it gives {token['content']!r} two ids")
-    return document["model"], ids
-
-
-def _check_sections(document: dict[str, Any], source: Source) -> None:
-    """Raises where tokenizer.json asks for what would change the ids.
-
-    source.sections: the values that a key may have, the first being meant where it is absent (the
-    published files are older than the key model.type).
-    """
-    for section, keys in source.sections.items():
-        content = document.get(section) or {"type": None}
-        for key, allowed in keys.items():
-            value = content.get(key, allowed[0])
-            if value not in allowed:
-                raise ValueError(f"its {section}.{key} is {value!r}, not {allowed[0]!r}")
-
-
-def sentencepiece_model(path: str, documents: Iterable[str]) -> bytes:
-    """Returns the SentencePiece model at `path`: a .model file, a folder with one, or "train:N".
-
-    "train:N" trains N pieces on `documents`. ValueError names the fault.
-    """
-    if path.startswith("train:"):
-        if not re.fullmatch(r"train:[1-9][0-9]{0,8}", path):
-            raise ValueError(f"{path!r} names no vocabulary size; write train:8000")
-        return _train(int(path.removeprefix("train:")), documents)
-    if not path:
-        raise ValueError(f"{PATH} is empty; set it to a .model file or to train:8000")
-    file = Path(path)
-    if file.is_dir():
-        files = sorted(file.glob("*.model"))
-        if len(files) != 1:
-            raise ValueError(f"{len(files)} .model files in {path!r}; name one in {PATH}")
-        file = files[0]
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {str(file)!r}: {error.strerror}; set {PATH} to a .model "
-            "file or to train:8000"
-        ) from error
-
-
-def _train(size: int, documents: Iterable[str]) -> bytes:
-    """Trains a unigram model whose decoding gives back every text; the same for the same text."""
-    from sentencepiece import SentencePieceTrainer
-
-    model = io.BytesIO()
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=iter(_draw(_sentences(documents), SENTENCES)),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=size,
-            max_sentence_length=4 * LINE,  # bytes
-            num_threads=1,  # the order of sums decides the last digits of the scores
-            byte_fallback=True,  # what the pieces lack is spelled in bytes
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,  # runs of blanks: code, verse, tables
-            user_defined_symbols=["\n"],
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            minloglevel=3,
-        )
-    except RuntimeError as error:
-        reason = str(error).strip().split("\n")[0]
-        if most := re.search(r"too high .* <= (\d+)", reason):
-            bound = f"is too large for this corpus, which gives {most[1]} at most"
-        elif least := re.search(r"\d+ vs (\d+)", reason):
-            bound = f"is too small for this corpus, whose characters take {least[1]}"
-        elif "sentences_.empty()" in reason:
-            bound = "cannot be trained on a corpus without text"
-        else:
-            bound = f"cannot be trained: {reason}"
-        raise ValueError(
-            f"a sentencepiece vocabulary of {size} {bound}; change N in {PATH} = train:N, or "
-            "the corpus"
-        ) from error
-    return model.getvalue()
-
-
-def _sentences(documents: Iterable[str]) -> Iterator[str]:
-    """Yields each document in lines of at most LINE characters, cut before a space if there is one.
-
-    The trainer drops sentences that hold the characters it reserves (tab, null, U+2581, U+2585),
-    so they end lines too; all four are encoded in bytes.
-    """
-    reserved = "\\n\\t\\0\u2581\u2585"
-    line = re.compile(rf"[^{reserved}]{{1,{LINE}}}(?=[ {reserved}]|\Z)|[^{reserved}]{{{LINE}}}")
-    for document in documents:
-        yield from line.findall(document)
-
-
-def _draw(sentences: Iterable[str], count: int) -> list[str]:
-    """Returns `count` of `sentences`, all equally likely, the same ones at each call."""
-    drawn: list[str] = []
-    generator = random.Random(0)
-    for seen, sentence in enumerate(sentences):
-        if seen < count:
-            drawn.append(sentence)
-        elif (place := generator.randrange(seen + 1)) < count:
-            drawn[place] = sentence
-    return drawn

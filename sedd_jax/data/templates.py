@@ -26,15 +26,15 @@ def parse_template(
         raise ValueError('template "" is empty; write text and [MASK:20] for 20 free positions')
     pieces: list[np.ndarray | int] = []  # ids of text, or a number of free positions
     start = 0
-    for found in MASK.finditer(template):
-        single, count, closed = found.groups()
+    for match in MASK.finditer(template):
+        single, count, closed = match.groups()
         if not single and not (closed and re.fullmatch(r"[0-9]{1,9}", count) and int(count)):
             raise ValueError(
-                f"{found.group()!r} at position {found.start()} names no number of free positions; "
+                f"{match.group()!r} at position {match.start()} names no number of free positions; "
                 "write [MASK:n] with n >= 1"
             )
-        pieces += [tokenizer.encode(template[start : found.start()]), int(count or 1)]
-        start = found.end()
+        pieces += [tokenizer.encode(template[start : match.start()]), int(count or 1)]
+        start = match.end()
     pieces.append(tokenizer.encode(template[start:]))
     needed = sum(p if isinstance(p, int) else len(p) for p in pieces)
     if needed > length:
