@@ -1,6 +1,6 @@
 """Every corpus by name.
 
-A published corpus is a row of PUBLISHED; one's own text and the text inside CPython are here.
+A published corpus is a row of PUBLISHED; one's own text and the text inside CPython are in corpora.
 """
 
 import functools
@@ -104,10 +104,10 @@ def make_records(
         progress=progress,
     )
     if Path(tokenizer).is_file():
-        made = named_tokenizer(tokenizer)
+        encoder = named_tokenizer(tokenizer)
     else:
-        made = make_tokenizer(tokenizer, tokenizer_path, corpus)
-    prepare(corpus, made, length, folder, form=form, workers=workers, progress=progress)
+        encoder = make_tokenizer(tokenizer, tokenizer_path, corpus)
+    prepare(corpus, encoder, length, folder, form=form, workers=workers, progress=progress)
     return open_records(Path(folder).absolute())
 
 
