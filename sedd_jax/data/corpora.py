@@ -115,7 +115,7 @@ def _without_repeats(documents: list[list[str]], forbidden: set[str]) -> Iterato
     seen: set[str] = set()
     for paragraphs in documents:
         unique = []
-        before = ""  # the end of the paragraphs in unique, so that windows across paragraphs are checked too
+        before = ""  # the end of those in unique: windows across paragraphs are checked too
         for paragraph in paragraphs:
             plain = _normalise(paragraph)
             joined = f"{before} {plain}".lstrip()

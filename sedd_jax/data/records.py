@@ -74,8 +74,8 @@ class Records:
             ) from error
         if num_records != blocks:
             raise ValueError(
-                f"{str(self.folder)!r} holds {num_records} blocks in split {split!r}, its fingerprint "
-                f"says {blocks}; delete the folder and prepare it again"
+                f"{str(self.folder)!r} holds {num_records} blocks in split {split!r}, its "
+                f"fingerprint says {blocks}; delete the folder and prepare it again"
             )
         return source
 
