@@ -24,6 +24,7 @@ import pytest
 import requests
 from conftest import REPOSITORY, real, says
 
+from sedd_jax.data import documents as documents_module
 from sedd_jax.data import published
 from sedd_jax.data.corpora import split_of
 from sedd_jax.data.detokenizers import DETOKENIZERS
@@ -318,6 +319,44 @@ def test_a_second_open_reads_what_the_first_wrote(opened, monkeypatch):
     assert again.read("test", 5, 9) == first.read("test", 5, 9)
 
 
+@pytest.mark.parametrize("moment", ["after_it_looked", "while_it_writes"])
+def test_documents_that_another_process_wrote_meanwhile_are_taken(
+    tmp_path, opened, monkeypatch, moment
+):
+    """The other's folder appears once this process has looked for it, or before its own rename."""
+    file = write(tmp_path / "text/wiki.test.raw", " one \n two \n")
+    inodes = []
+
+    def first(function):
+        """`function`, before whose first call the other process writes the whole folder."""
+
+        def after_the_other(*arguments):
+            if not inodes:
+                inodes.append(None)
+                other = opened("wikitext2", manual_dir=file.parent)
+                inodes[0] = other.folder.stat().st_ino
+            return function(*arguments)
+
+        return after_the_other
+
+    if moment == "after_it_looked":
+        monkeypatch.setattr(documents_module, "sweep", first(documents_module.sweep))
+    else:
+        monkeypatch.setattr(published, "read_parts", first(published.read_parts))
+    documents = opened("wikitext2", manual_dir=file.parent)
+    assert everything(documents, "test") == [" one \n", " two \n"]
+    assert inodes == [documents.folder.stat().st_ino]
+    assert [f.name for f in documents.folder.parent.iterdir()] == ["1.0.0"]
+
+
+def test_a_folder_of_documents_without_its_description_is_refused(tmp_path, opened):
+    file = write(tmp_path / "text/wiki.test.raw", " one \n")
+    folder = opened("wikitext2", manual_dir=file.parent).folder
+    (folder / "dataset_info.json").unlink()
+    with says(repr(str(folder)), "is not what TFDS wrote; delete the folder"):
+        opened("wikitext2", manual_dir=file.parent)
+
+
 def test_other_content_gets_another_folder(tmp_path, opened):
     file = write(tmp_path / "given/wiki.test.raw", " one \n")
     first = opened("wikitext2", manual_dir=file.parent)
@@ -437,16 +476,16 @@ def test_bad_text_is_named_by_file_and_place(tmp_path, opened):
     for way in ("lines", "whole"):
         with says("wiki.test.raw: invalid UTF-8 at byte 9; download it again or repair"):
             opened("wikitext2", manual_dir=file.parent, documents=way)
-    for line in (
-        b"{",
-        b"[1]",
-        b'{"txt": "a"}',
-        b'{"text": 3}',
-        b'{"text": "\\ud800"}',
-        b"[" * 9999,
+    for line, fault in (
+        (b"{", "not JSON"),
+        (b"[1]", 'no string under "text"'),
+        (b'{"txt": "a"}', 'no string under "text"'),
+        (b'{"text": 3}', 'no string under "text"'),
+        (b'{"text": "\\ud800"}', "half a surrogate pair at character 0"),
+        (b"[" * 9999, "not JSON"),
     ):
         file = write(tmp_path / "json/pages.jsonl", b'{"text": "a"}\n\n' + line + b"\n")
-        with says('pages.jsonl:3: not a JSON object with a string under "text"; download'):
+        with says(f"pages.jsonl:3: {fault}; download it again or repair it"):
             opened("openwebtext", manual_dir=file.parent)
     assert leaves_nothing(tmp_path / "tfds")
 
@@ -477,7 +516,7 @@ open_published("wikitext2", manual_dir={str(file.parent)!r}, data_dir={str(tmp_p
         [sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 30
-    while not (found := list((tmp_path / "tfds").rglob("*.part"))):
+    while not (found := list((tmp_path / "tfds").rglob("*array_record*"))):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)

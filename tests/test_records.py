@@ -285,46 +285,7 @@ def test_two_processes_that_prepare_one_folder_both_end_with_it(tmp_path, prose)
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert open_records(tmp_path / "r").counts("train")["documents"] > 200
-    assert {p.name for p in tmp_path.iterdir()} <= {"r", ".r.documents"}
-
-
-@pytest.mark.parametrize("moment", ["after_it_looked", "while_it_writes"])
-def test_documents_that_another_process_wrote_meanwhile_are_taken(
-    tmp_path, prose, monkeypatch, moment
-):
-    """The other's folder appears once this process has looked for it, or before its own rename."""
-    module = sys.modules["sedd_jax.data.documents"]
-    make_builder = module._make_builder
-
-    def other() -> None:
-        with monkeypatch.context() as undone:
-            undone.setattr(module, "_make_builder", make_builder)
-            assert make_corpus("text", str(prose), 0.1, data_dir=tmp_path).sizes
-
-    def builder_of(*arguments):
-        *rest, examples, progress = arguments
-
-        def late():
-            other()
-            return examples()
-
-        meanwhile = moment == "while_it_writes"
-        builder = make_builder(*rest, late if meanwhile else examples, progress)
-        if not meanwhile:
-            other()
-        return builder
-
-    monkeypatch.setattr(module, "_make_builder", builder_of)
-    corpus = make_corpus("text", str(prose), 0.1, data_dir=tmp_path)
-    assert len(list(corpus.documents("train"))) == corpus.sizes["train"] > 200
-
-
-def test_a_folder_of_documents_without_its_description_is_refused(tmp_path, prose):
-    make_corpus("text", str(prose), 0.1, data_dir=tmp_path)
-    (description,) = tmp_path.rglob("dataset_info.json")
-    description.unlink()
-    with says(repr(str(description.parent)), "is not what TFDS wrote; delete the folder"):
-        make_corpus("text", str(prose), 0.1, data_dir=tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"r"}
 
 
 def test_every_fault_of_a_records_folder_is_named(tmp_path, pydoc):
@@ -476,7 +437,7 @@ def test_invalid_text_is_named_before_anything_is_taken_for_whole(capsys, tmp_pa
     (folder / "17.txt").write_bytes(b"caf\xe9 au lait")
     assert prepare_command(command(tmp_path / "r", folder)) == 2
     assert "17.txt: invalid UTF-8 at byte 3" in capsys.readouterr().err
-    assert {p.name for p in tmp_path.iterdir()} <= {"text", ".r.documents"}
+    assert {p.name for p in tmp_path.iterdir()} == {"text"}
     (folder / "17.txt").write_text("coffee")
     assert prepare_command(command(tmp_path / "r", folder)) == 0
     (folder / "18.txt").write_text("tea")  # the folder exists and is of another text

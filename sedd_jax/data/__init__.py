@@ -5,6 +5,7 @@ detokenizers, corpora -> tokenizer -> subwords, sentencepiece -> tokenizers -> r
 -> prepare, pipeline, templates;
 corpora -> documents -> published; catalogue, which knows every corpus by name, is last.
 """
+# ruff: noqa: F401 - the imports are the names that the package exports
 
 from sedd_jax.data.catalogue import CORPORA, make_corpus, make_records, text_source
 from sedd_jax.data.corpora import Corpus
@@ -19,27 +20,3 @@ from sedd_jax.data.tokenizers import (
     named_tokenizer,
     tokenizer_from_dict,
 )
-
-__all__ = [
-    "CORPORA",
-    "FORMS",
-    "TOKENIZERS",
-    "WINDOWS",
-    "Blocks",
-    "Corpus",
-    "Records",
-    "Tokenizer",
-    "describe",
-    "make_corpus",
-    "make_records",
-    "make_tokenizer",
-    "named_tokenizer",
-    "open_records",
-    "parse_template",
-    "prefix_suffix",
-    "prepare",
-    "read_blocks",
-    "text_source",
-    "tokenizer_from_dict",
-    "train_batches",
-]

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sedd_jax.data.detokenizers import DETOKENIZERS
 
 SPLITS = ("train", "validation")
 WINDOW = 50  # characters; text shared over this many or more counts as a leak between splits
+BYTE_ORDER_MARK = "\ufeff"  # is not text
 SHORT = 40  # characters; paragraphs below this (headings, "See also") may repeat inside a split
 PATH = "data.path (sedd-prepare: --manual_dir)"  # the setting, for errors
 FEW = 20  # documents; below this a split by document is too coarse, so the text is cut instead
-
+REMEDY = 'give UTF-8 text, in a .jsonl file {"text": "..."} a line'  # of one's own text, for errors
 
 Streams = Mapping[str, Callable[[], Iterable[str]]]
 
@@ -52,22 +53,23 @@ def pydoc(heldout_fraction: float) -> Streams:
     """
     from pydoc_data.topics import topics
 
-    parts: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
+    topics_of: dict[str, list[list[str]]] = {split: [] for split in SPLITS}
     for name in sorted(topics):
         paragraphs = [p for p in re.split(r"\n(?:[ \t]*\n)+", topics[name]) if p.strip()]
-        parts[split_of(name, heldout_fraction)].append(paragraphs)
+        topics_of[split_of(name, heldout_fraction)].append(paragraphs)
     forbidden: set[str] = set()
-    kept: dict[str, tuple[str, ...]] = {}
+    documents: dict[str, tuple[str, ...]] = {}
     for split in ("validation", "train"):
-        kept[split] = tuple(_without_repeats(parts[split], forbidden))
-        if not kept[split]:
+        documents[split] = tuple(_without_repeats(topics_of[split], forbidden))
+        if not documents[split]:
             raise ValueError(
-                f"heldout_fraction {heldout_fraction} leaves split {split!r} of 'pydoc' empty; try 0.1"
+                f"heldout_fraction {heldout_fraction} leaves split {split!r} of 'pydoc' empty; "
+                "try 0.1"
             )
-        for document in kept[split]:
+        for document in documents[split]:
             plain = _normalise(document)
             forbidden.update(plain[i : i + WINDOW] for i in range(len(plain) - WINDOW + 1))
-    return {split: kept[split].__iter__ for split in SPLITS}
+    return {split: documents[split].__iter__ for split in SPLITS}
 
 
 def text(path: str, heldout_fraction: float) -> Streams:
@@ -87,9 +89,9 @@ def text(path: str, heldout_fraction: float) -> Streams:
     if not root.exists():
         raise ValueError(f"no file or folder at {path!r}; set {PATH} to your text")
     if all((root / split).is_dir() for split in SPLITS):
-        streams = {split: _Documents(root / split) for split in SPLITS}
+        streams = {split: _TextFiles(root / split) for split in SPLITS}
     else:
-        streams = _split(_Documents(root), heldout_fraction)
+        streams = _split(_TextFiles(root), heldout_fraction)
     for split in SPLITS:
         if next(iter(streams[split]()), None) is None:
             raise ValueError(
@@ -112,8 +114,8 @@ def _without_repeats(documents: list[list[str]], forbidden: set[str]) -> Iterato
     """Yields the documents less paragraphs seen before or sharing a window with `forbidden`."""
     seen: set[str] = set()
     for paragraphs in documents:
-        kept = []
-        before = ""  # the end of what is kept, so that windows across paragraphs are checked too
+        unique = []
+        before = ""  # the end of those in unique: windows across paragraphs are checked too
         for paragraph in paragraphs:
             plain = _normalise(paragraph)
             joined = f"{before} {plain}".lstrip()
@@ -122,31 +124,31 @@ def _without_repeats(documents: list[list[str]], forbidden: set[str]) -> Iterato
                 continue
             if len(plain) >= SHORT:
                 seen.add(plain)
-            kept.append(paragraph.strip("\n"))
+            unique.append(paragraph.strip("\n"))
             before = joined[-(WINDOW - 1) :]
-        if kept:
-            yield "\n\n".join(kept) + "\n"
+        if unique:
+            yield "\n\n".join(unique) + "\n"
 
 
 def files_of(path: str) -> list[tuple[str, Path]]:
     """The files that `text` reads at `path`, in order, each with its relative name."""
     root = Path(path)
     folders = [root / split for split in SPLITS]
-    found = [_Documents(f) for f in (folders if all(f.is_dir() for f in folders) else [root])]
+    roots = folders if all(f.is_dir() for f in folders) else [root]
     return [
         (file.name if file == root else file.relative_to(root).as_posix(), file)
-        for documents in found
+        for documents in map(_TextFiles, roots)
         for file in documents.files
     ]
 
 
-class _Documents:
+class _TextFiles:
     """The documents of a file or folder as (identity, text), read again at each pass."""
 
     def __init__(self, root: Path):
         self.root = root
-        found = [root] if root.is_file() else sorted(root.rglob("*"), key=self._identity)
-        self.files = [f for f in found if f.suffix in (".txt", ".jsonl") and not f.is_dir()]
+        paths = [root] if root.is_file() else sorted(root.rglob("*"), key=self._identity)
+        self.files = [f for f in paths if f.suffix in (".txt", ".jsonl") and not f.is_dir()]
         if not self.files:
             raise ValueError(f"no .txt or .jsonl file in {str(root)!r}; add one or change {PATH}")
         if not any(True for _ in self.pairs()):
@@ -162,63 +164,63 @@ class _Documents:
         for file in self.files:
             try:
                 if file.suffix == ".txt":
-                    document = _decode(file.read_bytes(), file, 0)
+                    document = decode(file.read_bytes(), str(file), 0, REMEDY)
+                    document = document.removeprefix(BYTE_ORDER_MARK)
                     if document.strip():
                         yield self._identity(file), document
-                else:
-                    for number, document in _jsonl(file):
-                        yield f"{self._identity(file)}:{number}", document
+                    continue
+                with file.open("rb") as stream:
+                    for number, document in json_lines(stream, str(file), REMEDY):
+                        if document.strip():
+                            yield f"{self._identity(file)}:{number}", document
             except OSError as error:
                 raise ValueError(
                     f"cannot read {str(file)!r}: {error.strerror}; repair or remove it"
                 ) from error
 
 
-def _decode(data: bytes, file: Path, offset: int) -> str:
+def decode(data: bytes, name: str, offset: int, remedy: str) -> str:
+    """UTF-8 bytes as text; ValueError names the file and the byte, counted from offset."""
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")  # a byte order mark is not text
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file}: invalid UTF-8 at byte {offset + error.start}; convert the file to UTF-8"
-        ) from error
+        position = offset + error.start
+        raise ValueError(f"{name}: invalid UTF-8 at byte {position}; {remedy}") from error
 
 
-def _jsonl(file: Path) -> Iterator[tuple[int, str]]:
+def json_lines(stream: IO[bytes], name: str, remedy: str) -> Iterator[tuple[int, str]]:
+    """Yields (line number, what is under "text") of lines of JSON objects; skips blank lines.
+
+    ValueError names the file, the line, the fault and the remedy.
+    """
     offset = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            content = _decode(line, file, offset).strip()
-            offset += len(line)
-            if not content:
-                continue
-            try:
-                document = json.loads(content)["text"]
-                document.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"{file}:{number}: half a surrogate pair at character {error.start}; remove it"
-                ) from error
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f'{file}:{number}: not JSON; give {{"text": "..."}} a line'
-                ) from error
-            except (KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f'{file}:{number}: no string under "text"; give {{"text": "..."}} a line'
-                ) from error
-            if document.strip():
-                yield number, document
+    for number, line in enumerate(stream, start=1):
+        content = decode(line, name, offset, remedy).removeprefix(BYTE_ORDER_MARK).strip()
+        offset += len(line)
+        if not content:
+            continue
+        try:
+            document = json.loads(content)["text"]
+            document.encode("utf-8")
+        except UnicodeEncodeError as error:
+            fault = f"half a surrogate pair at character {error.start}"
+            raise ValueError(f"{name}:{number}: {fault}; {remedy}") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}:{number}: not JSON; {remedy}") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{name}:{number}: no string under "text"; {remedy}') from error
+        yield number, document
 
 
-def _split(documents: _Documents, heldout_fraction: float) -> dict[str, Callable]:
+def _split(documents: _TextFiles, heldout_fraction: float) -> dict[str, Callable]:
     lengths = [len(document) for document in islice(documents(), FEW)]
     if len(lengths) >= FEW:
 
-        def by_hash(wanted: str) -> Callable[[], Iterator[str]]:
+        def by_hash(split: str) -> Callable[[], Iterator[str]]:
             return lambda: (
                 document
                 for identity, document in documents.pairs()
-                if split_of(identity, heldout_fraction) == wanted
+                if split_of(identity, heldout_fraction) == split
             )
 
         return {split: by_hash(split) for split in SPLITS}

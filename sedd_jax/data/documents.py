@@ -1,7 +1,6 @@
-"""Documents of a published corpus: read from its files, kept by TFDS, read at random.
+"""Documents of a published corpus: read from its files, stored and read again by TFDS.
 
-TensorFlow Datasets and array_record are imported where they are used: they are slow to import.
-TensorFlow is never needed.
+TensorFlow Datasets is imported where it is used: it is slow to import. TensorFlow is never needed.
 """
 
 import functools
@@ -9,7 +8,6 @@ import gzip
 import hashlib
 import json
 import lzma
-import os
 import re
 import shutil
 import tarfile
@@ -17,16 +15,18 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any
 
-from sedd_jax.data.corpora import split_of
+from sedd_jax.data.corpora import decode, json_lines, split_of
 
 SPLITS = ("train", "validation", "test")
-SHARD = 256 << 20  # bytes of records after which a new file begins
+SHARD = 65536  # documents in a file
+BATCH = 4096  # documents that are written, or read from the files, at once
+REMEDY = "download it again or repair it"  # of a published file, for errors
 STALE = 3600  # seconds without a write after which another process's half-built folder is litter
 DAMAGE = (
     EOFError,
@@ -40,7 +40,7 @@ DAMAGE = (
 
 @dataclass(frozen=True)
 class Documents:
-    """A corpus that TFDS has prepared. Small and picklable: workers open the files themselves."""
+    """A corpus that TFDS has prepared. Small and picklable; the files are opened when read."""
 
     corpus: str
     folder: Path  # what TFDS prepared
@@ -56,22 +56,26 @@ class Documents:
                 f"documents {start} to {stop} are not in split {split!r}, which has "
                 f"{self.splits[split]}; choose 0 <= start <= stop <= {self.splits[split]}"
             )
-        if start == stop:  # array_record refuses to read nothing
-            return []
         try:
-            records = _open(self.folder, split, os.getpid())
-            if len(records) != self.splits[split]:
-                raise ValueError(f"it holds {len(records)} documents, not {self.splits[split]}")
-            features = _features()
-            return [
-                features.deserialize_example_np(record)["text"].decode("utf-8")
-                for record in records.__getitems__(list(range(start, stop)))
-            ]
-        except (ValueError, RuntimeError, OSError) as error:
+            examples = _open(self.folder, split).__getitems__(range(start, stop))
+        except (ValueError, IndexError, RuntimeError, OSError) as error:
             raise ValueError(
                 f"cannot read split {split!r} in {str(self.folder)!r}: "
                 f"{str(error).split(chr(10))[0]}; delete the folder and prepare it again"
             ) from error
+        return [example["text"].decode("utf-8") for example in examples]
+
+    def stream(self, split: str) -> Iterator[str]:
+        """Yields all documents of `split` in order, BATCH of them in memory."""
+        for start in range(0, self.splits[split], BATCH):
+            yield from self.read(split, start, min(start + BATCH, self.splits[split]))
+
+
+@functools.lru_cache(maxsize=8)
+def _open(folder: Path, split: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(folder).as_data_source(split)
 
 
 @dataclass(frozen=True)
@@ -104,27 +108,78 @@ def prepare_documents(
     """Has TFDS write (split, document) pairs to data_dir/name/CONFIG/version, unless it is there.
 
     CONFIG is prefix and a hash of source, so that documents of another source are never taken for
-    these. `about` are TFDS's fields version, description, citation and license. `examples` is called
-    only if something is to be written. TFDS writes beside the folder and renames when whole.
+    these. `about` are TFDS's fields version, description, citation and license. `examples` is
+    called only if something is to be written. The folder appears when all of it is written.
     """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.utils.file_utils import incomplete_dir
+
     key = hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:12]
     config = f"{prefix}{key}"
-    builder = _make_builder(name, about, source, data_dir, config, examples, progress)
-    folder = Path(builder.data_dir)
+    folder = data_dir / name / config / about["version"]
     if not folder.exists():
         sweep(folder.parent, "incomplete.*")
         try:
-            builder.download_and_prepare(file_format="array_record")
+            with incomplete_dir(folder) as part:
+                info = _dataset_info(name, config, about, source, part)
+                _write_examples(info, examples(), progress)
         except OSError:
-            if not folder.exists():
+            if not folder.exists():  # else another process wrote it meanwhile
                 raise
-    if not builder.info.splits and (folder / "dataset_info.json").exists():
-        builder.info.read_from_directory(str(folder))  # another process wrote it meanwhile
-    if not builder.info.splits:
-        raise ValueError(f"{str(folder)!r} is not what TFDS wrote; delete the folder")
-    counts = {split: info.num_examples for split, info in builder.info.splits.items()}
-    ordered = {split: counts[split] for split in SPLITS if split in counts}
-    return Documents(name, folder, ordered, source)
+    try:
+        splits = tfds.builder_from_directory(folder).info.splits
+    except OSError as error:
+        raise ValueError(f"{str(folder)!r} is not what TFDS wrote; delete the folder") from error
+    counts = {split: splits[split].num_examples for split in SPLITS if split in splits}
+    return Documents(name, folder, counts, source)
+
+
+def _dataset_info(
+    name: str, config: str, about: Mapping[str, str], source: dict[str, Any], folder: str
+) -> Any:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+    return tfds.core.DatasetInfo(
+        builder=DatasetIdentity(
+            name=name,
+            version=tfds.core.Version(about["version"]),
+            data_dir=folder,
+            module_name=__name__,
+            config_name=config,
+        ),
+        description=about["description"],
+        features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+        citation=about["citation"],
+        license=about["license"],
+        metadata=tfds.core.MetadataDict(source=source),
+        disable_shuffling=True,
+    )
+
+
+def _write_examples(info: Any, examples: Iterator[tuple[str, str]], progress: bool) -> None:
+    """Writes (split, document) pairs to info's folder, in one pass and in order.
+
+    Not by a GeneratorBasedBuilder: it sorts the examples in memory, above 1 GB in files that it
+    opens through TensorFlow, and reads the source once for each split.
+    """
+    import tensorflow_datasets as tfds
+    from tqdm.auto import tqdm
+
+    writer = tfds.core.SequentialWriter(info, SHARD, file_format="array_record")
+    with tqdm(examples, desc=info.name, unit=" documents", disable=not progress) as bar:
+        pairs = iter(bar)
+        try:
+            # add_examples writes the metadata anew each time, so it gets many at once.
+            while batch := list(islice(pairs, BATCH)):
+                by_split: dict[str, list[dict[str, str]]] = {}
+                for split, text in batch:
+                    by_split.setdefault(split, []).append({"text": text})
+                writer.initialize_splits(list(by_split), fail_if_exists=False)
+                writer.add_examples(by_split)
+            writer.close_all()
+        except RuntimeError as error:  # array_record's for what the file system refused
+            raise OSError(str(error).split("\n")[0]) from error
 
 
 def sweep(folder: Path, pattern: str) -> None:
@@ -164,10 +219,11 @@ def read_parts(
             ) from error
         if missing:
             raise ValueError(f"{part.path}: no {min(missing)} inside; download it again")
-    wanted = {split for part in parts for split in part.members.values() if split} or set(splits)
-    if wanted - seen:
+    named = {split for part in parts for split in part.members.values() if split}
+    empty = (named or set(splits)) - seen
+    if empty:
         raise ValueError(
-            f"split {min(wanted - seen)!r} has no document; give more text"
+            f"split {min(empty)!r} has no document; give more text"
             + (" or another heldout_fraction" if choices.heldout_fraction is not None else "")
         )
 
@@ -190,7 +246,7 @@ def _members(part: Part) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 def _tar_members(unpacked: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
-    """tarfile's own "r|xz" takes a file cut short for its end, so it is given the plain tar."""
+    """Not tarfile's "r|xz", which takes a file cut short for its end: it reads the plain tar."""
     with tarfile.open(fileobj=unpacked, mode="r|") as archive:
         for member in archive:
             if member.isfile():
@@ -199,51 +255,24 @@ def _tar_members(unpacked: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
         pass
 
 
-def _decode(data: bytes, name: str, offset: int) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{name}: invalid UTF-8 at byte {offset + error.start}; download it again or repair it"
-        ) from error
-
-
 def _lines(
     name: str, stream: IO[bytes], split: str, choices: Choices, *, strip: bool
 ) -> Iterator[tuple[str, str]]:
     if choices.documents == "whole":
-        yield split, _decode(stream.read(), name, 0)
+        yield split, decode(stream.read(), name, 0, REMEDY)
         return
     offset = 0
     for data in stream:
-        line = _decode(data, name, offset)
+        line = decode(data, name, offset, REMEDY)
         offset += len(data)
         stripped = line.strip()
         yield split, line if stripped and not strip else stripped
 
 
-def _json_lines(name: str, stream: IO[bytes]) -> Iterator[tuple[int, str]]:
-    offset = 0
-    for number, data in enumerate(stream, start=1):
-        line = _decode(data, name, offset)
-        offset += len(data)
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-            text.encode("utf-8")  # not half a surrogate pair
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f'{name}:{number}: not a JSON object with a string under "text"; download it '
-                "again or repair it"
-            ) from error
-        yield number, text
-
-
 def _lambada(
     name: str, stream: IO[bytes], split: str, choices: Choices
 ) -> Iterator[tuple[str, str]]:
-    for _, text in _json_lines(name, stream):
+    for _, text in json_lines(stream, name, REMEDY):
         yield split, text
 
 
@@ -273,13 +302,13 @@ def _openwebtext(
 
     def pages() -> Iterator[tuple[str, str]]:
         if name.endswith(".jsonl"):
-            for number, text in _json_lines(name, stream):
+            for number, text in json_lines(stream, name, REMEDY):
                 yield f"{base}:{number}", text
             return
         with lzma.open(stream) as unpacked:
             for page, content in _tar_members(unpacked):
                 if page.endswith(".txt"):
-                    yield f"{base}/{page}", _decode(content.read(), f"{name}/{page}", 0)
+                    yield f"{base}/{page}", decode(content.read(), f"{name}/{page}", 0, REMEDY)
 
     for identity, text in pages():
         yield split_of(identity, choices.heldout_fraction), re.sub(r"\n{3,}", "\n\n", text.strip())
@@ -292,131 +321,3 @@ READERS: dict[str, Callable[..., Iterator[tuple[str, str]]]] = {
     "text8": _text8,
     "wikitext": functools.partial(_lines, strip=False),
 }
-
-
-@functools.cache
-def _features() -> Any:
-    import tensorflow_datasets as tfds
-
-    return tfds.features.FeaturesDict({"text": tfds.features.Text()})
-
-
-@functools.lru_cache(maxsize=8)
-def _open(folder: Path, split: str, process: int) -> Any:
-    """Open shards; `process` keeps a forked worker from using its parent's file handles."""
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
-
-    return ArrayRecordDataSource(sorted(str(f) for f in folder.glob(f"*-{split}.array_record-*")))
-
-
-def _make_builder(
-    name: str,
-    about: Mapping[str, str],
-    source: dict[str, Any],
-    data_dir: Path,
-    config: str,
-    examples: Callable[[], Iterator[tuple[str, str]]],
-    progress: bool,
-) -> Any:
-    """Returns the TFDS builder of one corpus and source.
-
-    It writes the shards itself. GeneratorBasedBuilder sorts examples in memory, above 1 GB in
-    files that it opens through TensorFlow, and reads the source once for each split.
-    """
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.dataset_builder import FileReaderBuilder
-
-    corpus_name = name
-
-    class PublishedText(FileReaderBuilder, skip_registration=True):
-        name = corpus_name
-        VERSION = tfds.core.Version(about["version"])
-        BUILDER_CONFIGS: ClassVar = [tfds.core.BuilderConfig(name=config, version=about["version"])]
-        pkg_dir_path = Path(__file__).parent  # else TFDS searches for one
-
-        def _info(self) -> Any:
-            info = tfds.core.DatasetInfo(
-                builder=self,
-                description=about["description"],
-                features=_features(),
-                citation=about["citation"],
-                license=about["license"],
-                metadata=tfds.core.MetadataDict(source=source),
-                disable_shuffling=True,
-            )
-            info.initialize_from_bucket = lambda: None  # it would ask Google's bucket
-            return info
-
-        def _log_download_bytes(self) -> None:
-            pass
-
-        def _log_download_done(self) -> None:
-            pass
-
-        def _download_and_prepare(self, dl_manager: Any, download_config: Any) -> None:
-            from tqdm.auto import tqdm
-
-            splits: dict[str, _Shards] = {}
-            bar = tqdm(examples(), desc=corpus_name, unit=" documents", disable=not progress)
-            try:
-                for split, text in bar:
-                    if split not in splits:
-                        splits[split] = _Shards(Path(self.data_dir) / split)
-                    splits[split].write(_features().serialize_example({"text": text}))
-            finally:
-                bar.close()
-                for shards in splits.values():
-                    shards.close()
-            infos = []
-            for split in sorted(splits, key=SPLITS.index):
-                shards, template = splits[split], self._get_filename_template(split)
-                for i, path in enumerate(shards.paths):
-                    path.rename(
-                        template.sharded_filepath(shard_index=i, num_shards=len(shards.paths))
-                    )
-                infos.append(tfds.core.SplitInfo(split, shards.lengths, shards.bytes, template))
-            self.info.set_splits(tfds.core.SplitDict(infos))
-
-    return PublishedText(data_dir=str(data_dir), config=config)
-
-
-class _Shards:
-    """The files of one split while they are written."""
-
-    def __init__(self, stem: Path):
-        self.stem = stem
-        self.paths: list[Path] = []
-        self.lengths: list[int] = []  # records in each file
-        self.bytes = 0  # in all
-        self._room = 0  # bytes that the open file may still take
-        self._writer: Any = None
-
-    def write(self, record: bytes) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
-        if self._room <= 0:
-            self.close()
-            self.paths.append(self.stem.with_name(f"{self.stem.name}-{len(self.paths)}.part"))
-            self.lengths.append(0)
-            self._writer = ArrayRecordWriter(str(self.paths[-1]), "group_size:1")
-            self._room = SHARD
-        with _file_errors():
-            self._writer.write(record)
-        self._room -= len(record)
-        self.bytes += len(record)
-        self.lengths[-1] += 1
-
-    def close(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with _file_errors():
-                writer.close()
-
-
-@contextmanager
-def _file_errors() -> Iterator[None]:
-    """array_record says RuntimeError where the file system said OSError: a full disk, say."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise OSError(str(error).split("\n")[0]) from error

@@ -14,14 +14,15 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sedd_jax import files
 from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.records import FORMAT, open_records
@@ -56,7 +57,7 @@ def prepare(
 
     `folder` is there in full or not at all. A complete folder of the same source, tokenizer,
     length and form is reused without reading the corpus; any other raises ValueError, as does
-    what cannot be encoded. OSError where the parts cannot be written; what is finished is kept.
+    what cannot be encoded. OSError where the parts cannot be written; finished parts remain.
 
     workers: parts that are encoded at the same time, in threads; the `tokenizers` library uses
     all CPUs for each part besides.
@@ -68,7 +69,30 @@ def prepare(
     if workers < 1:
         raise ValueError(f"workers {workers} is less than 1; give the number of threads")
     folder = Path(os.path.abspath(folder))
-    wanted = {
+    description = _describe(corpus, tokenizer, length, form)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    parts = folder.with_name(f".{folder.name}.parts")
+    with _alone(folder.with_name(f".{folder.name}.lock")):
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            shutil.rmtree(parts, ignore_errors=True)
+            fingerprint = _fingerprint_of_same(folder, description)
+            log.info("the records in %r are there already; nothing was written", str(folder))
+            return fingerprint
+        try:
+            names = _encode_all(corpus, tokenizer, parts, workers, progress)
+            fingerprint = _write(parts, names, tokenizer, description, progress)
+            os.rename(parts / "records", folder)
+            files.sync_folder(folder.parent)
+            shutil.rmtree(parts, ignore_errors=True)
+        finally:
+            if parts.is_dir() and not any(parts.glob("*.npz")):
+                shutil.rmtree(parts, ignore_errors=True)
+    return fingerprint
+
+
+def _describe(corpus: Corpus, tokenizer: Tokenizer, length: int, form: str) -> dict[str, Any]:
+    """The part of the fingerprint that is known before the corpus is read."""
+    return {
         "format": FORMAT,
         "source": json.loads(json.dumps({**corpus.source, "detokenizer": corpus.detokenizer})),
         "tokenizer": {
@@ -80,35 +104,18 @@ def prepare(
         "form": form,
         "dtype": "<u2" if max(tokenizer.vocab_size, length) <= 65535 else "<u4",
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    parts = folder.with_name(f".{folder.name}.parts")
-    with _alone(folder.with_name(f".{folder.name}.lock")):
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            shutil.rmtree(parts, ignore_errors=True)
-            found = _same(folder, wanted)
-            log.info("the records in %r are there already; nothing was written", str(folder))
-            return found
-        try:
-            names = _encode_all(corpus, tokenizer, parts, workers, progress)
-            fingerprint = _write(parts, names, tokenizer, wanted, progress)
-            os.rename(parts / "records", folder)
-            _fsync(folder.parent)
-            shutil.rmtree(parts, ignore_errors=True)
-        finally:
-            if parts.is_dir() and not any(parts.glob("*.npz")):
-                shutil.rmtree(parts, ignore_errors=True)
-    return fingerprint
 
 
-def _same(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    found = open_records(folder).fingerprint
-    for field, value in wanted.items():
-        if found[field] != value:
+def _fingerprint_of_same(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint of the records in `folder`; ValueError if they do not fit description."""
+    fingerprint = open_records(folder).fingerprint
+    for field, value in description.items():
+        if fingerprint[field] != value:
             raise ValueError(
-                f"{str(folder)!r} was prepared with {field} {found[field]!r}, not {value!r}; "
+                f"{str(folder)!r} was prepared with {field} {fingerprint[field]!r}, not {value!r}; "
                 "delete the folder or choose another"
             )
-    return found
+    return fingerprint
 
 
 @contextlib.contextmanager
@@ -121,7 +128,7 @@ def _alone(file: Path) -> Iterator[None]:
             except BlockingIOError:
                 log.info("waiting for another process that prepares the same folder")
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            # The one before removes the file: what was waited for may be another file by now.
+            # Its holder removes the file: by now another file may have the name.
             if not file.exists() or not os.path.samestat(os.fstat(lock.fileno()), file.stat()):
                 continue
             try:
@@ -132,65 +139,52 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(place: Path) -> Iterator[None]:
-    """What goes wrong inside is the disk's fault."""
+def _writing(folder: Path) -> Iterator[None]:
+    """Names the folder, and the remedy, in an error of the file system."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
         reason = str(error).split("\n")[0]
         raise OSError(
-            f"cannot write in {str(place)!r}: {reason}; make room there and run again: what is "
-            "finished is kept"
+            f"cannot write in {str(folder)!r}: {reason}; make room there and run again: finished "
+            "parts are not encoded again"
         ) from error
 
 
 # --- encoding
 
 
-class _Encoder:
-    """Encodes a part and writes it: ids, where each document ends, and counts of the text."""
-
-    def __init__(self, tokenizer: Tokenizer, detokenizer: str, parts: Path, dtype: str):
-        self.tokenizer, self.parts, self.dtype = tokenizer, parts, dtype
-        self.detokenize = DETOKENIZERS[detokenizer] if detokenizer else None
-
-    def __call__(self, name: str, documents: list[str]) -> int:
-        """Returns the number of documents."""
-        words = sum(len(document.split()) for document in documents)
-        if self.detokenize is not None:
-            documents = [self.detokenize(document) for document in documents]
-        separator = np.asarray(self.tokenizer.separator, self.dtype)
-        rows = self.tokenizer.encode_batch(documents)
-        both = [part for row in rows for part in (row.astype(self.dtype), separator)]
-        ids = np.concatenate([*both, separator[:0]])
-        ends = np.cumsum([len(row) + len(separator) for row in rows])
-        characters = np.array([len(document) for document in documents])
-        file = self.parts / f"{name}.npz"
-        unfinished = file.with_suffix(f".tmp-{os.getpid()}")
-        with _writing(self.parts):
-            with unfinished.open("wb") as out:
-                np.savez(out, ids=ids, ends=ends, words=words, characters=characters)
-            unfinished.replace(file)
-        return len(documents)
+def _encode_part(documents: list[str], tokenizer: Tokenizer, detokenizer: str, file: Path) -> int:
+    """Writes ids, where each document ends, and counts of the text; returns len(documents)."""
+    words = sum(len(document.split()) for document in documents)
+    if detokenizer:
+        documents = [DETOKENIZERS[detokenizer](document) for document in documents]
+    # Parts hold ids for any block length: the dtype is the tokenizer's alone.
+    dtype = "<u2" if tokenizer.vocab_size <= 65535 else "<u4"
+    separator = np.asarray(tokenizer.separator, dtype)
+    rows = tokenizer.encode_batch(documents)
+    ids = np.concatenate([part for row in rows for part in (row.astype(dtype), separator)])
+    ends = np.cumsum([len(row) + len(separator) for row in rows])
+    characters = np.array([len(document) for document in documents])
+    with _writing(file.parent), files.replacing(file) as out:
+        np.savez(out, ids=ids, ends=ends, words=words, characters=characters)
+    return len(documents)
 
 
 def _encode_all(
     corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, progress: bool
 ) -> dict[str, list[str]]:
-    """Encode every part that is not there yet; returns the names of all, by split, in order."""
+    """Encodes every part that is not there yet; returns the names of all, by split, in order."""
     from tqdm.auto import tqdm
 
     parts.mkdir(exist_ok=True)
-    for file in parts.glob("*.tmp-*"):  # of processes that were killed
+    for file in parts.glob(".*.part"):  # of processes that were killed
         file.unlink()
     # A part is known by its text; ids depend on these besides.
     identity = f"{tokenizer.fingerprint()[:16]}-{corpus.detokenizer or 'none'}"
-    # Parts keep ids of any block length: the dtype is the tokenizer's alone.
-    dtype = "<u2" if tokenizer.vocab_size <= 65535 else "<u4"
-    encoder = _Encoder(tokenizer, corpus.detokenizer, parts, dtype)
     names: dict[str, list[str]] = {split: [] for split in corpus.streams}
     total = sum(corpus.sizes.values()) if corpus.sizes else None
-    kept = 0
+    num_reused = 0
     bar = tqdm(desc="encode", unit=" documents", total=total, disable=not progress)
     pending: deque[Future[int]] = deque()  # at most `workers` parts, so that memory is bounded
     with bar, ThreadPoolExecutor(workers) as pool:
@@ -198,17 +192,19 @@ def _encode_all(
             for number, documents in enumerate(_cut(corpus.documents(split))):
                 name = f"{split}-{number:06d}-{identity}-{_digest(documents)}"
                 names[split].append(name)
-                if (parts / f"{name}.npz").exists():
-                    kept += 1
+                file = parts / f"{name}.npz"
+                if file.exists():
+                    num_reused += 1
                     bar.update(len(documents))
                     continue
                 if len(pending) == workers:
                     bar.update(pending.popleft().result())
-                pending.append(pool.submit(encoder, name, documents))
+                job = (documents, tokenizer, corpus.detokenizer, file)
+                pending.append(pool.submit(_encode_part, *job))
         while pending:
             bar.update(pending.popleft().result())
-    if kept:
-        log.info("went on from %d finished parts of an earlier run", kept)
+    if num_reused:
+        log.info("went on from %d finished parts of an earlier run", num_reused)
     return names
 
 
@@ -237,19 +233,24 @@ def _digest(documents: list[str]) -> str:
 
 
 def _write(
-    parts: Path, names: dict[str, list[str]], tokenizer: Tokenizer, wanted: dict, progress: bool
+    parts: Path,
+    names: dict[str, list[str]],
+    tokenizer: Tokenizer,
+    description: dict[str, Any],
+    progress: bool,
 ) -> dict[str, Any]:
-    """The records, whole, in parts/records; returns the fingerprint."""
+    """Writes the records, whole, in parts/records; returns the fingerprint."""
+    from tqdm.auto import tqdm
+
     records = parts / "records"
     shutil.rmtree(records, ignore_errors=True)
     records.mkdir()
-    fingerprint = {
-        **wanted,
-        "splits": {
-            split: _write_split(parts, names[split], tokenizer, wanted, records / split, progress)
-            for split in names
-        },
-    }
+    splits = {}
+    for split, part_names in names.items():
+        part_files = [parts / f"{name}.npz" for name in part_names]
+        bar = tqdm(part_files, desc="write", unit=" parts", disable=not progress, leave=False)
+        splits[split] = _write_split(bar, tokenizer, description, records / split)
+    fingerprint = {**description, "splits": splits}
     with _writing(records):
         for name, content in (
             ("tokenizer.json", tokenizer.to_dict()),
@@ -264,69 +265,66 @@ def _write(
 
 
 def _write_split(
-    parts: Path,
-    names: list[str],
-    tokenizer: Tokenizer,
-    wanted: dict[str, Any],
-    folder: Path,
-    progress: bool,
+    parts: Iterable[Path], tokenizer: Tokenizer, description: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from tqdm.auto import tqdm
-
-    folder.mkdir()
+    """Writes the blocks of the parts in `folder`; returns the split's entry in the fingerprint."""
     counts = dict.fromkeys(
         ("documents", "words", "characters", "tokens", "dropped_tokens", "dropped_characters"), 0
     )
-    text_digest = hashlib.sha256()
+    text_digest, digest = hashlib.sha256(), hashlib.sha256()
 
     def read() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for name in tqdm(names, desc="write", unit=" parts", disable=not progress, leave=False):
-            with np.load(parts / f"{name}.npz") as part:
+        for file in parts:
+            with np.load(file) as part:
                 ids, ends = part["ids"], part["ends"]
                 counts["documents"] += len(ends)
                 counts["words"] += int(part["words"])
                 counts["characters"] += int(part["characters"].sum())
             counts["tokens"] += len(ids)
-            text_digest.update(name.rsplit("-", 1)[1].encode())
+            text_digest.update(file.stem.rsplit("-", 1)[1].encode())
             yield ids, ends
 
     def drop(ids: np.ndarray) -> None:
         counts["dropped_tokens"] += len(ids)
         counts["dropped_characters"] += tokenizer.count_characters(_text(ids, tokenizer))
 
-    digest, blocks, writer = hashlib.sha256(), 0, None
-    try:
-        for row in FORMS[wanted["form"]](read(), wanted["length"], drop):
-            record = row.astype(wanted["dtype"]).tobytes()
+    def records() -> Iterator[bytes]:
+        for row in FORMS[description["form"]](read(), description["length"], drop):
+            record = row.astype(description["dtype"]).tobytes()
             digest.update(record)
-            with _writing(folder):
-                if blocks % SHARD == 0:
-                    if writer is not None:
-                        writer.close()
-                    name = f"blocks-{blocks // SHARD:05d}.array_record"
-                    writer = ArrayRecordWriter(str(folder / name), "group_size:1")
-                writer.write(record)
-            blocks += 1
-        if writer is not None:
-            with _writing(folder):
-                writer.close()
-    except BaseException:
-        if writer is not None:
-            with contextlib.suppress(RuntimeError):
-                writer.close()
-        raise
-    if blocks == 0:
+            yield record
+
+    with _writing(folder):
+        num_blocks = _write_shards(records(), folder)
+    if num_blocks == 0:
         raise ValueError(
             f"corpus has {counts['tokens']} tokens in split {folder.name!r}, fewer than one block "
-            f"of length {wanted['length']}; give more text or a smaller data.length"
+            f"of length {description['length']}; give more text or a smaller data.length"
         )
     return {
         **counts,
-        "blocks": blocks,
+        "blocks": num_blocks,
         "sha256": digest.hexdigest(),
         "text_sha256": text_digest.hexdigest(),
     }
+
+
+def _write_shards(records: Iterator[bytes], folder: Path) -> int:
+    """Writes SHARD records a file; returns their number. RuntimeError of a full disk."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder.mkdir()
+    num_records = 0
+    for index in count():
+        shard = islice(records, SHARD)
+        first = next(shard, None)
+        if first is None:
+            return num_records
+        file = folder / f"blocks-{index:05d}.array_record"
+        with contextlib.closing(ArrayRecordWriter(str(file), "group_size:1")) as writer:
+            for record in chain([first], shard):
+                writer.write(record)
+                num_records += 1
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -347,7 +345,7 @@ def _packed(parts, length: int, drop: Callable[[np.ndarray], None]) -> Iterator[
             stream = np.concatenate(tail)
             whole = size // length * length
             yield from stream[:whole].reshape(-1, length)
-            # Of the documents in the tail, where each begins is kept: each ends in a separator.
+            # The tail remains split by document: each ends in a separator, which is no text.
             starts = np.cumsum([0, *map(len, tail)])
             tail = [
                 stream[max(start, whole) : stop] for start, stop in pairwise(starts) if stop > whole
@@ -361,11 +359,11 @@ def _padded(parts, length: int, drop: Callable[[np.ndarray], None]) -> Iterator[
     """A document a row: the number of its ids, then they, then zeros up to `length` ids."""
     for ids, ends in parts:
         for document in np.split(ids, ends[:-1]):
-            kept = document[:length]
+            tokens = document[:length]
             if len(document) > length:
                 drop(document[length:])
             row = np.zeros(length + 1, np.int64)
-            row[0], row[1 : 1 + len(kept)] = len(kept), kept
+            row[0], row[1 : 1 + len(tokens)] = len(tokens), tokens
             yield row
 
 

@@ -3,15 +3,10 @@
 A new corpus is a row in PUBLISHED, and a reader in documents.READERS if its files need one.
 """
 
-import functools
 import hashlib
 import logging
-import os
-import shutil
-import threading
-import uuid
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -146,7 +141,7 @@ PUBLISHED: dict[str, Published] = {
                 "openwebtext.tar.xz",
                 ("https://zenodo.org/record/3834942/files/openwebtext.tar.xz",),
                 "9fe39d154c5bc67da8c359415372b79510eb1e2edb0d035fe4f7fc3a732b9336",
-                None,  # about 12.88 GB; no public source found for the last digits
+                None,  # about 12.88 GB; no public source gives the last digits
                 {"openwebtext/urlsf_subset*_data.xz": ""},
             ),
         ),
@@ -256,7 +251,7 @@ def open_published(
         heldout_fraction = row.heldout_fraction
     elif not 0.0 < heldout_fraction < 1.0:
         raise ValueError(f"heldout_fraction {heldout_fraction} is not between 0 and 1; try 0.0125")
-    data_dir = Path(os.path.abspath(data_dir))
+    data_dir = Path(data_dir).absolute()
     if manual_dir is None:
         parts, hashes = [], {archive.name: archive.sha256 for archive in row.archives}
     else:
@@ -273,14 +268,14 @@ def open_published(
 
     def examples() -> Iterator[tuple[str, str]]:
         downloads = data_dir / "downloads" / name
-        found = parts or [
+        all_parts = parts or [
             Part(_download(archive, downloads, progress), archive.members)
             for archive in row.archives
         ]
         published = {archive.name for archive in row.archives} & set(hashes)
         size = row.member_size if published else None
         choices = Choices(documents, heldout_fraction, size)
-        return read_parts(found, row.reader, choices, row.splits)
+        return read_parts(all_parts, row.reader, choices, row.splits)
 
     return prepare_documents(
         name, about, source, data_dir, f"{documents}-", examples, progress=progress
@@ -307,9 +302,8 @@ def _local_parts(name: str, row: Published, folder: Path) -> tuple[list[Part], d
         return parts, hashes
     members = [m for archive in row.archives for m in archive.members.items()]
     for pattern, split in members + [(pattern, "") for pattern in row.also]:
-        found = _find(folder, pattern)
         top = PurePosixPath(pattern).parent
-        labels = {path: (top / path.name).as_posix() for path in found}
+        labels = {path: (top / path.name).as_posix() for path in _find(folder, pattern)}
         parts += [Part(path, {label: split}) for path, label in labels.items()]
         matched = {label: files.sha256(path) for path, label in labels.items()}
         if "*" in pattern and matched:  # thousands of files; what sha256sum prints of them
@@ -331,48 +325,35 @@ def _find(folder: Path, pattern: str) -> list[Path]:
     """Files of `pattern` in the published layout, or with its leading folders left out."""
     pieces = PurePosixPath(pattern).parts
     for i in range(len(pieces)):
-        found = sorted(f for f in folder.glob("/".join(pieces[i:])) if f.is_file())
-        if found:
-            return found
+        matches = sorted(f for f in folder.glob("/".join(pieces[i:])) if f.is_file())
+        if matches:
+            return matches
     return []
 
 
 def _download(archive: Archive, folder: Path, progress: bool) -> Path:
-    """Returns the archive in `folder`, fetched by TFDS and verified; its urls are tried in turn."""
+    """Returns the archive in `folder`, downloaded and verified; its urls are tried in order."""
     import requests
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
 
     path = folder / archive.name
     if path.is_file() and files.sha256(path) == archive.sha256:
         return path
     sweep(folder, ".*.tmp-*")
+    folder.mkdir(parents=True, exist_ok=True)
     faults = []
     for url in archive.urls:
-        temporary = folder / f".{archive.name}.tmp-{uuid.uuid4().hex}"
-        try:
-            # TFDS repeats a failed request for minutes: ask once whether the file can be had.
-            with requests.get(url, stream=True, timeout=30) as response:
-                response.raise_for_status()
-            temporary.mkdir(parents=True)
-            with _one_bar(archive, temporary, progress):
-                manager = tfds.download.DownloadManager(download_dir=temporary)
-                found = Path(manager.download(url))
-            sha256 = files.sha256(found)
-            if sha256 == archive.sha256:
-                os.replace(found, path)
-                return path
-            reason = "sha256 differs"
-            log.debug("%s: its sha256 %s is not the published %s", url, sha256, archive.sha256)
-        except (
-            requests.RequestException,
-            tfds.download.DownloadError,
-            NonMatchingChecksumError,
-        ) as error:
-            reason = _reason(error)
-            log.debug("%s: %s", url, error)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix=f".{archive.name}.tmp-", dir=folder) as temporary:
+            part = Path(temporary) / archive.name
+            try:
+                sha256 = _fetch(url, part, archive, progress)
+            except requests.RequestException as error:
+                reason = _reason(error)
+                log.debug("%s: %s", url, error)
+            else:
+                if sha256 == archive.sha256:
+                    return part.replace(path)
+                reason = "sha256 differs"
+                log.debug("%s: its sha256 %s is not the published one", url, sha256)
         faults.append(f"{urlsplit(url).netloc}: {reason}")
     raise ValueError(
         f"cannot download {archive.name} ({'; '.join(faults)}); try again, or get it elsewhere, "
@@ -380,8 +361,28 @@ def _download(archive: Archive, folder: Path, progress: bool) -> Path:
     )
 
 
+def _fetch(url: str, path: Path, archive: Archive, progress: bool) -> str:
+    """Writes what url serves to path; returns its sha256. RequestException if nothing comes."""
+    import requests
+    from tqdm.auto import tqdm
+
+    digest = hashlib.sha256()
+    # identity: else a server may say that it encodes a .tar.gz, and requests would unpack it
+    headers = {"Accept-Encoding": "identity"}
+    with requests.get(url, stream=True, timeout=30, headers=headers) as response:
+        response.raise_for_status()
+        options = {"total": archive.size, "unit": "B", "unit_scale": True}
+        bar = tqdm(desc=archive.name, disable=not progress, **options)
+        with bar, path.open("wb") as out:
+            for chunk in response.iter_content(1 << 20):
+                out.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+    return digest.hexdigest()
+
+
 def _reason(error: Exception) -> str:
-    """Why a place gave no file, in a few words."""
+    """Why a server gave no file, in a few words."""
     import requests
 
     if isinstance(error, requests.HTTPError):
@@ -393,32 +394,3 @@ def _reason(error: Exception) -> str:
     if isinstance(error, requests.ConnectionError):
         return "no connection"
     return type(error).__name__
-
-
-@contextmanager
-def _one_bar(archive: Archive, folder: Path, progress: bool) -> Iterator[None]:
-    """A bar with the archive's name in place of TFDS's bars: the bytes that lie in `folder`."""
-    import tensorflow_datasets as tfds
-    from tensorflow_datasets.core.utils import tqdm_utils
-    from tqdm.auto import tqdm
-
-    done = threading.Event()
-
-    def watch(bar: tqdm) -> None:
-        while not done.wait(0.5):
-            files = [f for f in folder.rglob("*") if f.is_file()]
-            bar.update(max([f.stat().st_size for f in files], default=0) - bar.n)
-
-    were_shown = tqdm_utils._active
-    tfds.disable_progress_bar()
-    with tqdm(
-        desc=archive.name, total=archive.size, unit="B", unit_scale=True, disable=not progress
-    ) as bar:
-        watcher = threading.Thread(target=functools.partial(watch, bar), daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            done.set()
-            watcher.join()
-            tfds.display_progress_bar(were_shown)

@@ -65,17 +65,17 @@ class Records:
         files = sorted(str(f) for f in (self.folder / split).glob("blocks-*.array_record"))
         try:
             source = ArrayRecordDataSource(files)
-            found = len(source)
+            num_records = len(source)
         except (ValueError, RuntimeError, OSError) as error:
             reason = str(error).split("\n")[0]
             raise ValueError(
                 f"cannot read the records of split {split!r} in {str(self.folder)!r}: {reason}; "
                 "delete the folder and prepare it again"
             ) from error
-        if found != blocks:
+        if num_records != blocks:
             raise ValueError(
-                f"{str(self.folder)!r} holds {found} blocks in split {split!r}, its fingerprint "
-                f"says {blocks}; delete the folder and prepare it again"
+                f"{str(self.folder)!r} holds {num_records} blocks in split {split!r}, its "
+                f"fingerprint says {blocks}; delete the folder and prepare it again"
             )
         return source
 
