@@ -10,11 +10,12 @@ again, so the program may be stopped and run on.
 import argparse
 import importlib
 import json
+import math
 import re
 import tempfile
 from pathlib import Path
 
-from sedd_jax.training.dry_run import dry_run, hlo
+from sedd_jax.training.dry_run import dry_run
 
 GIB = 2**30
 SMALL, MEDIUM = "openwebtext_small", "openwebtext_medium"
@@ -106,8 +107,27 @@ def compile_row(config: str, target: str, changes: dict) -> dict:
     positions = rows // (estimate.mesh["data"] * estimate.mesh["fsdp"]) * config.data.length
     found = estimate.to_dict()
     found.pop("parameters")
-    tables = hlo.tables(text, estimate.vocab_size, config.model.hidden_size, positions)
+    tables = logit_tables(text, estimate.vocab_size, config.model.hidden_size, positions)
     return found | {"batch_size": config.train.batch_size, "tables": tables}
+
+
+def logit_tables(text: str, vocab_size: int, hidden_size: int, positions: int) -> list[str]:
+    """The float32 arrays of a program with a number for every token at every position.
+
+    positions is how many one device has at a time; in any layout. A side may be padded, by at
+    most 256. The embedding and the head, with hidden_size numbers for every token, are none:
+    where positions is hidden_size they look the same, and none is reported.
+    """
+
+    def is_table(shape: str) -> bool:
+        sides = [int(n) for n in shape.split(",")]
+        others = [
+            math.prod(sides) // side for side in sides if vocab_size <= side <= vocab_size + 256
+        ]
+        return any(n >= positions and n != hidden_size for n in others)
+
+    shapes = set(re.findall(r"\bf32\[([\d,]+)\]", text))
+    return sorted(f"f32[{shape}]" for shape in shapes if is_table(shape))
 
 
 def table(rows: dict[str, dict | None]) -> str:
