@@ -70,8 +70,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
 def _records(options: argparse.Namespace) -> tuple:
     """(records, split) that --records and --split name."""
     from sedd_jax import data
-    from sedd_jax.convert.workdir import open_workdir
-    from sedd_jax.runs.workdir import open_records
+    from sedd_jax.runs.workdir import open_records, open_workdir
 
     if options.records is not None:
         return data.open_records(options.records), options.split or "test"
@@ -114,10 +113,9 @@ def _likelihood(name: str, argv: list[str]) -> None:
     elif options.workdir is not None and options.baselines:
         check_run(options.workdir, "leave --baselines out")
     from sedd_jax import data
-    from sedd_jax.convert.workdir import open_workdir
     from sedd_jax.evaluation import report
     from sedd_jax.inference.pretrained import load
-    from sedd_jax.runs.workdir import open_records
+    from sedd_jax.runs.workdir import open_records, open_workdir
 
     if options.gpt2 is not None:
         from sedd_jax.evaluation.scorer import load_scorer
