@@ -23,12 +23,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sedd_jax import data
-from sedd_jax.convert.workdir import open_workdir
 from sedd_jax.diffusion.likelihood import bound
 from sedd_jax.diffusion.losses import dwdse
 from sedd_jax.inference.pretrained import load
 from sedd_jax.models.head import make_score_fn
-from sedd_jax.runs.workdir import open_records
+from sedd_jax.runs.workdir import open_records, open_workdir
 
 
 def main() -> None:
@@ -106,8 +105,10 @@ def main() -> None:
     )
     rows = []
     for passes in numbers:
-        found = repeated(lambda *a, passes=passes: ours(*a, passes=passes), options.repeats, seed=1)
-        value = found.diffusion + found.reconstruction
+        bounds = repeated(
+            lambda *a, passes=passes: ours(*a, passes=passes), options.repeats, seed=1
+        )
+        value = bounds.diffusion + bounds.reconstruction
         calls = passes + 2
         measured = {
             "a sequence": value.var(axis=0, ddof=1).mean(),
@@ -117,9 +118,9 @@ def main() -> None:
             "passes": passes,
             "calls": calls,
             # of the diffusion part alone, to compare with the protocol's
-            "nats_per_token": found.diffusion.mean() / tokens / (1.0 - t_min),
+            "nats_per_token": bounds.diffusion.mean() / tokens / (1.0 - t_min),
             **{scope: one_call[scope] / (calls * measured[scope]) for scope in measured},
-            "claimed": found.variance.mean() / measured["a sequence"],
+            "claimed": bounds.variance.mean() / measured["a sequence"],
         }
         rows.append(row)
         print(
