@@ -258,8 +258,7 @@ def tables(bench: Bench, names: list[str]) -> str:
     parts = [f"\n{', '.join(devices)}; {', '.join(frameworks)}; {bench.dtype}"]
     for task in ("train", "sample"):
         rows = [row for row in bench.rows if row["task"] == task]
-        order = {id(row): number for number, row in enumerate(rows)}
-        rows.sort(key=lambda row: (row["size"], row.get("steps", 0), order[id(row)]))
+        rows.sort(key=lambda row: (row["size"], row.get("steps", 0)))
         cells = [_cells(bench, row, rate, names[0]) for row in rows]
         if cells:
             parts.append(measure.table(cells))
