@@ -69,20 +69,31 @@ def main() -> None:
 # --- time
 
 
-def compare_steps(options: argparse.Namespace, size: Size, sides: list[Side]) -> dict[str, Any]:
-    repeats, counts = options.repeats or 10, {}
-    batch, ceilings = size.batch("train"), measure.Ceilings(options.ceiling_seconds)
+def compare_times(options: argparse.Namespace, size: Size, sides: list[Side]) -> dict[str, Any]:
+    """Of a training step, or of a network call in a whole sample."""
+    is_training, steps = options.what == "step", options.steps or 32
+    task, start, repeats = ("train", {}, 10) if is_training else ("sample", {"steps": steps}, 5)
+    repeats = options.repeats or repeats
+    batch, ceilings = size.batch(task), measure.Ceilings(options.ceiling_seconds)
+    counts = {side.name: steps + 1 for side in sides}  # of what is timed in one repeat
 
     def timed(worker: Worker) -> dict[str, float]:
-        # Not timed: a process that waited for the others finds caches cold and, where the system
-        # takes idle pages back, memory to be fetched.
-        worker.call("train", steps=1)
         count = counts[worker.side.name]
-        return _a_step(worker.call("train", steps=count), count)
+        if is_training:
+            # Not timed: a process that waited for the others finds caches cold and, where the
+            # system takes idle pages back, memory to be fetched.
+            worker.call("train", steps=1)
+        answer = worker.call(task, steps=count if is_training else steps)
+        if answer.get("masked"):
+            raise SystemExit(f"{worker.side.name}: {answer['masked']} tokens are still masked")
+        if not math.isfinite(answer.get("loss", 0.0)):
+            raise SystemExit(f"{worker.side.name}: the loss is {answer['loss']}")
+        times = {name: answer[name] / count for name in ("seconds", "cpu_seconds")}
+        return times | {"compiles": answer["compiles"]}
 
-    with measure.started(sides, size, "start_training", **batch) as (workers, about):
-        flops = 3 * batch["batch_size"] * workers[0].call("forward_flops", length=batch["length"])
-        for worker in workers:
+    with measure.started(sides, size, CALLS[task], **batch, **start) as (workers, about):
+        flops = batch["batch_size"] * workers[0].call("forward_flops", length=batch["length"])
+        for worker in workers if is_training else ():
             worker.call("train", steps=1)
             one = worker.call("train", steps=1)["seconds"]
             counts[worker.side.name] = max(1, math.ceil(options.seconds / one))
@@ -90,47 +101,26 @@ def compare_steps(options: argparse.Namespace, size: Size, sides: list[Side]) ->
         times = measure.interleave(workers, timed, repeats)
         ceilings.measure(workers)
 
-    rows = _rows(sides, times, about, ceilings, flops, math.prod(batch.values()))
+    flops, tokens = 3 * flops if is_training else flops, math.prod(batch.values())
+    rows = _rows(sides, times, about, ceilings, flops, tokens / (1 if is_training else steps + 1))
     for row in rows:
-        traffic = 5 * 2 * 4 * row["parameters"] / ceilings.best("traffic")
-        least = flops / ceilings.flops(row["dtype"]) + traffic
-        row["of_roofline"] = least / row["spread"]["median"]
-        row["steps_per_repeat"] = counts[row["name"]]
-        row["cells"]["of roofline"] = f"{row['of_roofline']:.1%}"
-    _print(f"{options.size}, a training step, {repeats} repeats", batch, rows, ceilings)
-    return {"sides": rows, "ceilings": ceilings.by_framework}
-
-
-def compare_samples(options: argparse.Namespace, size: Size, sides: list[Side]) -> dict[str, Any]:
-    repeats, steps = options.repeats or 5, options.steps or 32
-    batch, ceilings = size.batch("sample"), measure.Ceilings(options.ceiling_seconds)
-
-    def timed(worker: Worker) -> dict[str, float]:
-        answer = worker.call("sample", steps=steps)
-        if answer["masked"]:
-            raise SystemExit(f"{worker.side.name}: {answer['masked']} tokens are still masked")
-        return _a_step(answer, steps + 1)
-
-    with measure.started(sides, size, "start_sampling", **batch, steps=steps) as (workers, about):
-        flops = batch["batch_size"] * workers[0].call("forward_flops", length=batch["length"])
-        ceilings.measure(workers)
-        times = measure.interleave(workers, timed, repeats)
-        ceilings.measure(workers)
-
-    rows = _rows(sides, times, about, ceilings, flops, math.prod(batch.values()) / (steps + 1))
-    for row in rows:
-        row["steps_per_second"] = 1.0 / row["spread"]["median"]
-        row["cells"]["steps/s"] = f"{row['steps_per_second']:.4g}"
-    _print(f"{options.size}, samples of {steps} steps, {repeats} repeats", batch, rows, ceilings)
-    return {"steps": steps, "sides": rows, "ceilings": ceilings.by_framework}
-
-
-def _a_step(answer: dict[str, float], count: int) -> dict[str, float]:
-    """A worker's times of `count` steps as those of one."""
-    if not math.isfinite(answer.get("loss", 0.0)):
-        raise SystemExit(f"the loss is {answer['loss']}")
-    times = {name: answer[name] / count for name in ("seconds", "cpu_seconds")}
-    return times | {"compiles": answer["compiles"]}
+        if is_training:
+            traffic = 5 * 2 * 4 * row["parameters"] / ceilings.best("traffic")
+            least = flops / ceilings.flops(row["dtype"]) + traffic
+            row["of_roofline"] = least / row["spread"]["median"]
+            row["steps_per_repeat"] = counts[row["name"]]
+            row["cells"]["of roofline"] = f"{row['of_roofline']:.1%}"
+        else:
+            row["steps_per_second"] = 1.0 / row["spread"]["median"]
+            row["cells"]["steps/s"] = f"{row['steps_per_second']:.4g}"
+    what = "a training step" if is_training else f"samples of {steps} steps"
+    print(
+        f"\n{options.size}, {what}, {repeats} repeats: {rows[0]['parameters']:,} parameters, "
+        f"{batch['batch_size']} x {batch['length']} tokens, {rows[0]['device']}\n"
+    )
+    print(measure.table([row.pop("cells") for row in rows]), "\n")
+    print(ceilings.text())
+    return start | {"sides": rows, "ceilings": ceilings.by_framework}
 
 
 def _rows(
@@ -145,50 +135,28 @@ def _rows(
     ours, rows = times[sides[0].name], []
     for side in sides:
         values = times[side.name]
-        s, to_ours = spread(values["seconds"]), ratios(ours["seconds"], values["seconds"])
+        wall, to_ours = spread(values["seconds"]), ratios(ours["seconds"], values["seconds"])
         cpu_to_ours = ratios(ours["cpu_seconds"], values["cpu_seconds"])
-        cpu = spread(values["cpu_seconds"])
-        rates = measure.rates(s["median"], flops, tokens, ceilings.flops(side.dtype))
+        cpu, ceiling = spread(values["cpu_seconds"]), ceilings.flops(side.dtype)
+        tokens_a_second, flops_a_second = tokens / wall["median"], flops / wall["median"]
         cells = {
             "side": side.name,
-            "median": seconds(s["median"]),
-            "quartiles": f"{seconds(s['low'])} .. {seconds(s['high'])}",
+            "median": seconds(wall["median"]),
+            "quartiles": f"{seconds(wall['low'])} .. {seconds(wall['high'])}",
             "to ours": f"{to_ours['median']:.2f} ({to_ours['low']:.2f}..{to_ours['high']:.2f})",
             "CPU": seconds(cpu["median"]),
             "CPU to ours": f"{cpu_to_ours['median']:.2f}",
-            **measure.rate_cells(rates),
+            **measure.rate_cells(tokens_a_second, flops_a_second, ceiling),
             "first": seconds(about[side.name]["first_seconds"]),
         }
         if any(values["compiles"]):
             cells["compiled"] = f"{sum(values['compiles'])} times"
-        rows.append(
-            {
-                "name": side.name,
-                "dtype": side.dtype,
-                "cores": side.cores,
-                **about[side.name],
-                **values,
-                "spread": s,
-                "to_ours": to_ours,
-                "cpu_spread": cpu,
-                "cpu_to_ours": cpu_to_ours,
-                **rates,
-                "cells": cells,
-            }
-        )
+        row = {"name": side.name, "dtype": side.dtype, "cores": side.cores, "cells": cells}
+        row |= {"spread": wall, "to_ours": to_ours, "cpu_spread": cpu, "cpu_to_ours": cpu_to_ours}
+        row |= {"tokens_per_second": tokens_a_second, "flops_per_second": flops_a_second}
+        row |= {"mfu": flops_a_second / ceiling if ceiling else 0.0}
+        rows.append(row | about[side.name] | values)
     return rows
-
-
-def _print(
-    title: str, batch: dict[str, int], rows: list[dict[str, Any]], ceilings: measure.Ceilings
-) -> None:
-    """The title with what was run, the table, and what the machine can do."""
-    print(
-        f"\n{title}: {rows[0]['parameters']:,} parameters, {batch['batch_size']} x "
-        f"{batch['length']} tokens, {rows[0]['device']}\n"
-    )
-    print(measure.table([row.pop("cells") for row in rows]), "\n")
-    print(ceilings.text())
 
 
 # --- memory
@@ -214,10 +182,8 @@ def compare_memory(options: argparse.Namespace, size: Size, sides: list[Side]) -
 
 
 def _peaks(worker: Worker, task: str, batch: dict[str, int], steps: int) -> dict[str, Any]:
-    if task == "train":
-        about = worker.call("start_training", **batch)
-    else:
-        about = worker.call("start_sampling", **batch, steps=steps)
+    start = {"steps": steps} if task == "sample" else {}
+    about = worker.call(CALLS[task], **batch, **start)
     first = worker.call("memory")
     worker.call("forget_memory")
     worker.call(task, steps=steps)
@@ -240,7 +206,8 @@ def _memory_cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, 
     return cells
 
 
-WHAT = {"step": compare_steps, "sample": compare_samples, "memory": compare_memory}
+CALLS = {"train": "start_training", "sample": "start_sampling"}
+WHAT = {"step": compare_times, "sample": compare_times, "memory": compare_memory}
 
 
 if __name__ == "__main__":

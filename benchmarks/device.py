@@ -3,7 +3,7 @@
     python benchmarks/device.py --against=PATH_OF_THE_ORIGINAL --json=device.json
     python benchmarks/device.py --sizes=tiny --budget=60  # the rehearsal, on a CPU
 
-What is worth most comes first: the device's ceilings, training at two batch sizes, sampling, then
+The most valuable rows come first: the device's ceilings, training at two batch sizes, sampling, then
 the largest batch that fits and longer samples. Each group of rows has a process of its own, which
 has the whole accelerator; a row that does not fit the budget says so. JSON is written after every
 row. Columns and what is timed are those of compare.py.
@@ -21,8 +21,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import measure
@@ -35,10 +34,10 @@ class Plan:
 
     length: int
     batches: tuple[int, ...]  # of training
-    most: int  # the largest batch to try
+    max_batch: int  # to try
     sample_batches: tuple[int, ...]  # the last one comes late
     steps: tuple[int, int]
-    seconds: float  # of a timed turn
+    seconds: float  # of one timing
 
 
 PLANS = {
@@ -73,41 +72,32 @@ class Bench:
                     raise
         raise Failed("no time left")
 
-    def keep(self, row: dict[str, Any]) -> None:
-        """A row is there: tell it and write all of them."""
+    def record(self, row: dict[str, Any]) -> None:
+        """Add a row, print it and write all of them."""
         self.rows.append(row)
         what = " ".join(str(row[key]) for key in ("size", "side", "task", "batch_size"))
         if "steps" in row:
             what += f" x {row['steps']} steps"
-        told = row.get("skipped") or f"{measure.seconds(row['seconds'])} a step"
-        print(f"[{self.left:4.0f} s left] {what}: {told}", flush=True)
+        result = row.get("skipped") or f"{measure.seconds(row['seconds'])} a step"
+        print(f"[{self.left:4.0f} s left] {what}: {result}", flush=True)
         if self.json:
-            found = {
-                "about": self.about,
-                "dtype": self.dtype,
-                "ceilings": self.ceilings.by_framework,
-                "rows": self.rows,
-            }
-            self.json.write_text(json.dumps(found, indent=1))
+            results = {"about": self.about, "dtype": self.dtype}
+            results |= {"ceilings": self.ceilings.by_framework, "rows": self.rows}
+            self.json.write_text(json.dumps(results, indent=1))
 
-    def of(self, **wanted: Any) -> Iterator[dict[str, Any]]:
-        """The rows with these values that were measured."""
+    def measured(self, **values: Any) -> Iterator[dict[str, Any]]:
+        """The rows with these values that were not skipped."""
         for row in self.rows:
-            if "skipped" not in row and all(row.get(k) == v for k, v in wanted.items()):
+            if "skipped" not in row and all(row.get(k) == v for k, v in values.items()):
                 yield row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default="small", help=f"of {', '.join(PLANS)}, commas between")
-    parser.add_argument("--against", type=Path, help="a folder with the original's code")
-    parser.add_argument("--before", type=Path, help="another checkout of ours")
     parser.add_argument("--budget", type=float, default=460.0, help="seconds for all of it")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    parser.add_argument("--compile", action="store_true", help="the original compiled, not eager")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of ours")
-    parser.add_argument("--env", action="append", default=[], metavar="SIDE:NAME=VALUE")
-    parser.add_argument("--json", type=Path)
+    measure.add_sides(parser)
     options = parser.parse_args()
     unknown = set(options.sizes.split(",")) - set(PLANS)
     if unknown:
@@ -131,11 +121,11 @@ def measure_size(bench: Bench, name: str, sides: list[Side]) -> None:
     few, many = plan.steps
     *early, late = plan.sample_batches
     groups = (
-        lambda side: train(bench, name, side, plan.batches),
-        lambda side: sample(bench, name, side, early, few),
-        lambda side: largest(bench, name, side),
-        lambda side: sample(bench, name, side, [late], few),
-        lambda side: sample(bench, name, side, plan.sample_batches, many),
+        lambda side: measure_rows(bench, name, side, plan.batches),
+        lambda side: measure_rows(bench, name, side, early, few),
+        lambda side: measure_largest(bench, name, side),
+        lambda side: measure_rows(bench, name, side, [late], few),
+        lambda side: measure_rows(bench, name, side, plan.sample_batches, many),
     )
     for group in groups:
         for side in sides:
@@ -143,7 +133,7 @@ def measure_size(bench: Bench, name: str, sides: list[Side]) -> None:
 
 
 def open_worker(bench: Bench, name: str, side: Side) -> Worker:
-    """The side's process; the device and its ceilings are asked for the first time."""
+    """The side's process; at its first start also the device and its ceilings."""
     worker = Worker(side, measure.SIZES[name])
     if bench.left > 0.0 and side.name not in bench.about:
         bench.about[side.name] = bench.call(worker, "about")
@@ -155,130 +145,109 @@ def open_worker(bench: Bench, name: str, side: Side) -> Worker:
     return worker
 
 
-def train(bench: Bench, name: str, side: Side, batches: tuple[int, ...]) -> bool:
-    """A row for each batch size, ascending; whether the last one fitted."""
-    fits = False
+def measure_rows(
+    bench: Bench, name: str, side: Side, batches: Sequence[int], steps: int | None = None
+) -> bool:
+    """A row for each batch size, ascending; whether the last one fitted.
+
+    Of training, or of whole samples of so many steps.
+    """
     row = {"size": name, "side": side.name, "task": "train"}
+    if steps:
+        row |= {"task": "sample", "steps": steps}
+    fits = False
     try:
         with open_worker(bench, name, side) as worker:
             for batch_size in batches:
                 row["batch_size"] = batch_size
-                fits = _train_row(bench, worker, dict(row))
+                numbers = _too_long(bench, row) or _measure_row(bench, worker, row)
+                fits = "skipped" not in numbers
+                bench.record(row | numbers)
     except Failed as error:
-        bench.keep({"batch_size": "", **row, "skipped": str(error)})
+        fits = False
+        bench.record({"batch_size": "", **row, "skipped": str(error)})
     return fits
 
 
-def _row(bench: Bench, row: dict[str, Any], timed: Callable[[], dict[str, Any]]) -> bool:
-    """Keep the row with what is found; whether the device's memory sufficed."""
+def _too_long(bench: Bench, row: dict[str, Any]) -> dict[str, str]:
+    """Why a sample is skipped that is longer than one already measured; empty if it is not."""
+    few, steps = PLANS[row["size"]].steps[0], row.get("steps", 0)
+    if steps <= few:
+        return {}
+    short = next(bench.measured(**{**row, "steps": few}), None)
+    if short is None:
+        return {"skipped": f"no row of {few} steps"}
+    if short["seconds"] * (steps + 1) > bench.left:
+        return {"skipped": f"no time for {steps} steps"}
+    return {}
+
+
+def _measure_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of a row, or that the device's memory did not suffice."""
     try:
-        found = timed()
+        return _times(bench, worker, row)
     except Failed as error:
         if str(error) != "out of memory":
             raise
-        bench.keep(row | {"skipped": str(error)})
-        return False
-    bench.keep(row | found)
-    return True
+        return {"skipped": str(error)}
 
 
-def _train_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> bool:
-    plan, flops = PLANS[row["size"]], bench.flops.get(row["size"], 0)
+def _times(bench: Bench, worker: Worker, row: dict[str, Any]) -> dict[str, Any]:
+    plan, flops = PLANS[row["size"]], bench.flops.get(row["size"], 0) * row["batch_size"]
     batch = {"batch_size": row["batch_size"], "length": plan.length}
-
-    def timed():
-        bench.call(worker, "forget_memory")
-        told = bench.call(worker, "start_training", **batch)
+    tokens = math.prod(batch.values())
+    bench.call(worker, "forget_memory")
+    if row["task"] == "train":
+        about = bench.call(worker, "start_training", **batch)
         bench.call(worker, "train", steps=1)
         one = bench.call(worker, "train", steps=1)["seconds"]
-        count = max(1, math.ceil(plan.seconds / one))
-        turns = [bench.call(worker, "train", steps=count)["seconds"] / count for _ in range(3)]
-        seconds = statistics.median(turns)
-        return {
-            "seconds": seconds,
-            "turns": turns,
-            "tokens_a_second": batch["batch_size"] * plan.length / seconds,
-            "flops_a_second": 3 * flops * batch["batch_size"] / seconds,
-            "peak_bytes": bench.call(worker, "memory")["peak"],
-            **told,
-        }
+        calls = steps = max(1, math.ceil(plan.seconds / one))
+        flops, limit = 3 * flops, math.inf
+    else:
+        steps, limit = row["steps"], plan.seconds
+        about = bench.call(worker, "start_sampling", **batch, steps=min(steps, plan.steps[0]))
+        calls = steps + 1  # of the network
+        tokens /= calls
+    turns: list[float] = []
+    while len(turns) < 3 and sum(turns) * calls < limit:
+        answer = bench.call(worker, row["task"], steps=steps)
+        turns.append(answer["seconds"] / calls)
+    seconds = statistics.median(turns)
+    numbers = {
+        "seconds": seconds,
+        "turns": turns,
+        "tokens_a_second": tokens / seconds,
+        "flops_a_second": flops / seconds,
+        "compiles": answer["compiles"],
+        "peak_bytes": bench.call(worker, "memory")["peak"],
+    }
+    if row["task"] == "sample":
+        numbers |= {"steps_a_second": 1.0 / seconds, "masked": answer["masked"]}
+    return numbers | about
 
-    return _row(bench, row, timed)
 
-
-def largest(bench: Bench, name: str, side: Side) -> None:
-    """Rows of larger batches, until one fits and its double does not."""
+def measure_largest(bench: Bench, name: str, side: Side) -> None:
+    """Rows of larger training batches, until one fits and its double does not."""
     plan = PLANS[name]
-    known = list(bench.of(size=name, side=side.name, task="train"))
+    known = list(bench.measured(size=name, side=side.name, task="train"))
     if not known:
         return
-    start = 2 * known[-1]["batch_size"]
+    smallest, largest = known[0], known[-1]
+    batch_size = 2 * largest["batch_size"]
     memory = bench.about[side.name].get("memory")
     if memory and len(known) > 1:
-        first, last = known[0], known[-1]
-        slope = (last["peak_bytes"] - first["peak_bytes"]) / (
-            last["batch_size"] - first["batch_size"]
-        )
-        rows = (memory - first["peak_bytes"]) / max(slope, 1.0) + first["batch_size"]
-        start = max(start, 2 ** int(math.log2(max(rows, 1.0))))
-    batch_size = min(start, plan.most)
-    if train(bench, name, side, (batch_size,)):
-        while 2 * batch_size <= plan.most and bench.left > 0.0:
-            batch_size *= 2
-            if not train(bench, name, side, (batch_size,)):
-                return
-    else:
-        while batch_size // 2 > known[-1]["batch_size"] and bench.left > 0.0:
-            batch_size //= 2
-            if train(bench, name, side, (batch_size,)):
-                return
-
-
-def sample(bench: Bench, name: str, side: Side, batches: Any, steps: int) -> None:
-    """A row for each batch size: whole samples of so many steps."""
-    few, _ = PLANS[name].steps
-    row = {"size": name, "side": side.name, "task": "sample", "steps": steps}
-    try:
-        with open_worker(bench, name, side) as worker:
-            for batch_size in batches:
-                row["batch_size"] = batch_size
-                if steps > few:
-                    wanted = {**row, "steps": few}
-                    before = next(bench.of(**wanted), None)
-                    if before is None or before["seconds"] * (steps + 1) > bench.left:
-                        why = f"no time for {steps} steps" if before else f"no row of {few} steps"
-                        bench.keep(row | {"skipped": why})
-                        continue
-                _sample_row(bench, worker, dict(row))
-    except Failed as error:
-        bench.keep({"batch_size": "", **row, "skipped": str(error)})
-
-
-def _sample_row(bench: Bench, worker: Worker, row: dict[str, Any]) -> None:
-    plan, flops = PLANS[row["size"]], bench.flops.get(row["size"], 0)
-    batch = {"batch_size": row["batch_size"], "length": plan.length}
-    calls = row["steps"] + 1
-
-    def timed():
-        told = bench.call(worker, "start_sampling", **batch, steps=min(row["steps"], plan.steps[0]))
-        turns = []
-        while len(turns) < 3 and sum(turns) * calls < plan.seconds:
-            answer = bench.call(worker, "sample", steps=row["steps"])
-            turns.append(answer["seconds"] / calls)
-        seconds = statistics.median(turns)
-        return {
-            "seconds": seconds,
-            "turns": turns,
-            "steps_a_second": 1.0 / seconds,
-            "tokens_a_second": batch["batch_size"] * plan.length / (calls * seconds),
-            "flops_a_second": flops * batch["batch_size"] / seconds,
-            "compiles": answer["compiles"],
-            "masked": answer["masked"],
-            "peak_bytes": bench.call(worker, "memory")["peak"],
-            **told,
-        }
-
-    _row(bench, row, timed)
+        added = largest["batch_size"] - smallest["batch_size"]
+        a_row = max((largest["peak_bytes"] - smallest["peak_bytes"]) / added, 1.0)
+        rows = (memory - smallest["peak_bytes"]) / a_row + smallest["batch_size"]
+        batch_size = max(batch_size, 2 ** int(math.log2(max(rows, 1.0))))
+    batch_size = min(batch_size, plan.max_batch)
+    fits = measure_rows(bench, name, side, [batch_size])
+    growing = fits  # doubled until one does not fit, or halved until one does
+    while fits == growing and bench.left > 0.0:
+        batch_size = 2 * batch_size if growing else batch_size // 2
+        if not largest["batch_size"] < batch_size <= plan.max_batch:
+            return
+        fits = measure_rows(bench, name, side, [batch_size])
 
 
 def tables(bench: Bench, names: list[str]) -> str:
@@ -289,8 +258,7 @@ def tables(bench: Bench, names: list[str]) -> str:
     parts = [f"\n{', '.join(devices)}; {', '.join(frameworks)}; {bench.dtype}"]
     for task in ("train", "sample"):
         rows = [row for row in bench.rows if row["task"] == task]
-        order = {id(row): number for number, row in enumerate(rows)}
-        rows.sort(key=lambda row: (row["size"], row.get("steps", 0), order[id(row)]))
+        rows.sort(key=lambda row: (row["size"], row.get("steps", 0)))
         cells = [_cells(bench, row, rate, names[0]) for row in rows]
         if cells:
             parts.append(measure.table(cells))
@@ -309,19 +277,17 @@ def _cells(bench: Bench, row: dict[str, Any], rate: float, ours: str) -> dict[st
     if "skipped" in row:
         return cells | {"a step": row["skipped"]}
     same = {key: row[key] for key in ("size", "task", "batch_size", "steps") if key in row}
-    base = next(bench.of(side=ours, **same), None)
+    base = next(bench.measured(side=ours, **same), None)
     sheet = max((about.get("sheet_flops") or 0.0 for about in bench.about.values()), default=0.0)
     cells["a step"] = measure.seconds(row["seconds"])
     cells["to ours"] = f"{row['seconds'] / base['seconds']:.2f}" if base else "-"
     if row["task"] == "sample":
         cells["steps/s"] = f"{row['steps_a_second']:.4g}"
-    cells["tokens/s"] = f"{row['tokens_a_second']:,.0f}"
-    cells["TFLOP/s"] = f"{row['flops_a_second'] / 1e12:.3g}"
-    cells["MFU"] = f"{row['flops_a_second'] / rate:.1%}"
+    cells |= measure.rate_cells(row["tokens_a_second"], row["flops_a_second"], rate)
     if sheet and bench.dtype == "bfloat16":
         cells["of data sheet"] = f"{row['flops_a_second'] / sheet:.1%}"
     cells["peak"] = measure.bytes_of(row["peak_bytes"])
-    if row.get("compiles"):
+    if row["compiles"]:
         cells["compiled"] = f"{row['compiles']} times"
     return cells
 

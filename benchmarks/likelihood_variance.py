@@ -23,12 +23,19 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sedd_jax import data
-from sedd_jax.convert.workdir import open_workdir
 from sedd_jax.diffusion.likelihood import bound
 from sedd_jax.diffusion.losses import dwdse
 from sedd_jax.inference.pretrained import load
 from sedd_jax.models.head import make_score_fn
-from sedd_jax.runs.workdir import open_records
+from sedd_jax.runs.workdir import open_records, open_workdir
+
+
+def variances(values: np.ndarray) -> dict[str, float]:
+    """Over repeats, of values [repeats, blocks]: the blocks' mean, and that of their sum."""
+    return {
+        "a sequence": values.var(axis=0, ddof=1).mean(),
+        "the corpus": values.sum(axis=1).var(ddof=1),
+    }
 
 
 def main() -> None:
@@ -45,34 +52,22 @@ def main() -> None:
     records = open_records(config, options.workdir)
     blocks = data.read_blocks(records, config.data.heldout_split, options.blocks)
     count = len(blocks.tokens) // options.batch_size * options.batch_size
-    t_min = model.t_min
+
+    def fixed(params, blocks):
+        """The arguments that both estimators end with."""
+        score_fn = make_score_fn(model.network, params, model.graph, is_token=blocks.is_token)
+        return score_fn, model.graph, model.schedule
 
     @jax.jit
     def protocol(params, key, blocks, index):
-        score_fn = make_score_fn(model.network, params, model.graph, is_token=blocks.is_token)
-        return dwdse(
-            jax.random.fold_in(key, index[0]),
-            blocks.tokens,
-            score_fn,
-            model.graph,
-            model.schedule,
-            t_min=t_min,
-            is_token=blocks.is_token,
-        )
+        key = jax.random.fold_in(key, index[0])
+        options = {"t_min": model.t_min, "is_token": blocks.is_token}
+        return dwdse(key, blocks.tokens, *fixed(params, blocks), **options)
 
     @functools.partial(jax.jit, static_argnames="passes")
     def ours(params, key, blocks, index, *, passes):
-        return bound(
-            key,
-            blocks.tokens,
-            index,
-            make_score_fn(model.network, params, model.graph, is_token=blocks.is_token),
-            model.graph,
-            model.schedule,
-            passes=passes,
-            t_min=t_min,
-            is_token=blocks.is_token,
-        )
+        options = {"t_min": model.t_min, "is_token": blocks.is_token, "passes": passes}
+        return bound(key, blocks.tokens, index, *fixed(params, blocks), **options)
 
     def repeated(estimate, repeats, seed):
         """The estimates of every block, a repeat a row: a tree of [repeats, count]."""
@@ -90,41 +85,35 @@ def main() -> None:
     # As many calls as the largest of the others, so that both are known equally well.
     numbers = [int(passes) for passes in options.passes.split(",")]
     independent = repeated(protocol, options.repeats * max(numbers), seed=0)
-    one_call = {
-        "a sequence": independent.var(axis=0, ddof=1).mean(),
-        "the corpus": independent.sum(axis=1).var(ddof=1),
-    }
+    one_call = variances(independent)
     tokens = blocks.count / len(blocks.tokens)
     spread = one_call["a sequence"] ** 0.5 / tokens
     print(
         f"{count} blocks of {tokens:.0f} tokens; the paper's protocol: "
         f"{independent.mean() / tokens:.4f} nats/token, {spread:.3f} standard deviation of one call"
     )
-    print(
-        f"{'passes':>8}{'calls':>7}{'nats/token':>12}{'a sequence':>13}{'the corpus':>13}"
-        f"{'claimed':>9}"
-    )
+    heads = ("calls", "nats/token", "a sequence", "the corpus", "claimed")
+    print("".join(f"{head:>13}" for head in ("passes", *heads)))
     rows = []
     for passes in numbers:
-        found = repeated(lambda *a, passes=passes: ours(*a, passes=passes), options.repeats, seed=1)
-        value = found.diffusion + found.reconstruction
+        bounds = repeated(
+            lambda *a, passes=passes: ours(*a, passes=passes), options.repeats, seed=1
+        )
+        value = bounds.diffusion + bounds.reconstruction
         calls = passes + 2
-        measured = {
-            "a sequence": value.var(axis=0, ddof=1).mean(),
-            "the corpus": value.sum(axis=1).var(ddof=1),
-        }
+        measured = variances(value)
         row = {
             "passes": passes,
             "calls": calls,
             # of the diffusion part alone, to compare with the protocol's
-            "nats_per_token": found.diffusion.mean() / tokens / (1.0 - t_min),
+            "nats_per_token": bounds.diffusion.mean() / tokens / (1.0 - model.t_min),
             **{scope: one_call[scope] / (calls * measured[scope]) for scope in measured},
-            "claimed": found.variance.mean() / measured["a sequence"],
+            "claimed": bounds.variance.mean() / measured["a sequence"],
         }
         rows.append(row)
+        factors = f"{row['a sequence']:>12.1f}x{row['the corpus']:>12.1f}x"
         print(
-            f"{passes:>8}{calls:>7}{row['nats_per_token']:>12.4f}{row['a sequence']:>12.1f}x"
-            f"{row['the corpus']:>12.1f}x{row['claimed']:>9.2f}"
+            f"{passes:>13}{calls:>13}{row['nats_per_token']:>13.4f}{factors}{row['claimed']:>13.2f}"
         )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))

@@ -254,16 +254,6 @@ def ratios(ours: Sequence[float], other: Sequence[float]) -> dict[str, float]:
     return spread([b / a for a, b in zip(ours, other, strict=True)])
 
 
-def rates(seconds: float, flops: float, tokens: float, ceiling: float) -> dict[str, float]:
-    """What a step of so many seconds, operations and tokens comes to; ceiling as Ceilings.flops."""
-    rate = flops / seconds
-    return {
-        "tokens_per_second": tokens / seconds,
-        "flops_per_second": rate,
-        "mfu": rate / ceiling if ceiling else 0.0,
-    }
-
-
 class Ceilings:
     """The best matmul rates and memory traffic that either framework has shown."""
 
@@ -332,12 +322,12 @@ def bytes_of(value: float | None) -> str:
     return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"
 
 
-def rate_cells(numbers: Mapping[str, float]) -> dict[str, str]:
-    """The cells of `rates`."""
+def rate_cells(tokens_a_second: float, flops_a_second: float, ceiling: float) -> dict[str, str]:
+    """What a step comes to; ceiling as Ceilings.flops."""
     return {
-        "tokens/s": f"{numbers['tokens_per_second']:,.1f}",
-        "TFLOP/s": f"{numbers['flops_per_second'] / 1e12:.3g}",
-        "MFU": f"{numbers['mfu']:.1%}",
+        "tokens/s": f"{tokens_a_second:,.1f}",
+        "TFLOP/s": f"{flops_a_second / 1e12:.3g}",
+        "MFU": f"{flops_a_second / ceiling:.1%}" if ceiling else "-",
     }
 
 

@@ -1,11 +1,11 @@
 """The original's side of the benchmarks: its own code, imported from a folder, as it is.
 
-Lives in a process of its own (worker.py). Two things of the machine are put in its way:
+Lives in a process of its own (worker.py). It is given two replacements:
 
 - flash_attn, where it is missing: its one function, for rows of one length, by torch's own
   scaled_dot_product_attention, which takes the same kernel where the device has it;
 - torch.cuda.amp.autocast, through which the original asks for bfloat16 and LayerNorm asks for
-  float32: it acts on the device that there is and in the dtype that was asked for. So on a CPU,
+  float32: it acts on the device that there is and in the requested dtype. So on a CPU,
   where that call does nothing, bfloat16 is where it is on a GPU, and float32 can be had on both.
 
 compiled: its network by torch.compile, whole: with TorchScript off (PYTORCH_JIT=0), so that what the
@@ -38,8 +38,8 @@ class Original:
         self.device = torch.device("cuda" if self.is_accelerator else "cpu")
         self.is_compiled = side["compiled"]
         self.size, self.compiles = size, 0
-        give_attention(torch, with_rotary=self.is_compiled)
-        give_autocast(torch, self.device.type, side["dtype"] == "bfloat16")
+        replace_attention(torch, with_rotary=self.is_compiled)
+        replace_autocast(torch, self.device.type, side["dtype"] == "bfloat16")
         torch.manual_seed(0)
 
         import graph_lib
@@ -55,46 +55,32 @@ class Original:
         self.OmegaConf = OmegaConf
 
     def about(self) -> dict[str, Any]:
-        cuda, found = self.torch.cuda, {"framework": f"torch {self.torch.__version__}"}
+        cuda, about = self.torch.cuda, {"framework": f"torch {self.torch.__version__}"}
         if not self.is_accelerator:
-            return found | {"device": "cpu"}
+            return about | {"device": "cpu"}
         memory = cuda.get_device_properties(self.device).total_memory
-        return found | {"device": cuda.get_device_name(), "memory": memory}
+        return about | {"device": cuda.get_device_name(), "memory": memory}
 
     def _build(self, length: int) -> tuple[Any, Any, Any, Any]:
         """Config, graph, noise and network, as the original's run_train.py makes them."""
         size = self.size
+        model = {name: size[name] for name in ("hidden_size", "cond_dim", "dropout")}
+        model |= {"length": length, "n_blocks": size["blocks"], "n_heads": size["heads"]}
+        adam = {"optimizer": "AdamW", "lr": 3e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
         config = self.OmegaConf.create(
             {
                 "tokens": size["vocab_size"],
                 "graph": {"type": "absorb"},
                 "noise": {"type": "loglinear", "sigma_min": 1e-4, "sigma_max": 20},
-                "model": {
-                    "hidden_size": size["hidden_size"],
-                    "cond_dim": size["cond_dim"],
-                    "length": length,
-                    "n_blocks": size["blocks"],
-                    "n_heads": size["heads"],
-                    "scale_by_sigma": True,
-                    "dropout": size["dropout"],
-                },
+                "model": model | {"scale_by_sigma": True},
                 "training": {"ema": 0.9999},
-                "optim": {
-                    "weight_decay": 0,
-                    "optimizer": "AdamW",
-                    "lr": 3e-4,
-                    "beta1": 0.9,
-                    "beta2": 0.999,
-                    "eps": 1e-8,
-                    "warmup": 2500,
-                    "grad_clip": 1.0,
-                },
+                "optim": adam | {"weight_decay": 0, "warmup": 2500, "grad_clip": 1.0},
             }
         )
         graph = self.graph_lib.get_graph(config, self.device)
         noise = self.noise_lib.get_noise(config).to(self.device)
         network = self.SEDD(config).to(self.device)
-        with self.torch.no_grad():  # head and modulation start at zero; see Ours._filled
+        with self.torch.no_grad():  # head and modulation start at zero; see Ours._without_zeros
             for parameter in network.parameters():
                 if not parameter.any():
                     parameter.normal_(std=0.02)
@@ -191,7 +177,7 @@ class Original:
             self.torch.cuda.empty_cache()
 
 
-def give_attention(torch: Any, with_rotary: bool) -> None:
+def replace_attention(torch: Any, with_rotary: bool) -> None:
     """flash_attn's function for packed rows of one length, if there is no flash_attn."""
     if importlib.util.find_spec("flash_attn"):
         return
@@ -204,11 +190,11 @@ def give_attention(torch: Any, with_rotary: bool) -> None:
         )
         return out.transpose(1, 2).flatten(0, 1)
 
-    def rotary(qkv, cos, sin):  # [B, L, 3, H, K] and [L, K/2]; v is not turned
+    def rotary(qkv, cos, sin):  # [B, L, 3, H, K] and [L, K/2]; v is not rotated
         left, right = qkv[:, :, :2].chunk(2, dim=-1)
         cos, sin = cos[:, None, None], sin[:, None, None]
-        turned = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
-        return torch.cat([turned, qkv[:, :, 2:]], dim=2)
+        rotated = torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
+        return torch.cat([rotated, qkv[:, :, 2:]], dim=2)
 
     def module(name: str) -> types.ModuleType:
         made = sys.modules[name] = types.ModuleType(name)
@@ -227,7 +213,7 @@ def give_attention(torch: Any, with_rotary: bool) -> None:
         sys.modules["flash_attn.layers"] = None  # its import fails at once, not after a search
 
 
-def give_autocast(torch: Any, device: str, low: bool) -> None:
+def replace_autocast(torch: Any, device: str, low: bool) -> None:
     """torch.cuda.amp.autocast of this device: to bfloat16 if `low`, else to nothing."""
 
     def autocast(enabled: bool = True, dtype: Any = None, cache_enabled: bool | None = None):

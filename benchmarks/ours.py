@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+MODEL_KEYS = ("hidden_size", "blocks", "heads", "cond_dim", "dropout")
+
 
 def _first_module(*names: str) -> Any:
     """The first of the package's modules that the checkout has: they moved after version 0.1.0."""
@@ -40,11 +42,7 @@ class Ours:
         self.is_accelerator = self.device.platform != "cpu"
         self.size = size
         self.values = {
-            "model.hidden_size": size["hidden_size"],
-            "model.blocks": size["blocks"],
-            "model.heads": size["heads"],
-            "model.cond_dim": size["cond_dim"],
-            "model.dropout": size["dropout"],
+            **{f"model.{name}": size[name] for name in MODEL_KEYS},
             "model.dtype": side["dtype"],
             **dict(side["values"]),
         }

@@ -10,41 +10,36 @@ again, so the program may be stopped and run on.
 import argparse
 import importlib
 import json
+import math
 import re
 import tempfile
 from pathlib import Path
 
-from sedd_jax.training.dry_run import dry_run, hlo
+from sedd_jax.parallel.devices import GIB
+from sedd_jax.training.dry_run import dry_run
 
-GIB = 2**30
 SMALL, MEDIUM = "openwebtext_small", "openwebtext_medium"
 BY_16 = {"mesh.data": 16, "train.microbatches": 16}
-# (config, target, changes): batch 512 unless said, as in the paper. After the colon of a config is
-# its row of HARDWARE in configs/base.py.
+# The row of HARDWARE in configs/base.py, and its target.
+MACHINES = {
+    "v5e-16": "v5e:4x4",
+    "v5e-64": "v5e:8x8",
+    "v5e-256": "v5e:16x16",
+    "a100x8": "a100:8",
+    "a100x16": "a100:16",
+    "h100x8": "h100:8",
+    "v4-64": "v4:2x4x4",
+    "v5p-64": "v5p:2x4x4",
+    "v6e-64": "v6e:8x8",
+}
+# (config:hardware, target, changes): batch 512 unless changed, as in the paper.
 ROWS = (
     # What the paper trained, on each machine.
-    (f"{SMALL}:v5e-16", "v5e:4x4", {}),
-    (f"{MEDIUM}:v5e-16", "v5e:4x4", {}),
-    (f"{SMALL}:v5e-64", "v5e:8x8", {}),
-    (f"{MEDIUM}:v5e-64", "v5e:8x8", {}),
-    (f"{SMALL}:v5e-256", "v5e:16x16", {}),
-    (f"{MEDIUM}:v5e-256", "v5e:16x16", {}),
+    *((f"{c}:{name}", target, {}) for name, target in MACHINES.items() for c in (SMALL, MEDIUM)),
     (SMALL, "v5e:16x16*2", {}),
     (MEDIUM, "v5e:16x16*2", {"mesh.fsdp": 4}),
     (SMALL, "v5p:4x8x8", {}),
     (MEDIUM, "v5p:4x8x8", {}),
-    (f"{SMALL}:a100x8", "a100:8", {}),
-    (f"{MEDIUM}:a100x8", "a100:8", {}),
-    (f"{SMALL}:a100x16", "a100:16", {}),
-    (f"{MEDIUM}:a100x16", "a100:16", {}),
-    (f"{SMALL}:h100x8", "h100:8", {}),
-    (f"{MEDIUM}:h100x8", "h100:8", {}),
-    (f"{SMALL}:v4-64", "v4:2x4x4", {}),
-    (f"{MEDIUM}:v4-64", "v4:2x4x4", {}),
-    (f"{SMALL}:v5p-64", "v5p:2x4x4", {}),
-    (f"{MEDIUM}:v5p-64", "v5p:2x4x4", {}),
-    (f"{SMALL}:v6e-64", "v6e:8x8", {}),
-    (f"{MEDIUM}:v6e-64", "v6e:8x8", {}),
     # Chips: batch 512, and one sequence a chip beyond it.
     (SMALL, "v5e:1x1", {"train.microbatches": 32}),
     (SMALL, "v5e:2x2", {"train.microbatches": 8}),
@@ -64,28 +59,35 @@ ROWS = (
     (SMALL, "v5e:4x4", {"mesh.data": 1, "mesh.fsdp": 16, "train.microbatches": 16}),
 )
 
+HEADS = (
+    *("program", "chips", "rows a chip", "state GiB", "temporaries GiB", "total of GiB"),
+    *("TFLOP a chip", "MiB sent a chip", "compiled s", "step s at 40 %"),
+)
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--only", default="", help="rows whose name has this pattern")
     options = parser.parse_args()
-    found = json.loads(options.json.read_text()) if options.json.exists() else {}
-    for config, target, changes in ROWS:
-        name = row_name(config, target, changes)
-        if name not in found and re.search(options.only, name):
-            result = compile_row(config, target, changes)
-            # Another process may have written meanwhile.
-            found = json.loads(options.json.read_text()) if options.json.exists() else {}
-            found[name] = result
-            options.json.write_text(json.dumps(found, indent=1))
-    print(table({row_name(*row): found.get(row_name(*row)) for row in ROWS}))
+    results = _read(options.json)
+    for row in ROWS:
+        name = row_name(*row)
+        if name not in results and re.search(options.only, name):
+            result = compile_row(*row)
+            results = _read(options.json) | {name: result}  # another process may have written
+            options.json.write_text(json.dumps(results, indent=1))
+    print(table({row_name(*row): results.get(row_name(*row)) for row in ROWS}))
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def row_name(config: str, target: str, changes: dict) -> str:
     """small:v5e-16 v5e:4x4 microbatches=8, say."""
-    told = " ".join(f"{key.split('.')[1]}={value}" for key, value in changes.items())
-    return f"{config.removeprefix('openwebtext_')} {target} {told}".strip()
+    changed = " ".join(f"{key.split('.')[1]}={value}" for key, value in changes.items())
+    return f"{config.removeprefix('openwebtext_')} {target} {changed}".strip()
 
 
 def compile_row(config: str, target: str, changes: dict) -> dict:
@@ -104,44 +106,55 @@ def compile_row(config: str, target: str, changes: dict) -> dict:
         text = text_file.read_text() if text_file.exists() else ""
     rows = config.train.batch_size // config.train.microbatches
     positions = rows // (estimate.mesh["data"] * estimate.mesh["fsdp"]) * config.data.length
-    found = estimate.to_dict()
-    found.pop("parameters")
-    tables = hlo.tables(text, estimate.vocab_size, config.model.hidden_size, positions)
-    return found | {"batch_size": config.train.batch_size, "tables": tables}
+    result = estimate.to_dict()
+    result.pop("parameters")
+    tables = logit_tables(text, estimate.vocab_size, config.model.hidden_size, positions)
+    return result | {"batch_size": config.train.batch_size, "tables": tables}
+
+
+def logit_tables(text: str, vocab_size: int, hidden_size: int, positions: int) -> list[str]:
+    """The float32 arrays of a program with a number for every token at every position.
+
+    positions is how many one device has at a time; in any layout. A side may be padded, by at
+    most 256. The embedding and the head, with hidden_size numbers for every token, are none:
+    where positions is hidden_size they look the same, and none is reported.
+    """
+
+    def is_table(shape: str) -> bool:
+        sides = [int(n) for n in shape.split(",")]
+        others = [
+            math.prod(sides) // side for side in sides if vocab_size <= side <= vocab_size + 256
+        ]
+        return any(n >= positions and n != hidden_size for n in others)
+
+    shapes = set(re.findall(r"\bf32\[([\d,]+)\]", text))
+    return sorted(f"f32[{shape}]" for shape in shapes if is_table(shape))
 
 
 def table(rows: dict[str, dict | None]) -> str:
     """In markdown; a row that was not compiled says so."""
-    heads = (
-        "program",
-        "chips",
-        "rows a chip",
-        "state GiB",
-        "temporaries GiB",
-        "total of GiB",
-        "TFLOP a chip",
-        "MiB sent a chip",
-        "compiled s",
-        "step s at 40 %",
-    )
-    lines = [f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    lines = [f"| {' | '.join(HEADS)} |", "| --- |" + " ---: |" * (len(HEADS) - 1)]
     for name, e in rows.items():
-        if e is None or "error" in e:
-            lines.append(f"| {name} | {'not compiled' if e is None else e['error']} |" + " |" * 8)
-            continue
-        state = e["parameter_bytes"] + e["ema_bytes"] + e["optimizer_bytes"]
-        held = "" if e["temporary_bytes"] is None else f"{e['temporary_bytes'] / GIB:.2f}"
-        sent = sum(one["bytes"] for one in e["collectives"]) / 2**20
-        fits = "" if e["fits"] else " (does not fit)"
-        seconds = e["step_seconds"]
-        parts = e["mesh"]["data"] * e["mesh"]["fsdp"] * e["microbatches"]
-        lines.append(
-            f"| {name} | {e['devices']} | {e['batch_size'] // parts} | {state / GIB:.2f} | {held} "
-            f"| {e['total_bytes'] / GIB:.2f} of {e['memory_bytes'] / GIB:.2f}{fits} "
-            f"| {e['flops'] / e['devices'] / 1e12:.2f} | {sent:,.0f} "
-            f"| {e['compile_seconds']:.0f} | {seconds:.3f} |"
-        )
+        cells = [e["error"] if e else "not compiled"] if not e or "error" in e else _cells(e)
+        lines.append(f"| {' | '.join([name, *cells])} |" + " |" * (len(HEADS) - 1 - len(cells)))
     return "\n".join(lines)
+
+
+def _cells(e: dict) -> list[str]:
+    state = e["parameter_bytes"] + e["ema_bytes"] + e["optimizer_bytes"]
+    parts = e["mesh"]["data"] * e["mesh"]["fsdp"] * e["microbatches"]
+    total = f"{e['total_bytes'] / GIB:.2f} of {e['memory_bytes'] / GIB:.2f}"
+    return [
+        str(e["devices"]),
+        str(e["batch_size"] // parts),
+        f"{state / GIB:.2f}",
+        "" if e["temporary_bytes"] is None else f"{e['temporary_bytes'] / GIB:.2f}",
+        total if e["fits"] else f"{total} (does not fit)",
+        f"{e['flops'] / e['devices'] / 1e12:.2f}",
+        f"{sum(one['bytes'] for one in e['collectives']) / 2**20:,.0f}",
+        f"{e['compile_seconds']:.0f}",
+        f"{e['step_seconds']:.3f}",
+    ]
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -39,15 +38,7 @@ class Collective:
     count: int  # executed in a step
     bytes: int  # of their results on one device, in a step; a reduce-scatter's operands
     shapes: tuple[str, ...]  # bf16[768,3072] and so on, the different ones
-    is_exact: bool = True  # False: inside a loop of unknown length, counted for one turn
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    kind: str
-    axes: tuple[str, ...]
-    bytes: int
-    shapes: tuple[str, ...]
+    is_exact: bool = True  # False: in a loop of unknown length, counted for one iteration
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
@@ -56,50 +47,36 @@ def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
     mesh names the sizes of the axes, in order; the program's devices are the mesh's, row by row.
     """
     bodies, entry = _computations(text)
-    times: dict[tuple, tuple[int, bool]] = {}
-    found: dict[tuple, _Found] = {}
-    for name, turns, exact in _walk(bodies, entry):
+    instructions: dict[tuple, Collective] = {}
+    for name, runs, is_exact in _walk(bodies, entry):
+        scatters = _reduce_scatters(name, bodies)
         for number, line in enumerate(bodies[name]):
-            one = _collective(line, mesh, _reduce_scatters(name, bodies))
+            one = _collective(line, mesh, scatters)
             if one is None:
                 continue
             # One collective that is overlapped with several fusions is written in each of them.
             channel = re.search(r"channel_id=(\d+)", line)
             key = (channel[1], one.kind) if channel else (name, number)
-            if key not in times or times[key][0] < turns:
-                times[key], found[key] = (turns, exact), one
-    counts, sizes = Counter(), Counter()
-    shapes, inexact = defaultdict(set), set()
-    for key, one in found.items():
-        turns, exact = times[key]
+            if key not in instructions or instructions[key].count < runs:
+                instructions[key] = dataclasses.replace(
+                    one, count=runs, bytes=runs * one.bytes, is_exact=is_exact
+                )
+    totals: dict[tuple, Collective] = {}
+    for one in instructions.values():
         group = (one.kind, one.axes)
-        counts[group] += turns
-        sizes[group] += turns * one.bytes
-        shapes[group] |= set(one.shapes)
-        if not exact:
-            inexact.add(group)
-    return tuple(
-        Collective(*group, counts[group], size, tuple(sorted(shapes[group])), group not in inexact)
-        for group, size in sizes.most_common()
+        totals[group] = _sum(totals[group], one) if group in totals else one
+    return tuple(sorted(totals.values(), key=lambda one: -one.bytes))
+
+
+def _sum(a: Collective, b: Collective) -> Collective:
+    return Collective(
+        kind=a.kind,
+        axes=a.axes,
+        count=a.count + b.count,
+        bytes=a.bytes + b.bytes,
+        shapes=tuple(sorted({*a.shapes, *b.shapes})),
+        is_exact=a.is_exact and b.is_exact,
     )
-
-
-def tables(text: str, vocab_size: int, hidden_size: int, positions: int) -> list[str]:
-    """The float32 arrays with a number for every token of the vocabulary at every position.
-
-    positions is how many one device has at a time; in any layout. A side may be padded, by at
-    most 256. The embedding and the head, with hidden_size numbers for every token, are none:
-    where positions is hidden_size they cannot be told apart, and none is found.
-    """
-    found = set()
-    for dtype, shape in _ARRAY.findall(text):
-        sides = [int(n) for n in shape.split(",") if n]
-        others = [
-            math.prod(sides) // side for side in sides if vocab_size <= side <= vocab_size + 256
-        ]
-        if dtype == "f32" and any(n >= positions and n != hidden_size for n in others):
-            found.add(f"{dtype}[{shape}]")
-    return sorted(found)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -123,33 +100,29 @@ def _walk(bodies: dict[str, list[str]], entry: str) -> Iterator[tuple[str, int, 
     """Every computation that runs: (name, how often in a step, whether that is known)."""
     todo = [(entry, 1, True)]
     while todo:
-        name, turns, exact = todo.pop()
-        yield name, turns, exact
+        name, runs, is_exact = todo.pop()
+        yield name, runs, is_exact
         for line in bodies[name]:
             if "-done(" in line or "-update(" in line:
                 continue
-            trips: int | None = 1
-            if " while(" in line:
-                trips = _trips(line, bodies)
+            trips = _trips(line, bodies) if " while(" in line else 1
             for called in _CALLED.findall(line):
                 for inner in re.findall(r"[\w.\-]+", called):
                     if inner in bodies:
-                        todo.append((inner, turns * (trips or 1), exact and trips is not None))
+                        todo.append((inner, runs * (trips or 1), is_exact and trips is not None))
 
 
 def _trips(line: str, bodies: dict[str, list[str]]) -> int | None:
-    """How often a loop turns: from the compiler's note, or its condition i < n counted from 0."""
+    """Iterations of a loop: from the compiler's note, or its condition i < n counted from 0."""
     known = _TRIPS.search(line)
     if known:
         return int(known[1])
     # TPU programs carry no note. A scan's condition compares its counter with a constant.
     condition = re.search(r"condition=%?([\w.\-]+)", line)
     lines = bodies.get(condition[1], []) if condition else []
-    constants = dict(
-        found
-        for one in lines
-        for found in re.findall(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", one)
-    )
+    constants = {}
+    for one in lines:
+        constants |= re.findall(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)", one)
     for one in lines:
         match = re.search(r"ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT", one)
         if match and match[1] in constants:
@@ -164,13 +137,14 @@ def _reduce_scatters(name: str, bodies: dict[str, list[str]]) -> bool:
     )
 
 
-def _collective(line: str, mesh: Mapping[str, int], scatters: bool) -> _Found | None:
+def _collective(line: str, mesh: Mapping[str, int], scatters: bool) -> Collective | None:
     sent = re.search(r'_xla_megascale_transfer_type="([A-Z_]+)"', line)
     if sent and " send(" in line:
         # Between TPU slices hosts do it, over the data centre's network.
         dtype, shape = _ARRAY.findall(line.split(" = ", 1)[1])[0]
         kind = sent[1].lower().replace("_", "-")
-        return _Found(kind, (BETWEEN_SLICES,), _bytes(dtype, shape), (f"{dtype}[{shape}]",))
+        shapes = (f"{dtype}[{shape}]",)
+        return Collective(kind, (BETWEEN_SLICES,), 1, _bytes(dtype, shape), shapes)
     match = _KIND.search(line)
     if match is None or " = " not in line[: match.start() + 1]:
         return None
@@ -187,7 +161,8 @@ def _collective(line: str, mesh: Mapping[str, int], scatters: bool) -> _Found | 
     if kind == "all-reduce" and scatters:
         kind = "reduce-scatter"
     names = tuple(sorted({f"{dtype}[{shape}]" for dtype, shape in shown}))
-    return _Found(kind, _axes(groups, mesh, whole=kind == "collective-permute"), size, names)
+    axes = _axes(groups, mesh, whole=kind == "collective-permute")
+    return Collective(kind, axes, 1, size, names)
 
 
 def _bytes(dtype: str, shape: str) -> int:
@@ -200,7 +175,7 @@ def _bytes(dtype: str, shape: str) -> int:
 
 def _groups(line: str, devices: int) -> list[list[int]]:
     """The devices that talk to one another, group by group; all, if none are named."""
-    # A mesh of the compiler's own: mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}.
+    # A mesh that the compiler made: mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'a'}.
     match = re.search(
         r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", line
     )
@@ -234,25 +209,15 @@ def _iota(text: str | None, devices: int) -> np.ndarray:
 
 def _along(ids: np.ndarray, names: list[str], chosen: list[tuple]) -> list[list[int]]:
     """Groups of ids along the chosen axes, each whole or ('a', before, size): a part of it."""
-    shape, kept = [], []
+    parts = {name: (int(before or 1), int(part or 0)) for name, before, part in chosen}
+    shape: list[int] = []
     for name, size in zip(names, ids.shape):
-        parts = [
-            (int(before), int(part)) for other, before, part in chosen if other == name and part
-        ]
-        whole = any(other == name and not part for other, _, part in chosen)
-        if parts:
-            before, part = parts[0]
-            shape += [before, part, size // before // part]
-            kept += [False, True, False]
-        else:
-            shape.append(size)
-            kept.append(whole)
-    ids = ids.reshape(shape)
-    order = [i for i, keep in enumerate(kept) if not keep] + [
-        i for i, keep in enumerate(kept) if keep
-    ]
-    size = math.prod(n for n, keep in zip(shape, kept) if keep)
-    return ids.transpose(order).reshape(-1, size).tolist()
+        before, part = parts.get(name, (1, 1))
+        part = part or size
+        shape += [before, part, size // before // part]
+    fixed = [axis for axis in range(len(shape)) if axis % 3 != 1]
+    grouped = ids.reshape(shape).transpose(fixed + list(range(1, len(shape), 3)))
+    return grouped.reshape(-1, math.prod(shape[1::3])).tolist()
 
 
 def _axes(groups: list[list[int]], mesh: Mapping[str, int], whole: bool) -> tuple[str, ...]:
@@ -260,8 +225,8 @@ def _axes(groups: list[list[int]], mesh: Mapping[str, int], whole: bool) -> tupl
     sizes = tuple(mesh.values())
     varying: set[str] = set()
     for group in groups:
-        places = np.array(np.unravel_index(group, sizes))
-        varying |= {axis for axis, row in zip(mesh, places) if len(set(row.tolist())) > 1}
+        coordinates = np.unravel_index(group, sizes)
+        varying |= {axis for axis, row in zip(mesh, coordinates) if np.ptp(row)}
     axes = tuple(axis for axis in mesh if axis in varying)
     size, part = math.prod(mesh[axis] for axis in axes), len(groups[0])
     return axes if whole or part == size else (*axes, f"{part} of {size} devices")

@@ -1,4 +1,4 @@
-"""The machines that a program can be compiled for without having them: v5e:4x4, a100:16, cpu:8."""
+"""Machines to compile for that need not be present: v5e:4x4, a100:16, cpu:8."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import re
 from importlib import metadata, resources
 from typing import Any
 
-CPU_MOST = 512  # devices: threads of one process
+MAX_CPUS = 512  # devices: threads of one process
 GPUS_PER_NODE = 8
 GPUS = {"a100": "a100_80gb.textproto", "h100": "h100_80gb.textproto"}
 
@@ -16,29 +16,29 @@ class Generation:
     """The slices that one generation of TPU has; docs.cloud.google.com/tpu/docs."""
 
     shapes: tuple[str, ...]  # all there are on a plane; on a torus of three, the small ones
-    most: int  # chips of one slice
+    max_chips: int  # of one slice
     options: tuple[tuple[str, Any], ...] = ()  # of libtpu's topology
 
     @property
-    def words(self) -> str:
+    def rule(self) -> str:
         """The rule for a shape."""
         listed = ", ".join(self.shapes)
-        if self.most <= 256:
+        if self.max_chips <= 256:
             return f"one of {listed}"
         return (
             f"one of {listed}, or AxBxC with A <= B <= C, each a multiple of 4, and at most "
-            f"{self.most} chips"
+            f"{self.max_chips} chips"
         )
 
     def has(self, shape: str) -> bool:
         """Whether there is a slice of this shape."""
         sides = [int(side) for side in shape.split("x")]
         cubes = (
-            self.most > 256
+            self.max_chips > 256
             and len(sides) == 3
             and sides == sorted(sides)
             and all(side and side % 4 == 0 for side in sides)
-            and math.prod(sides) <= self.most
+            and math.prod(sides) <= self.max_chips
         )
         return shape in self.shapes or cubes
 
@@ -77,34 +77,34 @@ class Target:
             raise AssertionError("a CPU describes itself: jax.devices()")
         if self.platform == "cuda":
             text = (resources.files(__package__) / "targets" / GPUS[self.kind]).read_text()
-            given = {"target_config": text, "topology": self.shape}
-            return topologies.get_topology_desc(platform="cuda", **given)
-        given = dict(TPUS[self.kind].options)
+            options = {"target_config": text, "topology": self.shape}
+            return topologies.get_topology_desc(platform="cuda", **options)
+        options = dict(TPUS[self.kind].options)
         if self.slices > 1:
-            given["num_slices"] = self.slices
+            options["num_slices"] = self.slices
         if self.shape == "1x1":
-            given["chips_per_host_bounds"] = [1, 1, 1]
+            options["chips_per_host_bounds"] = [1, 1, 1]
         name = f"{self.kind}:{self.shape}"
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **given)
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
 
     @property
     def environment(self) -> dict[str, str]:
         """What must be set before jax starts: no accelerator is looked for, none is needed."""
-        common = {"JAX_PLATFORMS": "cpu"}
-        if self.platform == "tpu":
-            return common | {
+        by_platform = {
+            "cpu": {"XLA_FLAGS": f"--xla_force_host_platform_device_count={self.count}"},
+            "cuda": {"TF_CPP_MIN_LOG_LEVEL": "3"},
+            "tpu": {
                 "TPU_SKIP_MDS_QUERY": "1",
                 "TPU_WORKER_HOSTNAMES": "localhost",
-                "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: the topology is given by name
+                "TPU_ACCELERATOR_TYPE": "v5litepod-16",  # any: topology() names the real one
                 "TPU_LOG_DIR": "disabled",
                 "TPU_STDERR_LOG_LEVEL": "3",
                 "TPU_MIN_LOG_LEVEL": "3",
                 "TF_CPP_MIN_LOG_LEVEL": "3",
-                "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # its lock file allows one process else
-            }
-        if self.platform == "cpu":
-            return common | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={self.count}"}
-        return common | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # else its lock file allows one process
+            },
+        }
+        return {"JAX_PLATFORMS": "cpu"} | by_platform[self.platform]
 
     @property
     def packages(self) -> str:
@@ -138,8 +138,8 @@ def parse_target(text: str) -> Target:
         raise ValueError(f"target {text!r}: {rest!r} is no number of devices, like {kind}:8")
     count = int(rest)
     if kind == "cpu":
-        if count > CPU_MOST:
-            raise ValueError(f"target {text!r}: at most {CPU_MOST} CPU devices")
+        if count > MAX_CPUS:
+            raise ValueError(f"target {text!r}: at most {MAX_CPUS} CPU devices")
         return Target(text, "cpu", kind, str(count), count)
     if count > GPUS_PER_NODE and count % GPUS_PER_NODE:
         raise ValueError(
@@ -155,7 +155,7 @@ def _tpu(text: str, kind: str, rest: str) -> Target:
     if match is None or not TPUS[kind].has(match[1]):
         # libtpu itself accepts shapes that no machine has.
         raise ValueError(
-            f"target {text!r}: {kind} has no slice {rest!r}; give {TPUS[kind].words}; "
+            f"target {text!r}: {kind} has no slice {rest!r}; give {TPUS[kind].rule}; "
             "several slices as SHAPE*2"
         )
     shape, slices = match[1], int(match[2] or 1)

@@ -1,10 +1,15 @@
-"""What a compiler makes of a program: bytes, operations, collectives.
+"""The child process of `dry_run`: compiles, and says what the compiler made of the program.
 
-Only in a process that was started with the target's environment.
+Reads a request as JSON from standard input and writes the answer to standard output; whatever
+else is written there goes to standard error. A process by itself, since the compilers for TPU and
+GPU read the environment when jax starts and may abort.
 """
 
+import json
 import math
+import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +17,32 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from sedd_jax import config as configuration
 from sedd_jax import experiment
 from sedd_jax.parallel import sharding
+from sedd_jax.parallel.devices import program_bytes
 from sedd_jax.training.dry_run import hlo
-from sedd_jax.training.dry_run.targets import Target
+from sedd_jax.training.dry_run.targets import Target, parse_target
 
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def main() -> None:
+    """{"config", "vocab_size", "target", "text_file"} to a measurement, or to {"error"}."""
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    request = json.load(sys.stdin)
+    try:
+        answer = measure(
+            configuration.from_json(json.dumps(request["config"])),
+            parse_target(request["target"]),
+            request["vocab_size"],
+            request["text_file"] and Path(request["text_file"]),
+        )
+    except ValueError as error:
+        answer = {"error": str(error)}
+    with output:
+        json.dump(answer, output)
 
 
 def measure(
@@ -25,17 +50,17 @@ def measure(
 ) -> dict[str, Any]:
     """What the target's compiler makes of the config's train step, as JSON may hold it.
 
-    text_file is where the compiled text is to be written. ValueError for what does not compile.
+    The compiled text is written to text_file. ValueError for what does not compile.
     """
     devices = jax.devices() if target.platform == "cpu" else _topology(target).devices
     if len(devices) != target.count:
         raise ValueError(f"target {target.name!r} has {len(devices)} devices, not {target.count}")
     mesh = experiment.make_mesh(config, devices)
     program = experiment.make_experiment(config, vocab_size, mesh)
-    found = {
+    answer = {
         "device_kind": devices[0].device_kind,
         "mesh": dict(mesh.shape),
-        "parameters": _placed(program.shape.params),
+        "parameters": _parameters(program.shape.params),
         "parameter_bytes": _bytes(program.shape.params),
         "ema_bytes": _bytes(program.shape.ema),
         "optimizer_bytes": _bytes(program.shape.opt_state),
@@ -47,16 +72,15 @@ def measure(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found["compile_seconds"] = time.perf_counter() - began
-        return found | _out_of_memory(str(error))
-    found["compile_seconds"] = time.perf_counter() - began
+        answer["compile_seconds"] = time.perf_counter() - began
+        return answer | _out_of_memory(str(error))
+    answer["compile_seconds"] = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if text_file is not None:
         text_file.write_text(text, encoding="utf-8")
-    return found | {
+    return answer | {
         "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-        "alias_bytes": memory.alias_size_in_bytes,
+        "total_bytes": program_bytes(memory),
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
         "collectives": [vars(one) for one in hlo.collectives(text, mesh.shape)],
@@ -66,7 +90,7 @@ def measure(
 def _topology(target: Target):
     try:
         return target.topology()
-    except Exception as error:  # each plug-in has errors of its own, RuntimeError to ImportError
+    except Exception as error:  # each plug-in has its errors, RuntimeError to ImportError
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"cannot compile for {target.name!r}: {reason or type(error).__name__}; it needs "
@@ -74,7 +98,7 @@ def _topology(target: Target):
         ) from error
 
 
-def _placed(params: Any) -> list[dict[str, Any]]:
+def _parameters(params: Any) -> list[dict[str, Any]]:
     return [
         {
             "name": sharding.path_name(path),
@@ -107,6 +131,10 @@ def _out_of_memory(message: str) -> dict[str, Any]:
         raise ValueError(f"the program does not fit: {line}")
     needed, unit, available, unit_available = sizes[0]
     return {
-        "needed_bytes": int(float(needed) * UNITS[unit]),
+        "total_bytes": int(float(needed) * UNITS[unit]),
         "available_bytes": int(float(available) * UNITS[unit_available]),
     }
+
+
+if __name__ == "__main__":
+    main()
