@@ -138,10 +138,8 @@ def make_experiment(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Experime
         state.make_train_step(
             loss_fn,
             optimizer,
-            clip_norm=config.optimizer.clip_norm,
             decay=config.optimizer.ema_decay,
             microbatches=config.train.microbatches,
-            tile=state.TILE if network.placement.is_one_cpu else None,
         ),
         shape,
         mesh,
@@ -220,14 +218,14 @@ def init_params(config: ConfigDict, model: Transformer, key: jax.Array) -> Any:
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up to a constant learning rate; the train step clips."""
+    """AdamW with a linear warm-up to a constant learning rate, of clipped gradients."""
     o = config.optimizer
 
     def learning_rate(count):  # count is 0 at the first update, which takes 1/warmup of the rate
         return o.learning_rate * jnp.minimum((count + 1) / max(o.warmup_steps, 1), 1.0)
 
     return optax.chain(
-        optax.identity(),  # in saved states the clip, which has no state, stands here
+        optax.clip_by_global_norm(o.clip_norm),
         optax.adamw(
             learning_rate,
             b1=o.b1,

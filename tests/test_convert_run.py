@@ -149,10 +149,10 @@ def test_a_step_after_import_is_torchs_step(carried):
 
     def loss_fn(params, key, batch):  # its gradient is `gradient`, whatever the parameters
         products = jax.tree.map(lambda p, g: jnp.sum(p * g), params, gradient)
-        return Loss(jnp.broadcast_to(sum(jax.tree.leaves(products)), batch.shape), None)
+        return Loss(jnp.broadcast_to(sum(jax.tree.leaves(products)), batch.shape), {})
 
     optimizer = experiment.make_optimizer(config)
-    train_step = state.make_train_step(loss_fn, optimizer, clip_norm=o.clip_norm, decay=o.ema_decay)
+    train_step = state.make_train_step(loss_fn, optimizer, decay=o.ema_decay)
     after, _ = jax.jit(train_step)(before, jnp.zeros(2), jax.random.key(0))
 
     checkpoint = loaded(carried / "theirs")

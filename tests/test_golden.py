@@ -377,7 +377,6 @@ def train_steps(name: str):
         state.make_train_step(
             loss_fn,
             optimizer,
-            clip_norm=config.optimizer.clip_norm,
             decay=config.optimizer.ema_decay,
         )
     )

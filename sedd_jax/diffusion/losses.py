@@ -29,12 +29,22 @@ def stratified_times(key: jax.Array, batch_size: int, t_min: float) -> jax.Array
 TIMES = {"independent": independent_times, "stratified": stratified_times}
 
 
+class Mean(NamedTuple):
+    """A mean that may be taken over several batches: both fields then have an axis for them."""
+
+    total: jax.Array  # the sum of what is averaged
+    count: jax.Array  # how many were summed
+
+    def value(self) -> jax.Array:
+        """The mean over everything counted, float32 []; 0 where nothing is."""
+        return jnp.sum(self.total) / jnp.maximum(jnp.sum(self.count), 1)
+
+
 class Loss(NamedTuple):
-    """What an objective finds."""
+    """The value of an objective on a batch."""
 
     nats: jax.Array  # per sequence, float32 [B]: what training minimises
-    # float32 []: the mean of graphs.ScoreEntropy's over the tokens that have one
-    log_z: jax.Array | None
+    metrics: dict[str, Mean]  # by name, what is only reported; no gradient is taken through it
 
 
 def dwdse(
@@ -74,14 +84,13 @@ def dwdse_at(
     sigma = schedule.sigma(t)
     entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
     counted = True if is_token is None else is_token
-    log_z = entropy.log_z
-    if log_z is not None:
+    metrics = {}
+    if entropy.log_z is not None:
+        log_z = jax.lax.stop_gradient(entropy.log_z)
         has_one = (log_z != 0.0) & counted
-        log_z = jnp.sum(log_z, where=has_one) / jnp.maximum(jnp.sum(has_one), 1)
-    return Loss(
-        jnp.sum(schedule.dsigma_dt(t) * entropy.value, axis=-1, where=counted),
-        None if log_z is None else jax.lax.stop_gradient(log_z),
-    )
+        metrics["log_z"] = Mean(jnp.sum(log_z, where=has_one), jnp.sum(has_one))
+    nats = jnp.sum(schedule.dsigma_dt(t) * entropy.value, axis=-1, where=counted)
+    return Loss(nats, metrics)
 
 
 OBJECTIVES = {"dwdse": dwdse}
