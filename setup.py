@@ -51,6 +51,7 @@ setup(
         "optax",
         "orbax-checkpoint>=0.11",
         "PyYAML",  # the original's .hydra/config.yaml
+        "requests",
         "safetensors",
         "sentencepiece",
         "tensorboardX",

@@ -192,7 +192,7 @@ ROUTES = (
 
 @pytest.fixture
 def alone(monkeypatch, tmp_path):
-    """Nobody is logged in, and the cache is empty; returns what sets huggingface_hub's constants."""
+    """Nobody is logged in, the cache is empty; returns what sets huggingface_hub's constants."""
     from huggingface_hub import constants
 
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):

@@ -1,4 +1,4 @@
-"""Published corpora: real text in the published layouts, real archives, TFDS, a real HTTP server."""
+"""Published corpora: real text in the published layouts and archives, TFDS, an HTTP server."""
 
 import dataclasses
 import functools

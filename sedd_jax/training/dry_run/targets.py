@@ -125,7 +125,7 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """The machine named v5e:4x4, v5e:16x16*2, a100:16 or cpu:8; ValueError if there is none such."""
+    """The machine named v5e:4x4, v5e:16x16*2, a100:16 or cpu:8; ValueError if there is none."""
     kind, colon, rest = text.partition(":")
     known = ("cpu", *GPUS, *TPUS)
     if kind not in known or not colon:
