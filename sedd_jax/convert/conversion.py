@@ -75,13 +75,8 @@ def convert(
         original_run.export_run(source, target)
         notices = ()
     elif (read, form) == ("original", "workdir"):
-        notices = original_run.import_run(
-            source,
-            target,
-            tokenizer=_needed(tokenizer),
-            optimizer=optimizer,
-            changes=changes,
-        )
+        options = {"optimizer": optimizer, "changes": changes}
+        notices = original_run.import_run(source, target, tokenizer=_needed(tokenizer), **options)
     else:
         model = _READERS[read](source, weights)
         model = model._replace(tokenizer=tokenizer or model.tokenizer)

@@ -83,9 +83,9 @@ def import_run(
     """Write target, a new workdir from which sedd-train goes on where the original stopped.
 
     source is the original's run folder or one of its .pth files. With optimizer, AdamW's moments
-    and the warm-up go on too; without, both begin again. changes are keys of our
-    config to set, such as {"data.records": DIR, "model.dtype": "bfloat16"}. Returns notices;
-    ValueError for whatever is missing or wrong.
+    and the warm-up go on too; without, both begin again. changes are keys of our config to set,
+    such as {"data.records": DIR, "model.dtype": "bfloat16"}. Returns notices; ValueError for
+    whatever is missing or wrong.
     """
     check_new(Path(target))
     checkpoint, theirs, (config, vocab_size, notices) = _open(source)
