@@ -95,7 +95,7 @@ def _check_tensor(name: str, tensor: Any) -> None:
 
     shown = name[:60] if name.isprintable() else repr(name)[:60]
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{shown} is a {type(tensor).__name__}, not a tensor; {_REMEDY}")
+        raise ValueError(f"{shown} is a {type(tensor).__name__}, not a tensor; {_REMEDY}")  # noqa: TRY004
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{shown} is {tensor.dtype}; known: float32, float16, bfloat16")
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
