@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from sedd_jax.convert import from_original_config, names
+from sedd_jax.convert import names
+from sedd_jax.convert.original_config import from_original_config
 from sedd_jax.data.tokenizers import Characters
 
 GRAPHS = ("absorb", "uniform")

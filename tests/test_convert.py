@@ -20,7 +20,7 @@ from original_models import GRAPHS, TOKENIZER, assert_same, config_of, golden, m
 
 from sedd_jax import config as configuration
 from sedd_jax import convert, experiment
-from sedd_jax.convert import card, names
+from sedd_jax.convert import card, names, original_config
 from sedd_jax.models.head import make_score_fn
 
 EARLIER = Path(__file__).parent / "earlier"  # what earlier versions have written
@@ -47,8 +47,8 @@ def safetensors_header(file) -> dict:
 
 @both_graphs
 def test_expected_names_are_the_originals_in_its_order(graph):
-    config, vocab_size, _ = convert.from_original_config(config_of(graph))
-    expected = convert.expected_tensors(names.sizes_of(config, vocab_size))
+    config, vocab_size, _ = original_config.from_original_config(config_of(graph))
+    expected = names.expected_tensors(names.sizes_of(config, vocab_size))
     stored = arrays("model.npz")
     assert list(expected) == list(stored[f"{graph}/param_order"])
     assert {n: stored[f"{graph}/param/{n}"].shape for n in expected} == expected
@@ -65,7 +65,7 @@ def test_expected_shapes_are_those_of_the_network():
 def test_published_sizes_have_the_published_counts(size, tensors, parameters):
     from sedd_jax.configs import base
 
-    expected = convert.expected_tensors(names.sizes_of(base.get_config(), 50257))
+    expected = names.expected_tensors(names.sizes_of(base.get_config(), 50257))
     assert len(expected) + 1 == tensors
     assert sum(np.prod(shape) for shape in expected.values()) == parameters
 
@@ -73,9 +73,9 @@ def test_published_sizes_have_the_published_counts(size, tensors, parameters):
 @pytest.mark.parametrize("size", ["small", "medium"])
 def test_published_models_have_the_originals_tensors(size):
     stored = json.loads(golden(f"params_{size}.json").read_text())
-    config, vocab_size, _ = convert.from_original_config(stored["config"])
+    config, vocab_size, _ = original_config.from_original_config(stored["config"])
     sizes = names.sizes_of(config, vocab_size)
-    ours = convert.expected_tensors(sizes) | names.buffer_shape(sizes)
+    ours = names.expected_tensors(sizes) | names.buffer_shape(sizes)
     theirs = {row["name"]: tuple(row["shape"]) for row in stored["state_dict"]}
     assert ours == theirs and {row["dtype"] for row in stored["state_dict"]} == {"float32"}
 
@@ -83,7 +83,7 @@ def test_published_models_have_the_originals_tensors(size):
 @both_graphs
 def test_parameters_survive_the_way_there_and_back(graph):
     _, _, params = model_of(graph)
-    assert_same(convert.from_original(convert.to_original(params), 4), params)
+    assert_same(names.from_original(names.to_original(params), 4), params)
 
 
 # Configs
@@ -97,8 +97,8 @@ def test_config_comes_back_as_it_was(graph, file):
     path = golden_set.FOLDER / file.format(graph)
     theirs = read_config(path)
     assert theirs == (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text())
-    config, vocab_size, _ = convert.from_original_config(theirs)
-    back = convert.to_original_config(config, vocab_size, theirs)
+    config, vocab_size, _ = original_config.from_original_config(theirs)
+    back = original_config.to_original_config(config, vocab_size, theirs)
     assert json.dumps(back) == json.dumps(theirs)  # 20 and 20.0 differ
 
 
@@ -107,7 +107,7 @@ def test_config_means_what_the_original_does_by_it():
     theirs["training"] |= {"accum": 2, "ema": 0.999, "n_iters": 77}
     theirs["sampling"]["predictor"] = "analytic"
     theirs["optim"] |= {"warmup": 11, "grad_clip": -1, "beta2": 0.99}
-    config, vocab_size, _ = convert.from_original_config(theirs)
+    config, vocab_size, _ = original_config.from_original_config(theirs)
     values = dict(configuration.flatten(config))
     wanted = {
         "graph.name": "absorbing",
@@ -126,7 +126,7 @@ def test_config_means_what_the_original_does_by_it():
         "sample.predictor": "tweedie",
     }
     assert {key: values[key] for key in wanted} == wanted and vocab_size == 37
-    assert convert.to_original_config(config, vocab_size)["optim"]["grad_clip"] == -1
+    assert original_config.to_original_config(config, vocab_size)["optim"]["grad_clip"] == -1
 
 
 @pytest.mark.parametrize("name", ["lm1b", "openwebtext_medium", "quickstart", "text8_uniform"])
@@ -134,8 +134,8 @@ def test_our_configs_survive_the_originals_words(name):
     import importlib
 
     config = importlib.import_module(f"sedd_jax.configs.{name}").get_config()
-    theirs = convert.to_original_config(config, 100)
-    again = dict(configuration.flatten(convert.from_original_config(theirs).config))
+    theirs = original_config.to_original_config(config, 100)
+    again = dict(configuration.flatten(original_config.from_original_config(theirs).config))
     unsaid = ("data.", "objective.", "evaluate.", "model.dtype", "train.eval_every", "checkpoint")
     for key, value in configuration.flatten(config):
         if not key.startswith(unsaid):
@@ -151,13 +151,13 @@ def test_our_configs_survive_the_originals_words(name):
 def test_missing_fields_are_told_in_one_notice():
     theirs = config_of("absorb")
     del theirs["training"]["ema"], theirs["sampling"], theirs["model"]["dropout"]
-    config, _, notices = convert.from_original_config(theirs, "old.json")
+    config, _, notices = original_config.from_original_config(theirs, "old.json")
     lacks = [notice for notice in notices if "old.json lacks" in notice]
     assert len(lacks) == 1
     for told in ("training.ema 0.9999", "sampling.steps 128", "model.dropout 0.1"):
         assert told in lacks[0]
     assert config.optimizer.ema_decay == 0.9999
-    full = convert.to_original_config(config, 37, theirs)
+    full = original_config.to_original_config(config, 37, theirs)
     assert full["training"]["ema"] == 0.9999 and full["sampling"]["steps"] == 128
 
 
@@ -187,7 +187,7 @@ def test_a_config_of_something_else_is_refused(place, value, words):
     section, _, field = place.rpartition(".")
     (theirs[section] if section else theirs)[field] = value
     with says(*words):
-        convert.from_original_config(theirs)
+        original_config.from_original_config(theirs)
 
 
 @pytest.mark.parametrize(
@@ -326,7 +326,7 @@ def test_narrow_floats_are_widened_exactly(exported, dtype):
     folder, _, _, params = exported
     # The library writes a transposed view as it lies in memory.
     tensors = {
-        n: np.ascontiguousarray(a.astype(dtype)) for n, a in convert.to_original(params).items()
+        n: np.ascontiguousarray(a.astype(dtype)) for n, a in names.to_original(params).items()
     }
     (folder / "sedd_jax.json").unlink()
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
@@ -500,9 +500,3 @@ def test_no_license_ends_or_adds_to_the_front_matter(text):
     config, *_ = model_of("absorb")
     front = ModelCard(card.model_card("hub", config, 37, None, None, 5, {"license": text})).data
     assert front.license == text and front.tags == ["sedd", "discrete-diffusion", "jax"]
-
-
-def test_lazy_names_are_all_there():
-    assert all(callable(getattr(convert, name)) for name in convert.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        convert.nothing  # noqa: B018

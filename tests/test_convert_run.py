@@ -15,7 +15,7 @@ from original_models import GRAPHS, TOKENIZER, assert_same, config_of, golden, m
 from sedd_jax import config as configuration
 from sedd_jax import convert, experiment, state
 from sedd_jax.cli import convert_command, train_command
-from sedd_jax.convert import names
+from sedd_jax.convert import names, original_run
 from sedd_jax.data import make_tokenizer
 from sedd_jax.diffusion.losses import Loss
 from sedd_jax.runs import workdir
@@ -81,8 +81,8 @@ def carried(request, tmp_path_factory):
     """A folder with "one", a workdir, "theirs", its export, and "two", that imported again."""
     folder = tmp_path_factory.mktemp(request.param)
     ours(folder / "one", request.param)
-    assert convert.export_run(folder / "one", folder / "theirs") == STEP
-    convert.import_run(folder / "theirs", folder / "two", tokenizer=TOKENIZER)
+    assert original_run.export_run(folder / "one", folder / "theirs") == STEP
+    original_run.import_run(folder / "theirs", folder / "two", tokenizer=TOKENIZER)
     return folder
 
 
@@ -99,14 +99,14 @@ def test_state_survives_the_way_there_and_back(carried):
 @both_graphs
 def test_imported_state_is_the_originals_leaf_by_leaf(tmp_path, graph):
     source = the_originals_run(tmp_path / "theirs", graph)
-    notices = convert.import_run(source, tmp_path / "ours", tokenizer=TOKENIZER)
+    notices = original_run.import_run(source, tmp_path / "ours", tokenizer=TOKENIZER)
     assert notices == []
     ours = read(tmp_path / "ours")
     theirs = torch.load(golden(f"checkpoint_{graph}.pth"), weights_only=False)
     order = [name for name in theirs["model"] if name != names.BUFFER]
 
     def same(tree, tensors):
-        assert_same(convert.to_original(tree), {n: t.numpy() for n, t in zip(order, tensors)})
+        assert_same(names.to_original(tree), {n: t.numpy() for n, t in zip(order, tensors)})
 
     same(ours.params, [theirs["model"][name] for name in order])
     same(ours.ema, theirs["ema"]["shadow_params"])
@@ -131,7 +131,7 @@ def test_raw_weights_and_average_are_those_of_the_checkpoint(tmp_path):
         else:
             stored = torch.load(golden(f"checkpoint_{graph}.pth"), weights_only=False)["model"]
             theirs = {name: t.numpy() for name, t in stored.items() if name != names.BUFFER}
-            assert_same(convert.to_original(params), theirs)
+            assert_same(names.to_original(params), theirs)
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     torch.save(stored, pickled / "pytorch_model.bin")
@@ -161,7 +161,7 @@ def test_a_step_after_import_is_torchs_step(carried):
     empty = torch.nn.Parameter(torch.tensor(0.0))  # the noise's
     torchs = torch.optim.AdamW([*parameters, empty], lr=1.0)
     torchs.load_state_dict(checkpoint["optimizer"])
-    theirs = convert.to_original(gradient)
+    theirs = names.to_original(gradient)
     for name, parameter in zip(order, parameters, strict=True):
         parameter.grad = torch.from_numpy(np.ascontiguousarray(theirs[name]))
     step = checkpoint["step"] + 1
@@ -173,7 +173,7 @@ def test_a_step_after_import_is_torchs_step(carried):
     keep = min(checkpoint["ema"]["decay"], (1 + updates) / (10 + updates))
 
     assert (after.step, after.ema_updates, step) == (3, updates, 3)
-    moved, averaged = convert.to_original(after.params), convert.to_original(after.ema)
+    moved, averaged = names.to_original(after.params), names.to_original(after.ema)
     for i, name in enumerate(order):
         raw, shadow = checkpoint["model"][name].numpy(), checkpoint["ema"]["shadow_params"][i]
         end = parameters[i].detach().numpy()
@@ -216,12 +216,14 @@ def theirs(tmp_path_factory):
     """An export of the absorbing workdir "one", in "theirs"; tests may write beside them."""
     folder = tmp_path_factory.mktemp("absorbing")
     ours(folder / "one", "absorb")
-    convert.export_run(folder / "one", folder / "theirs")
+    original_run.export_run(folder / "one", folder / "theirs")
     return folder / "theirs"
 
 
 def test_a_fresh_optimizer_keeps_the_step_and_begins_the_moments(theirs, tmp_path):
-    notices = convert.import_run(theirs, tmp_path / "two", tokenizer=TOKENIZER, optimizer=False)
+    notices = original_run.import_run(
+        theirs, tmp_path / "two", tokenizer=TOKENIZER, optimizer=False
+    )
     assert any("begin again" in notice for notice in notices)
     after = read(tmp_path / "two")
     found = experiment.moments(after.opt_state)
@@ -240,13 +242,13 @@ def test_what_is_not_wanted_of_a_checkpoint_may_be_odd(theirs, tmp_path):
     file = odd / "checkpoints-meta/checkpoint.pth"
     torch.save(checkpoint, file)
     with says("from 1 to 2 steps", "add --fresh_optimizer"):
-        convert.import_run(odd, tmp_path / "two", tokenizer=TOKENIZER)
-    convert.import_run(odd, tmp_path / "two", tokenizer=TOKENIZER, optimizer=False)
+        original_run.import_run(odd, tmp_path / "two", tokenizer=TOKENIZER)
+    original_run.import_run(odd, tmp_path / "two", tokenizer=TOKENIZER, optimizer=False)
     assert read(tmp_path / "two").step == STEP
     del state[0]
     torch.save(checkpoint, file)
     with says("moments of"):
-        convert.import_run(odd, tmp_path / "three", tokenizer=TOKENIZER)
+        original_run.import_run(odd, tmp_path / "three", tokenizer=TOKENIZER)
     convert.convert(odd, tmp_path / "hub", weights="raw")
     params = convert.read_folder(tmp_path / "hub").params
     assert_same(params, random_state("absorb")[1].params)
@@ -288,10 +290,10 @@ def test_a_run_before_its_first_step_has_no_moments(tmp_path):
     workdir.write_workdir(
         tmp_path / "one", config=config, tokenizer=TOKENIZER, train_state=start, original=None
     )
-    convert.export_run(tmp_path / "one", tmp_path / "theirs")
+    original_run.export_run(tmp_path / "one", tmp_path / "theirs")
     checkpoint = loaded(tmp_path / "theirs")
     assert (checkpoint["step"], checkpoint["optimizer"]["state"]) == (0, {})
-    convert.import_run(tmp_path / "theirs", tmp_path / "two", tokenizer=TOKENIZER)
+    original_run.import_run(tmp_path / "theirs", tmp_path / "two", tokenizer=TOKENIZER)
     assert read(tmp_path / "two").step == 0
 
 
@@ -302,9 +304,9 @@ def test_what_cannot_be_converted_is_said(theirs, tmp_path):
         return convert.convert(theirs, two, **{"form": "workdir", **options})
 
     with says("no", ".hydra/config.yaml", "give the folder of a run of the original code"):
-        convert.import_run(one, two, tokenizer=TOKENIZER)
+        original_run.import_run(one, two, tokenizer=TOKENIZER)
     with says("is there and is not empty"):
-        convert.export_run(one, theirs)
+        original_run.export_run(one, theirs)
     with says("tokenizer 'bytes' has 256 tokens, the model in", "37"):
         converted(tokenizer=make_tokenizer("bytes", "", None))
     with says("unknown config key data.recods"):
@@ -335,7 +337,7 @@ def test_what_cannot_be_converted_is_said(theirs, tmp_path):
         tmp_path / "eps", config=config, tokenizer=TOKENIZER, train_state=train_state, original=None
     )
     with says("cannot go on with schedule.eps 0.01: the original's is 0.001"):
-        convert.export_run(tmp_path / "eps", two)
+        original_run.export_run(tmp_path / "eps", two)
     assert not two.exists()
 
 

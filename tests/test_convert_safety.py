@@ -15,8 +15,7 @@ import pytest
 from conftest import says
 from original_models import write_safetensors
 
-from sedd_jax import convert
-from sedd_jax.convert import torch_files
+from sedd_jax.convert import torch_files, weights
 from sedd_jax.convert.weights import DIGEST
 from sedd_jax.files import load_json
 
@@ -35,13 +34,13 @@ def parts(file) -> tuple[dict, bytes]:
 
 def opened(file) -> dict:
     """Every tensor, read."""
-    return dict(convert.open_tensors(file, SHAPES).items())
+    return dict(weights.open_tensors(file, SHAPES).items())
 
 
 @pytest.fixture
 def good(tmp_path):
     """A file as it is written here."""
-    convert.write_tensors(tmp_path / "good.safetensors", VALUES)
+    weights.write_tensors(tmp_path / "good.safetensors", VALUES)
     return tmp_path / "good.safetensors"
 
 
@@ -54,6 +53,8 @@ def test_what_is_written_is_read_by_the_library_too(good):
         assert ours[name].shape == theirs[name].shape == value.shape
     with safetensors.safe_open(good, "numpy") as file:
         assert file.metadata()["format"] == "pt"
+    good.with_name("plain").touch()
+    assert good.stat().st_mode == good.with_name("plain").stat().st_mode  # others may read it
 
 
 # Mutations
@@ -159,7 +160,7 @@ def test_every_flipped_bit_of_our_data_is_refused(good):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused_by_name(tmp_path, value):
     broken = {**VALUES, "bias": np.full(5, value, np.float32)}
-    convert.write_tensors(tmp_path / "file", broken)
+    weights.write_tensors(tmp_path / "file", broken)
     with says("bias in", "holds values that are not finite"):
         opened(tmp_path / "file")
 
@@ -196,10 +197,10 @@ BY_THE_LIBRARY = ["file': Error while deserializing header", "get it again"]
 def test_headers_are_checked_before_a_byte_of_data_is_read(tmp_path, header, words):
     write_safetensors(tmp_path / "file", header, np.float32([1, 2]).tobytes())
     if not words:
-        assert convert.open_tensors(tmp_path / "file", {"w": (2,)})["w"].tolist() == [1, 2]
+        assert weights.open_tensors(tmp_path / "file", {"w": (2,)})["w"].tolist() == [1, 2]
         return
     with says(*words):
-        convert.open_tensors(tmp_path / "file", {"w": (2,)})
+        weights.open_tensors(tmp_path / "file", {"w": (2,)})
     assert {p.name for p in tmp_path.iterdir()} == {"file"}
 
 
@@ -209,7 +210,7 @@ def test_a_name_that_is_there_twice_is_refused(tmp_path):
     data = np.float32([1, 2]).tobytes()
     (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + data)
     with says("the header of", "w is there twice"):
-        convert.open_tensors(tmp_path / "file", {"w": (2,)})
+        weights.open_tensors(tmp_path / "file", {"w": (2,)})
 
 
 @pytest.mark.parametrize(
@@ -232,9 +233,9 @@ def test_text_that_is_no_json_object_is_refused(text, words):
 def test_a_header_larger_than_its_tensors_need_is_refused(tmp_path):
     (tmp_path / "file").write_bytes((2**20).to_bytes(8, "little") + b" " * 2**20)
     with says("a header of 1048576 bytes", "at most 66560 are allowed"):
-        convert.open_tensors(tmp_path / "file", {"w": (2,)})
+        weights.open_tensors(tmp_path / "file", {"w": (2,)})
     with says("cannot read", "No such file"):
-        convert.open_tensors(tmp_path / "nowhere", {"w": (2,)})
+        weights.open_tensors(tmp_path / "nowhere", {"w": (2,)})
 
 
 def test_the_digest_is_of_names_shapes_and_bytes(good):
@@ -375,7 +376,7 @@ def test_mutated_pth_files_end_in_one_error(tmp_path, torch):
             outcomes["torch"] += 1
             continue
         try:
-            found = convert.open_tensors(folder / "tensors.safetensors", {"model/w": (2,)})
+            found = weights.open_tensors(folder / "tensors.safetensors", {"model/w": (2,)})
             assert np.isfinite(found["model/w"]).all()
             outcomes["read"] += 1
         except ValueError as error:
@@ -418,6 +419,6 @@ def test_a_child_that_cannot_work_is_one_error(tmp_path, monkeypatch, source, wo
 
 
 def test_torch_is_not_imported_here():
-    code = "import sedd_jax.convert as c; c.convert; c.read_folder; import sys; print('torch' in sys.modules)"
+    code = "import sys, sedd_jax.convert; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"

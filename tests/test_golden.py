@@ -16,7 +16,7 @@ from golden_set import GRAPHS, SETTINGS, arrays, relative_error, relative_norm
 
 from configs import base
 from sedd_jax import state
-from sedd_jax.convert import from_original, to_original
+from sedd_jax.convert.names import from_original, to_original
 from sedd_jax.diffusion import samplers
 from sedd_jax.diffusion.graphs import Absorbing, lift
 from sedd_jax.diffusion.losses import dwdse_at

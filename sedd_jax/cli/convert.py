@@ -10,8 +10,8 @@ from sedd_jax.cli.arguments import make_parser
 def run(name: str, argv: list[str]) -> None:
     parser = make_parser(
         name,
-        "Checkpoints to and from the original PyTorch code. With --form=workdir, --config.KEY=VALUE "
-        "sets a key of the run's config.",
+        "Checkpoints to and from the original PyTorch code. With --form=workdir, "
+        "--config.KEY=VALUE sets a key of the run's config.",
     )
     add = parser.add_argument
     add("--from", dest="source", type=Path, required=True, help="hub folder, run, .pth or workdir")
@@ -21,8 +21,8 @@ def run(name: str, argv: list[str]) -> None:
     add("--fresh_optimizer", action="store_true", help="begin AdamW's moments and warm-up again")
     add(
         "--tokenizer",
-        help="the model's, where the source does not hold it: gpt2, bert, ..., or tokenizer.json of "
-        "a workdir",
+        help="the model's, where the source does not hold it: gpt2, bert, ..., or tokenizer.json "
+        "of a workdir",
     )
     add("--tokenizer_path", default="", help="its files, as for sedd-prepare")
     options, rest = parser.parse_known_args(argv)
@@ -64,13 +64,13 @@ def _named_tokenizer(name: str | None, path: str):
 
 def _changes(arguments: list[str]) -> dict[str, Any]:
     """{"data.records": "DIR"} of --config.data.records=DIR; numbers and truths as JSON has them."""
-    found = {}
+    changes = {}
     for argument in arguments:
         key, equals, text = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise ValueError(f"unknown argument {argument!r}; sedd-convert --help lists them")
         try:
-            found[key] = json.loads(text)
+            changes[key] = json.loads(text)
         except (ValueError, RecursionError):  # no JSON, or more of it than Python takes
-            found[key] = {"True": True, "False": False}.get(text, text)
-    return found
+            changes[key] = {"True": True, "False": False}.get(text, text)
+    return changes

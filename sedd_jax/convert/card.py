@@ -25,7 +25,7 @@ def model_card(
     parameters: int,
     about: dict[str, Any],
 ) -> str:
-    """README.md with its YAML front matter; name is what sedd_jax.load is to be given.
+    """README.md with its YAML front matter; name is the argument of sedd_jax.load.
 
     about may hold the texts "license", "corpus" and "weights", and "numbers", a list of
     {"name", "value", "how"}, all texts; what is not so is left out, with a warning.
@@ -77,28 +77,28 @@ def model_card(
 
 
 def _checked(about: dict[str, Any]) -> dict[str, Any]:
-    """What of it is as it should be."""
+    """The entries of about that are of their type; a warning for each other."""
 
-    def is_number(row: Any) -> bool:
-        return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _NUMBER)
+    def are_numbers(rows: Any) -> bool:
+        return isinstance(rows, list) and all(
+            isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _NUMBER)
+            for row in rows
+        )
 
-    good = {}
+    checked = {}
     for key in ("license", "corpus", "weights", "numbers"):
-        value = about.get(key)
+        value, kind = about.get(key), "text"
+        is_right = isinstance(value, str)
         if key == "numbers":
-            is_good = isinstance(value, list) and all(map(is_number, value))
-        else:
-            is_good = isinstance(value, str)
-        if is_good:
-            good[key] = value
-        elif value is not None:
-            kind = f"list of objects with the texts {', '.join(_NUMBER)}"
-            log.warning(
-                "about.%s is left out of the card: it is no %s",
-                key,
-                kind if key == "numbers" else "text",
+            is_right, kind = (
+                are_numbers(value),
+                f"list of objects with the texts {', '.join(_NUMBER)}",
             )
-    return good
+        if is_right:
+            checked[key] = value
+        elif value is not None:
+            log.warning("about.%s is left out of the card: it is no %s", key, kind)
+    return checked
 
 
 def _plain(text: Any) -> str:

@@ -159,9 +159,9 @@ def _check_agreement(folder: Path, theirs: tuple, ours: tuple) -> None:
         values = {k: v for k, v in configuration.flatten(config) if k.startswith(_SHAPING)}
         # The original has no field for eps, and none of the sigmas where they mean nothing.
         geometric = config.schedule.name == "geometric"
-        unused = {"schedule.eps"} | (
-            set() if geometric else {"schedule.sigma_min", "schedule.sigma_max"}
-        )
+        unused = {"schedule.eps"}
+        if not geometric:
+            unused |= {"schedule.sigma_min", "schedule.sigma_max"}
         return {"vocab_size": vocab_size} | {k: v for k, v in values.items() if k not in unused}
 
     one, other = shaping(*theirs), shaping(*ours)

@@ -4,7 +4,7 @@ The original keeps a linear layer as [out, in] and its blocks one by one; here a
 [in, out], heads are axes of their own and blocks are stacked along axis 0. The values are the same.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import flax.traverse_util
@@ -45,6 +45,19 @@ _LAST = (
     ("output_layer.adaLN_modulation.weight", "modulation/linear/kernel", "transpose", "2C E"),
     ("output_layer.adaLN_modulation.bias", "modulation/linear/bias", "same", "2C"),
 )
+# layout -> (from the original's array and the number of heads to ours, and back).
+_LAYOUTS = {
+    "same": (lambda a, heads: a, lambda a: a),
+    "transpose": (lambda a, heads: a.T, lambda a: a.T),
+    "qkv": (
+        lambda a, heads: a.T.reshape(a.shape[1], 3, heads, -1),
+        lambda a: a.reshape(a.shape[0], -1).T,
+    ),
+    "out": (
+        lambda a, heads: a.T.reshape(heads, -1, a.shape[0]),
+        lambda a: a.reshape(-1, a.shape[-1]).T,
+    ),
+}
 
 
 class Sizes(NamedTuple):
@@ -94,8 +107,8 @@ def expected_tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 def buffer(sizes: Sizes) -> dict[str, np.ndarray]:
     """The original's one buffer: the inverse frequencies of the rotary embedding, [K / 2]."""
     size = sizes.hidden_size // sizes.heads
-    places = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    return {BUFFER: (np.float32(1.0) / np.float32(ROTARY_BASE) ** places).astype(np.float32)}
+    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    return {BUFFER: (np.float32(1.0) / np.float32(ROTARY_BASE) ** exponents).astype(np.float32)}
 
 
 def buffer_shape(sizes: Sizes) -> dict[str, tuple[int, ...]]:
@@ -129,15 +142,9 @@ def from_original(tensors: Mapping[str, np.ndarray], heads: int) -> dict:
             f"the state lacks {', '.join(missing) or 'blocks.0'}; it must be a SEDD model's, with "
             "the names of the original code"
         )
-    layouts: dict[str, Callable] = {
-        "same": lambda a: a,
-        "transpose": lambda a: a.T,
-        "qkv": lambda a: a.T.reshape(a.shape[1], 3, heads, -1),
-        "out": lambda a: a.T.reshape(heads, -1, a.shape[0]),
-    }
     flat: dict[str, np.ndarray] = {}
     for name, ours, layout, _, block in _rows(count):
-        array = layouts[layout](np.asarray(tensors[name]))
+        array = _LAYOUTS[layout][0](np.asarray(tensors[name]), heads)
         if block is None:
             flat[ours] = np.ascontiguousarray(array)
             continue
@@ -151,13 +158,7 @@ def to_original(params: Mapping) -> dict[str, np.ndarray]:
     """The original's parameters from our tree, in its order, without the buffer; views of ours."""
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     flat = {ours: np.asarray(array) for ours, array in flat.items()}
-    layouts: dict[str, Callable] = {
-        "same": lambda a: a,
-        "transpose": lambda a: a.T,
-        "qkv": lambda a: a.reshape(a.shape[0], -1).T,
-        "out": lambda a: a.reshape(-1, a.shape[-1]).T,
-    }
     return {
-        name: layouts[layout](flat[ours] if block is None else flat[ours][block])
+        name: _LAYOUTS[layout][1](flat[ours] if block is None else flat[ours][block])
         for name, ours, layout, _, block in _rows(len(flat["blocks/norm_1/scale"]))
     }

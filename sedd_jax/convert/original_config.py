@@ -24,52 +24,56 @@ MAX_FILE = 1 << 20  # bytes of a config
 TOKENIZERS = {50257: "gpt2", 27: "text8"}  # by vocab_size
 _SHARED_CORPORA = tuple(name for name in CORPORA if name not in ("pydoc", "text"))
 # How our configs of these corpora hold text out.
-_HELDOUT = {"lm1b": {"heldout_split": "test"}, "openwebtext": {"heldout_fraction": 0.0125}}
+_HELDOUT = {
+    "lm1b": {"data.heldout_split": "test"},
+    "openwebtext": {"data.heldout_fraction": 0.0125},
+}
 
-# The original's field -> (ours, what the original's own config has; None where it must be there).
-# config.KEYS says what ours may hold.
-_FIELDS: dict[str, tuple[str, Any]] = {
-    "graph.type": ("graph.name", None),
-    "noise.type": ("schedule.name", None),
-    "noise.sigma_min": ("schedule.sigma_min", 1e-4),
-    "noise.sigma_max": ("schedule.sigma_max", 20),
-    "model.hidden_size": ("model.hidden_size", None),
-    "model.cond_dim": ("model.cond_dim", None),
-    "model.length": ("data.length", 1024),
-    "model.n_blocks": ("model.blocks", None),
-    "model.n_heads": ("model.heads", None),
-    "model.scale_by_sigma": ("graph.scale_by_sigma", None),
-    "model.dropout": ("model.dropout", 0.1),
-    "optim.lr": ("optimizer.learning_rate", 3e-4),
-    "optim.beta1": ("optimizer.b1", 0.9),
-    "optim.beta2": ("optimizer.b2", 0.999),
-    "optim.eps": ("optimizer.eps", 1e-8),
-    "optim.weight_decay": ("optimizer.weight_decay", 0),
-    "optim.warmup": ("optimizer.warmup_steps", 2500),
-    "optim.grad_clip": ("optimizer.clip_norm", 1.0),
-    "training.batch_size": ("train.batch_size", 512),
-    "training.accum": ("train.microbatches", 1),
+
+class _Field(NamedTuple):
+    """A field of the original; config.KEYS says what ours may hold."""
+
+    ours: str
+    default: Any = None  # what the original's own configs have; None where it must be there
+    words: Mapping[str, str] | None = None  # the original's -> ours
+    # Far above any model's size: names and shapes are listed from them before a file is read.
+    largest: int | None = None
+
+
+_FIELDS = {
+    "graph.type": _Field("graph.name", words={"absorb": "absorbing", "uniform": "uniform"}),
+    "noise.type": _Field(
+        "schedule.name", words={"loglinear": "log_linear", "geometric": "geometric"}
+    ),
+    "noise.sigma_min": _Field("schedule.sigma_min", 1e-4),
+    "noise.sigma_max": _Field("schedule.sigma_max", 20),
+    "model.hidden_size": _Field("model.hidden_size", largest=2**16),
+    "model.cond_dim": _Field("model.cond_dim", largest=2**16),
+    "model.length": _Field("data.length", 1024, largest=2**24),
+    "model.n_blocks": _Field("model.blocks", largest=2**10),
+    "model.n_heads": _Field("model.heads", largest=2**10),
+    "model.scale_by_sigma": _Field("graph.scale_by_sigma"),
+    "model.dropout": _Field("model.dropout", 0.1),
+    "optim.lr": _Field("optimizer.learning_rate", 3e-4),
+    "optim.beta1": _Field("optimizer.b1", 0.9),
+    "optim.beta2": _Field("optimizer.b2", 0.999),
+    "optim.eps": _Field("optimizer.eps", 1e-8),
+    "optim.weight_decay": _Field("optimizer.weight_decay", 0),
+    "optim.warmup": _Field("optimizer.warmup_steps", 2500),
+    "optim.grad_clip": _Field("optimizer.clip_norm", 1.0),
+    "training.batch_size": _Field("train.batch_size", 512),
+    "training.accum": _Field("train.microbatches", 1),
     # The original goes on while step < n_iters + 1: one step more than its name says.
-    "training.n_iters": ("train.steps", 1_300_001),
-    "training.log_freq": ("train.log_every", 50),
-    "training.snapshot_freq_for_preemption": ("checkpoint.every", 10_000),
-    "training.ema": ("optimizer.ema_decay", 0.9999),
-    "sampling.predictor": ("sample.predictor", "euler"),
-    "sampling.steps": ("sample.steps", 128),
-}
-# The original's words for ours.
-_WORDS = {
-    "graph.type": {"absorb": "absorbing", "uniform": "uniform"},
-    "noise.type": {"loglinear": "log_linear", "geometric": "geometric"},
-    "sampling.predictor": {"analytic": "tweedie", "euler": "euler", "none": "none"},
-}
-# Sizes far above any model: names and shapes are listed from them before a file is read.
-_LARGEST = {
-    "model.hidden_size": 2**16,
-    "model.cond_dim": 2**16,
-    "model.length": 2**24,
-    "model.n_blocks": 2**10,
-    "model.n_heads": 2**10,
+    "training.n_iters": _Field("train.steps", 1_300_001),
+    "training.log_freq": _Field("train.log_every", 50),
+    "training.snapshot_freq_for_preemption": _Field("checkpoint.every", 10_000),
+    "training.ema": _Field("optimizer.ema_decay", 0.9999),
+    "sampling.predictor": _Field(
+        "sample.predictor",
+        "euler",
+        words={"analytic": "tweedie", "euler": "euler", "none": "none"},
+    ),
+    "sampling.steps": _Field("sample.steps", 128),
 }
 _KNOWN = {
     "model.type": ("ddit",),
@@ -117,23 +121,21 @@ def from_original_config(theirs: Mapping[str, Any], where: str = "config.json") 
             "original code"
         )
 
-    config, missing = base.get_config(), []
+    config, missing, values = base.get_config(), [], {}
     defaults = dict(configuration.flatten(config))
-    for field, (ours, default) in _FIELDS.items():
-        value = _get(theirs, field)
-        if value is None:
-            value = default
-            missing.append(f"{field} {default}")
-        if value is None:
+    for field, (ours, default, words, largest) in _FIELDS.items():
+        written, rule = _get(theirs, field), configuration.KEYS[ours]
+        if written is None and default is None:
             raise ValueError(f"{field} is missing in {where}; give a config of the original code")
-        value, rule = _to_ours(field, value, defaults[ours]), configuration.KEYS[ours]
-        if field in _WORDS and value is None:
-            raise refuse(field, _get(theirs, field), f"one of {', '.join(_WORDS[field])}")
+        if written is None:
+            written = default
+            missing.append(f"{field} {default}")
+        value = _to_ours(field, written, defaults[ours])
         if not rule.holds(value):
-            raise refuse(field, value, rule.words)
-        if field in _LARGEST and value > _LARGEST[field]:
-            raise refuse(field, value, f"{rule.words}, and at most {_LARGEST[field]}")
-        _put(config, ours, float(value) if isinstance(defaults[ours], float) else value)
+            raise refuse(field, written, f"one of {', '.join(words)}" if words else rule.words)
+        if largest and value > largest:
+            raise refuse(field, written, f"{rule.words}, and at most {largest}")
+        values[ours] = float(value) if isinstance(defaults[ours], float) else value
     tokens = _get(theirs, "tokens")
     if type(tokens) is not int or not 2 <= tokens <= 2**24:
         raise refuse("tokens", tokens, f"a whole number in [2, {2**24}]")
@@ -143,40 +145,38 @@ def from_original_config(theirs: Mapping[str, Any], where: str = "config.json") 
             raise refuse(field, value, f"one of {', '.join(map(str, known))}")
     if not isinstance(_get(theirs, "data.train"), (str, type(None))):
         raise refuse("data.train", _get(theirs, "data.train"), "text")
-    if config.model.hidden_size % config.model.heads:
+    hidden_size, heads = values["model.hidden_size"], values["model.heads"]
+    if hidden_size % heads:
         raise ValueError(
-            f"model.hidden_size {config.model.hidden_size} in {where} is not divisible by "
-            f"model.n_heads {config.model.heads}; give a config of the original code"
+            f"model.hidden_size {hidden_size} in {where} is not divisible by model.n_heads "
+            f"{heads}; give a config of the original code"
         )
-    notices = _complete(config, theirs, tokens, missing)
+    notices = _complete(values, theirs, tokens, missing)
     if missing:
         notices.insert(0, f"{where} lacks these, taken as {', '.join(missing)}")
-    configuration.check(config)
-    return FromOriginal(config, tokens, tuple(notices))
+    return FromOriginal(configuration.with_values(config, values), tokens, tuple(notices))
 
 
 def _complete(
-    config: ConfigDict, theirs: Mapping[str, Any], tokens: int, missing: list[str]
+    values: dict[str, Any], theirs: Mapping[str, Any], tokens: int, missing: list[str]
 ) -> list[str]:
-    """Set what has no field of its own; returns what the user should know."""
+    """Set our keys that have no field of their own; returns what the user should know."""
     notices = []
-    config.model.dtype = "float32"
-    config.schedule.eps = EPS
+    values |= {"model.dtype": "float32", "schedule.eps": EPS}
     corpus = _get(theirs, "data.train")
     if corpus is None:
         corpus = "openwebtext"
         missing.append(f"data.train {corpus}")
     if corpus in _SHARED_CORPORA:
-        config.data.corpus = corpus
-        config.data.update(_HELDOUT.get(corpus, {}))
+        values |= {"data.corpus": corpus, **_HELDOUT.get(corpus, {})}
     else:
-        config.data.corpus = "text"
+        values["data.corpus"] = "text"
         notices.append(
             f"data.train {shown(repr(corpus))} is no corpus known here; config.data.corpus is text"
         )
     if tokens in TOKENIZERS:
-        config.data.tokenizer = TOKENIZERS[tokens]
-    if _get(theirs, "optim.optimizer") == "Adam" and config.optimizer.weight_decay:
+        values["data.tokenizer"] = TOKENIZERS[tokens]
+    if _get(theirs, "optim.optimizer") == "Adam" and values["optimizer.weight_decay"]:
         notices.append("Adam with weight decay is trained on as AdamW, whose decay is decoupled")
     if _get(theirs, "sampling.noise_removal") is False:
         notices.append("sampling.noise_removal false is not kept: samples end with the denoiser")
@@ -191,7 +191,7 @@ def to_original_config(
     original is the dict that the model came with, if it did: its fields stay as they are unless
     our config says something else. `cannot_say` lists what the original has no words for.
     """
-    theirs = copy.deepcopy(dict(original or {}))
+    theirs, values = copy.deepcopy(dict(original or {})), dict(configuration.flatten(config))
     corpus, sizes = config.data.corpus, (config.model.hidden_size, config.model.blocks)
     fallback = {
         **_THEIRS_ALONE,
@@ -203,11 +203,15 @@ def to_original_config(
     for field, value in fallback.items():
         if _get(theirs, field) is None:
             _put(theirs, field, value)
-    for field, (ours, _) in _FIELDS.items():
-        value, there = _get(config, ours), _get(theirs, field)
+    for field, (ours, _, words, _) in _FIELDS.items():
+        value, there = values[ours], _get(theirs, field)
         # 20 means 20.0, and 1e-4 without a point is text to YAML 1.1.
         if there is None or _to_ours(field, there, value) != value:
-            _put(theirs, field, _to_theirs(field, value))
+            if words:
+                value = next(word for word in words if words[word] == value)
+            elif field == "optim.grad_clip" and value == NO_CLIP:
+                value = -1.0
+            _put(theirs, field, value)
     theirs["tokens"] = vocab_size
     if corpus in _SHARED_CORPORA:
         _put(theirs, "data.train", corpus)
@@ -228,8 +232,8 @@ def cannot_say(config: ConfigDict) -> list[str]:
 
 def _to_ours(field: str, value: Any, ours: Any) -> Any:
     """What the original's value means here; ours, any value of our field, tells the type."""
-    if field in _WORDS:
-        return _WORDS[field].get(value) if isinstance(value, str) else None
+    if words := _FIELDS[field].words:
+        return words.get(value) if isinstance(value, str) else None
     if isinstance(value, str) and len(value) < 40 and isinstance(ours, float):
         try:  # YAML 1.1 reads 1e-4 as text; the original's reader takes it for a number
             value = float(value)
@@ -239,25 +243,19 @@ def _to_ours(field: str, value: Any, ours: Any) -> Any:
     return NO_CLIP if field == "optim.grad_clip" and is_negative else value
 
 
-def _to_theirs(field: str, value: Any) -> Any:
-    if field in _WORDS:
-        return next(word for word, ours in _WORDS[field].items() if ours == value)
-    return -1.0 if field == "optim.grad_clip" and value == NO_CLIP else value
-
-
 def _get(tree: Any, path: str) -> Any:
     """The value at "model.length"; None where it, or its section, is missing."""
     for key in path.split("."):
-        if not isinstance(tree, (Mapping, ConfigDict)) or key not in tree:
+        if not isinstance(tree, Mapping) or key not in tree:
             return None
         tree = tree[key]
     return tree
 
 
-def _put(tree: Any, path: str, value: Any) -> None:
+def _put(tree: dict, path: str, value: Any) -> None:
     *sections, last = path.split(".")
     for key in sections:
-        if not isinstance(_get(tree, key), (dict, ConfigDict)):
+        if not isinstance(tree.get(key), dict):
             tree[key] = {}
         tree = tree[key]
     tree[last] = value

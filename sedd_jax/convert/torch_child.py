@@ -1,7 +1,7 @@
 """The child process that reads and writes torch's files; the only module that imports torch.
 
-One JSON object from stdin is the request, the last line of stdout the answer; numbers travel in a
-safetensors file in a folder private to both processes:
+Run as a script, it imports nothing of the package. One JSON object from stdin is the request, the
+last line of stdout the answer; numbers travel in a safetensors file in a folder private to both:
 
     {"work": "read", "file": FILE, "tensors": FILE, "parts": [...]} -> {"facts": {...}}
     {"work": "write", "file": FILE, "tensors": FILE, "facts": {...}} -> {"facts": {}}
@@ -16,7 +16,6 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 TORCH = (2, 10)  # weights_only could be got round before: CVE-2025-32434, CVE-2026-24747
@@ -34,18 +33,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_torch() -> None:
-    remedy = "run pip install 'sedd_jax[torch]'"
+    install = "run pip install 'sedd_jax[torch]'"
     try:
-        import torch
+        from torch import __version__ as version
     except ImportError as error:
+        fault = f".pth and .bin files need torch, which is not installed; {install}"
+        raise ValueError(fault) from error
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < TORCH:
         raise ValueError(
-            f".pth and .bin files need torch, which is not installed; {remedy}"
-        ) from error
-    version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < TORCH:
-        raise ValueError(
-            f"torch {torch.__version__} is too old to read files safely, at least "
-            f"{'.'.join(map(str, TORCH))} is needed; {remedy}"
+            f"torch {version} is too old to read files safely, at least "
+            f"{'.'.join(map(str, TORCH))} is needed; {install}"
         )
 
 
@@ -76,7 +73,7 @@ def _load(file: str) -> Any:
 
 def _read(file: str, tensors: str, parts: list[str]) -> dict[str, Any]:
     """Write the file's parts to `tensors`, as float32; returns the facts beside them."""
-    from sedd_jax.convert.weights import write_tensors
+    from safetensors.numpy import save_file
 
     state = _load(file)
     kind = type(state).__name__
@@ -89,18 +86,8 @@ def _read(file: str, tensors: str, parts: list[str]) -> dict[str, Any]:
     # Many names, or strides of 0, over one small piece of the file.
     if sum(t.numel() * t.element_size() for t in arrays.values()) > os.path.getsize(file):
         raise ValueError(f"the tensors of {file!r} are larger than it is; {_REMEDY}")
-    write_tensors(Path(tensors), {name: _Lazy(tensor) for name, tensor in arrays.items()})
+    save_file({n: t.detach().float().contiguous().numpy() for n, t in arrays.items()}, tensors)
     return facts
-
-
-class _Lazy:
-    """A tensor that becomes an array when it is written: one at a time is widened to float32."""
-
-    def __init__(self, tensor):
-        self.tensor, self.shape = tensor, tuple(tensor.shape)
-
-    def __array__(self, dtype=None, copy=None):
-        return self.tensor.detach().float().contiguous().numpy()
 
 
 def _check_tensor(name: str, tensor: Any) -> None:
@@ -108,8 +95,7 @@ def _check_tensor(name: str, tensor: Any) -> None:
 
     shown = name[:60] if name.isprintable() else repr(name)[:60]
     if not isinstance(tensor, torch.Tensor):
-        kind = type(tensor).__name__
-        raise ValueError(f"{shown} is a {kind}, not a tensor; {_REMEDY}")  # noqa: TRY004
+        raise ValueError(f"{shown} is a {type(tensor).__name__}, not a tensor; {_REMEDY}")  # noqa: TRY004
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"{shown} is {tensor.dtype}; known: float32, float16, bfloat16")
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -164,15 +150,9 @@ def _moments(optimizer: dict) -> dict[int, dict]:
 def _write(file: str, tensors: str, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the tensors and facts as the original's save_checkpoint would."""
     import torch
+    from safetensors.numpy import load_file
 
-    from sedd_jax.convert.weights import open_tensors
-
-    shapes = {name: tuple(shape) for name, shape in facts["shapes"].items()}
-    stored = open_tensors(Path(tensors), shapes)
-
-    def tensor(name: str):
-        return torch.from_numpy(stored[name])
-
+    stored = {name: torch.from_numpy(array) for name, array in load_file(tensors).items()}
     order, count = range(facts["averages"]), facts["count"]
     # One parameter more than the model has: that of the original's noise, which never moves.
     parameters = [torch.zeros(()) for _ in range(len(order) + 1)]
@@ -182,18 +162,18 @@ def _write(file: str, tensors: str, facts: dict[str, Any]) -> dict[str, Any]:
         optimizer["state"] = {
             i: {
                 "step": torch.tensor(float(count)),
-                "exp_avg": tensor(f"exp_avg/{i}"),
-                "exp_avg_sq": tensor(f"exp_avg_sq/{i}"),
+                "exp_avg": stored[f"exp_avg/{i}"],
+                "exp_avg_sq": stored[f"exp_avg_sq/{i}"],
             }
             for i in order
         }
     state = {
         "optimizer": optimizer,
-        "model": OrderedDict((name, tensor(f"model/{name}")) for name in facts["model"]),
+        "model": OrderedDict((name, stored[f"model/{name}"]) for name in facts["model"]),
         "ema": {
             "decay": facts["ema_decay"],
             "num_updates": facts["ema_updates"],
-            "shadow_params": [tensor(f"ema/{i}") for i in order],
+            "shadow_params": [stored[f"ema/{i}"] for i in order],
         },
         "step": facts["step"],
     }

@@ -26,17 +26,11 @@ MAX_RECORDS = 100_000
 SECONDS = 3600.0
 PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
 TENSORS = "tensors.safetensors"
+CHILD = Path(__file__).with_name("torch_child.py")
 # What the child may know of this process: where its libraries are, and no secrets.
-_ENVIRONMENT = [
-    "PATH",
-    "LD_LIBRARY_PATH",
-    "HOME",
-    "TMPDIR",
-    "LANG",
-    "VIRTUAL_ENV",
-    "PYTHONPATH",
-    "SYSTEMROOT",
-]
+_ENVIRONMENT = (
+    "PATH", "LD_LIBRARY_PATH", "HOME", "TMPDIR", "LANG", "VIRTUAL_ENV", "PYTHONPATH", "SYSTEMROOT",
+)  # fmt: skip
 
 
 class TorchFile(NamedTuple):
@@ -48,12 +42,12 @@ class TorchFile(NamedTuple):
 
     def part(self, name: str) -> Tensors:
         """The tensors of one of PARTS by the original's names."""
-        if name == "model":
+        if name != "model":
+            stored = {parameter: f"{name}/{i}" for i, parameter in enumerate(self.order)}
+        else:
             stored = {
                 key.removeprefix("model/"): key for key in self.tensors if key[:6] == "model/"
             }
-        else:
-            stored = {parameter: f"{name}/{i}" for i, parameter in enumerate(self.order)}
         return self.tensors.renamed(stored)
 
 
@@ -88,12 +82,12 @@ def read(
                     f"{str(file)!r} has {what} of {facts[what]} parameters, its config gives "
                     f"{len(expected)}; both must be of one run"
                 )
-        shapes, extra = {}, {}
-        for part in parts:
-            for i, (name, shape) in enumerate(expected.items()):
-                shapes[f"{part}/{name if part == 'model' else i}"] = shape
-        if "model" in parts:
-            extra = {f"model/{name}": shape for name, shape in (optional or {}).items()}
+        shapes = {
+            f"{part}/{name if part == 'model' else i}": shape
+            for part in parts
+            for i, (name, shape) in enumerate(expected.items())
+        }
+        extra = {f"model/{name}": shape for name, shape in (optional or {}).items()}
         yield TorchFile(open_tensors(tensors, shapes, optional=extra), facts, tuple(expected))
 
 
@@ -107,8 +101,7 @@ def write(file: Path, model: Mapping[str, np.ndarray], parts: Mapping, facts: di
     tensors = {f"model/{name}": array for name, array in model.items()}
     for part, arrays in parts.items():
         tensors |= {f"{part}/{i}": array for i, array in enumerate(arrays.values())}
-    shapes = {name: array.shape for name, array in tensors.items()}
-    facts = {**facts, "averages": len(parts["ema"]), "model": list(model), "shapes": shapes}
+    facts = {**facts, "averages": len(parts["ema"]), "model": list(model)}
     # Beside the target, whose disk must hold a file of this size anyway.
     with tempfile.TemporaryDirectory(prefix=".sedd_jax.", dir=file.parent) as folder:
         stored, written = Path(folder) / TENSORS, Path(folder) / file.name
@@ -151,17 +144,13 @@ def _check_archive(file: Path, max_bytes: int) -> None:
 
 def _run(seconds: float, *, work: str, file: Path, **request: Any) -> dict[str, Any]:
     """The child's facts; ValueError with its error, or that it ended without an answer."""
-    package = str(Path(__file__).resolve().parents[2])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
     request |= {"work": work, "file": os.path.abspath(file)}
     try:
-        # -P: no module is taken from the current folder, which may be where the file came with.
+        # -P: no module is taken from the script's folder, whose names.py is none of torch's.
         ended = subprocess.run(
-            [sys.executable, "-P", "-m", "sedd_jax.convert.torch_child"],
+            [sys.executable, "-P", str(CHILD)],
             input=json.dumps(request, default=str),
-            env=environment,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
             capture_output=True,
             text=True,
             errors="replace",

@@ -2,25 +2,22 @@
 
 The safetensors library reads them and checks that the header fits the file. It would hand over
 tensors of whatever names and shapes, so these are compared before a byte of a tensor is read.
-Imports no jax: the child process that reads torch's files uses it.
 """
 
 import hashlib
-import json
-import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
 import numpy as np
 import safetensors
+from safetensors.numpy import save_file
 
-from sedd_jax.files import load_json, replacing, shown
+from sedd_jax.files import load_json, shown
 
 DIGEST = "sedd_jax.sha256"  # in the metadata of our own files
 DTYPES = ("F32", "F16", "BF16")
-_PIECE = 1 << 20  # values that are checked at once
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -46,12 +43,10 @@ class Tensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         with safetensors.safe_open(self.file, "numpy") as opened:
             array = opened.get_tensor(self.stored[name]).astype(np.float32, copy=False)
-        flat = array.reshape(-1)
-        for start in range(0, flat.size, _PIECE):
-            if not np.isfinite(flat[start : start + _PIECE]).all():
-                raise ValueError(
-                    f"{name} in {str(self.file)!r} holds values that are not finite; get it again"
-                )
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"{name} in {str(self.file)!r} holds values that are not finite; get it again"
+            )
         return array
 
     def renamed(self, names: Mapping[str, str]) -> "Tensors":
@@ -85,7 +80,14 @@ def open_tensors(file: Path, expected: Shapes, *, optional: Shapes | None = None
                         f"{name} in {where} is stored as {tensor.get_dtype()}; known: "
                         f"{', '.join(DTYPES)}"
                     )
-            _check_digest(opened, where)
+            # The file's own order: by name, as all of ours are float32.
+            arrays = ((name, opened.get_tensor(name)) for name in names)
+            written = (opened.metadata() or {}).get(DIGEST)
+            if written is not None and (actual := _digest(arrays)) != written:
+                raise ValueError(
+                    f"{where} has sha256 {actual}, its header says {shown(written, 70)}: it was "
+                    "damaged after it was written; get it again"
+                )
     except OSError as error:
         raise ValueError(f"cannot read {where}: {error.strerror or error}; get it again") from error
     except safetensors.SafetensorError as error:
@@ -132,46 +134,25 @@ def compare(actual: Shapes, expected: Shapes, optional: Shapes, where: str) -> N
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write float32 tensors by name, with the sha256 that `open_tensors` checks.
 
-    They are taken one by one, in the order of their names: the library's writer needs all of them
-    contiguous in memory at once, a second copy of a model whose layers are transposed views, and
-    the sha256 before the first. The file appears whole or not at all.
+    Transposed views are copied, so that memory holds the weights twice. The file is on disk when
+    this returns; the caller writes it into a temporary folder, so that it appears whole.
     """
-    file, order = Path(file), sorted(tensors)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", DIGEST: "0" * 64}}
-    end = 0
-    for name in order:
-        shape = tuple(tensors[name].shape)
-        begin, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    arrays = {name: np.asarray(tensors[name], np.float32, order="C") for name in sorted(tensors)}
+    file.touch()
+    mode = file.stat().st_mode  # the library's writer leaves a file that only its owner may read
+    try:
+        save_file(arrays, file, {"format": "pt", DIGEST: _digest(arrays.items())})
+    except safetensors.SafetensorError as error:  # such as a full disk
+        raise OSError(f"cannot write {str(file)!r}: {error}") from error
+    with open(file, "rb+") as written:
+        os.fsync(written.fileno())
+    file.chmod(mode)
+
+
+def _digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """The sha256 of float32 tensors: of each its name and shape on a line, then its bytes."""
     digest = hashlib.sha256()
-    with replacing(file) as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            array = np.ascontiguousarray(tensors[name], "<f4")
-            _add(digest, name, array.reshape(tensors[name].shape))
-            out.write(array.data)
-        out.seek(8 + text.index(b"0" * 64))
-        out.write(digest.hexdigest().encode())
-
-
-def _add(digest: Any, name: str, array: np.ndarray) -> None:
-    """Add a float32 tensor to the sha256: its name and shape on a line, then its bytes."""
-    digest.update(f"{name} F32 {list(array.shape)}\n".encode())
-    digest.update(array.data)
-
-
-def _check_digest(opened: Any, where: str) -> None:
-    """ValueError if a file of ours is not as it was written; reads it once."""
-    expected = (opened.metadata() or {}).get(DIGEST)
-    if expected is None:
-        return
-    digest = hashlib.sha256()
-    for name in opened.offset_keys():
-        _add(digest, name, opened.get_tensor(name))
-    if digest.hexdigest() != expected:
-        raise ValueError(
-            f"{where} has sha256 {digest.hexdigest()}, its header says {shown(expected, 70)}: it "
-            "was damaged after it was written; get it again"
-        )
+    for name, array in tensors:
+        digest.update(f"{name} F32 {list(array.shape)}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()

@@ -7,38 +7,31 @@ checkpoints/. What moves: parameters, their moving average, AdamW's moments and 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import yaml
-from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax import experiment
 from sedd_jax.convert import names, original_config, torch_files
-from sedd_jax.convert.folder import check_tokenizer
+from sedd_jax.convert.folder import Pretrained, check_tokenizer
+from sedd_jax.convert.original_config import FromOriginal
 from sedd_jax.data import Tokenizer
 from sedd_jax.files import appearing, check_new
 from sedd_jax.runs import workdir
 
 YAML = Path(".hydra/config.yaml")
 NEWEST = Path("checkpoints-meta/checkpoint.pth")
-_MOST_STEPS = 2**31 - 1  # our counters are int32
+_MAX_COUNT = 2**31 - 1  # our counters are int32
 
 
-class OriginalRun(NamedTuple):
-    """What a run of the original is, without its weights."""
+def _open(source: Path) -> tuple[Path, dict, FromOriginal]:
+    """(checkpoint, the original's config, ours) of a run's folder or one of its .pth files.
 
-    checkpoint: Path
-    config: ConfigDict
-    vocab_size: int
-    theirs: dict
-    notices: tuple[str, ...]
-
-
-def open_original_run(source: Path) -> OriginalRun:
-    """A run's folder, or one of its .pth files; ValueError if files are missing."""
+    ValueError if files are missing.
+    """
     source = Path(source)
     folder = source.absolute().parents[1] if source.is_file() else source
     checkpoint = source if source.is_file() else source / NEWEST
@@ -49,31 +42,34 @@ def open_original_run(source: Path) -> OriginalRun:
                 "in its checkpoints or checkpoints-meta"
             )
     theirs = original_config.read_config(folder / YAML)
-    config, vocab_size, notices = original_config.from_original_config(theirs, str(folder / YAML))
-    return OriginalRun(checkpoint, config, vocab_size, theirs, notices)
+    return checkpoint, theirs, original_config.from_original_config(theirs, str(folder / YAML))
 
 
-def read_original_weights(run: OriginalRun, weights: str) -> tuple[int, dict]:
-    """(step, parameters) of a run's checkpoint: its moving average "ema", or "raw"."""
-    sizes = names.sizes_of(run.config, run.vocab_size)
-    part = {"ema": "ema", "raw": "model"}[weights]
-    with _read(run, sizes, (part,)) as read:
-        return _count(read.facts, "step"), names.from_original(read.part(part), sizes.heads)
-
-
-def _read(run: OriginalRun, sizes: names.Sizes, parts: Sequence[str]):
+def _read(checkpoint: Path, sizes: names.Sizes, parts: Sequence[str]):
     expected, optional = names.expected_tensors(sizes), names.buffer_shape(sizes)
-    return torch_files.read(run.checkpoint, expected, optional=optional, parts=parts)
+    return torch_files.read(checkpoint, expected, optional=optional, parts=parts)
 
 
 def _count(facts: Mapping[str, Any], name: str) -> int:
     value = facts.get(name)
-    if type(value) is not int or not 0 <= value <= _MOST_STEPS:
+    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
         raise ValueError(
-            f"{name} {value!r} of the checkpoint is not in [0, {_MOST_STEPS}]; give a checkpoint "
+            f"{name} {value!r} of the checkpoint is not in [0, {_MAX_COUNT}]; give a checkpoint "
             "of the original code"
         )
     return value
+
+
+def read_run(source: Path, weights: str) -> Pretrained:
+    """The model of a run: the moving average "ema" of its checkpoint, or the "raw" parameters."""
+    checkpoint, theirs, (config, vocab_size, notices) = _open(source)
+    sizes = names.sizes_of(config, vocab_size)
+    part = {"ema": "ema", "raw": "model"}[weights]
+    with _read(checkpoint, sizes, (part,)) as read:
+        step = _count(read.facts, "step")
+        params = names.from_original(read.part(part), sizes.heads)
+    about = {"weights": weights}
+    return Pretrained(config, vocab_size, params, None, step, notices, about, theirs)
 
 
 def import_run(
@@ -87,32 +83,32 @@ def import_run(
     """Write target, a new workdir from which sedd-train goes on where the original stopped.
 
     source is the original's run folder or one of its .pth files. With optimizer, AdamW's moments
-    and the warm-up go on too; without, both begin again. changes are keys of our
-    config to set, such as {"data.records": DIR, "model.dtype": "bfloat16"}. Returns notices;
-    ValueError for whatever is missing or wrong.
+    and the warm-up go on too; without, both begin again. changes are keys of our config to set,
+    such as {"data.records": DIR, "model.dtype": "bfloat16"}. Returns notices; ValueError for
+    whatever is missing or wrong.
     """
     check_new(Path(target))
-    run = open_original_run(source)
-    notices = list(run.notices)
-    config = run.config
-    config.data.tokenizer = tokenizer.name
-    config = configuration.with_values(config, changes or {})
-    check_tokenizer(tokenizer, run.vocab_size, source)
-    sizes = names.sizes_of(config, run.vocab_size)
+    checkpoint, theirs, (config, vocab_size, notices) = _open(source)
+    notices = list(notices)
+    config = configuration.with_values(
+        config, {"data.tokenizer": tokenizer.name, **(changes or {})}
+    )
+    check_tokenizer(tokenizer, vocab_size, source)
+    sizes = names.sizes_of(config, vocab_size)
 
     parts = torch_files.PARTS if optimizer else ("model", "ema")
-    with _read(run, sizes, parts) as read:
+    with _read(checkpoint, sizes, parts) as read:
         facts = read.facts
         if not facts:
             raise ValueError(
-                f"{str(run.checkpoint)!r} holds parameters only; give a checkpoint of the original"
+                f"{str(checkpoint)!r} holds parameters only; give a checkpoint of the original"
             )
         step = _count(facts, "step")
 
         def tree(part: str) -> dict:
             return names.from_original(read.part(part), sizes.heads)
 
-        names.check_buffer(read.part("model"), sizes, repr(str(run.checkpoint)))
+        names.check_buffer(read.part("model"), sizes, repr(str(checkpoint)))
         moments = None
         if facts["moments"]:
             moments = experiment.Moments(
@@ -122,7 +118,7 @@ def import_run(
             notices.append("AdamW's moments and the warm-up of the learning rate begin again")
         train_state = experiment.imported_state(
             config,
-            run.vocab_size,
+            vocab_size,
             params=tree("model"),
             ema=tree("ema"),
             step=step,
@@ -136,7 +132,7 @@ def import_run(
             f"{config.optimizer.ema_decay}, which is used"
         )
     workdir.write_workdir(
-        target, config=config, tokenizer=tokenizer, train_state=train_state, original=run.theirs
+        target, config=config, tokenizer=tokenizer, train_state=train_state, original=theirs
     )
     return notices
 
@@ -157,9 +153,8 @@ def export_run(source: Path, out: Path) -> int:
         )
     train_state = workdir.read_state(ours)
     theirs = original_config.to_original_config(config, vocab_size, ours.original)
-    # `train.py +load_dir=OUT` asks for these two, which the original's own runs lack.
+    # `train.py +load_dir=OUT` asks for this one, which the original's own runs lack.
     theirs = {**theirs, "work_dir": str(out.absolute())}
-    sizes = names.sizes_of(config, vocab_size)
     moments = experiment.moments(train_state.opt_state)
     o, step = config.optimizer, int(train_state.step)
     facts = {
@@ -176,35 +171,25 @@ def export_run(source: Path, out: Path) -> int:
     }
     parts = {"ema": names.to_original(train_state.ema)}
     if moments.count:
-        parts |= {
-            "exp_avg": names.to_original(_float32(moments.mu)),
-            "exp_avg_sq": names.to_original(moments.nu),
-        }
+        # First moments may be bfloat16 here; the original's are not.
+        mu = jax.tree.map(lambda a: np.asarray(a, np.float32), moments.mu)
+        parts |= {"exp_avg": names.to_original(mu), "exp_avg_sq": names.to_original(moments.nu)}
     with appearing(out) as part:
         for file in (YAML, NEWEST):
             (part / file).parent.mkdir()
-        (part / YAML).write_text(_yaml(theirs), encoding="utf-8")
+        # Through JSON: nothing but plain values, and no aliases.
+        text = yaml.safe_dump(json.loads(json.dumps(theirs)), sort_keys=False)
+        (part / YAML).write_text(text, encoding="utf-8")
         (part / YAML).with_name("hydra.yaml").write_text("hydra: {}\n", encoding="utf-8")
-        model = _state_dict(names.to_original(train_state.params), sizes)
+        model = names.to_original(train_state.params)
+        model = _with_buffer(model, names.buffer(names.sizes_of(config, vocab_size)))
         torch_files.write(part / NEWEST, model, parts, facts)
     return step
 
 
-def _float32(tree: Any) -> Any:
-    """First moments may be kept in bfloat16; the original's are not."""
-    return jax.tree.map(lambda a: np.asarray(a, np.float32), tree)
-
-
-def _yaml(config: dict) -> str:
-    # Through JSON: nothing but plain values, and no aliases.
-    return yaml.safe_dump(json.loads(json.dumps(config)), sort_keys=False)
-
-
-def _state_dict(tensors: dict, sizes: names.Sizes) -> dict:
-    """With the buffer, where the original's state dict has it: after the noise level's layers."""
-    ordered = {}
-    for name, array in tensors.items():
-        if name.startswith("blocks.") and names.BUFFER not in ordered:
-            ordered |= names.buffer(sizes)
-        ordered[name] = array
-    return ordered
+def _with_buffer(tensors: dict, buffer: dict) -> dict:
+    """The state dict in the original's order: its buffer stands before the blocks."""
+    before = {
+        name: a for name, a in tensors.items() if name.startswith(("vocab_embed", "sigma_map"))
+    }
+    return before | buffer | tensors
