@@ -1,8 +1,9 @@
 """The diffusion transformer of the paper, parameter for parameter as the original.
 
-Tokens and total noise go in, the last hidden state and the output matrix come out; the graph
-says what the output means. Small has 169,627,218 parameters at GPT-2's vocabulary with MASK. Parameters are float32. `dtype` is the dtype of the matmuls; the residual stream, layer norms
-and the modulation stay in float32.
+Tokens and total noise go in, the last hidden state and the output matrix come out; the graph says
+what the output means. Small has 169,627,218 parameters at GPT-2's vocabulary with MASK. Parameters
+are float32. `dtype` is the dtype of the matmuls; the residual stream, layer norms and the
+modulation stay in float32.
 """
 
 import functools
