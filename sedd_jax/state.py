@@ -23,7 +23,7 @@ LossFn = Callable[[Any, jax.Array, Any], Loss]
 class TrainState:
     """Everything that training carries from step to step."""
 
-    step: jax.Array  # int32: steps taken, skipped ones included; the place in the data
+    step: jax.Array  # int32: steps taken, skipped ones included; the position in the data
     params: Any  # float32
     opt_state: Any
     ema: Any  # float32, the tree of params

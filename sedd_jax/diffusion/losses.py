@@ -80,7 +80,7 @@ def dwdse_at(
     *,
     is_token: jax.Array | None = None,
 ) -> Loss:
-    """The same at given times [B, 1] and noised tokens [B, L]."""
+    """dwdse at the times t [B, 1] and the noised tokens xt [B, L]."""
     sigma = schedule.sigma(t)
     entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
     counted = True if is_token is None else is_token

@@ -1,4 +1,4 @@
-"""Attention over all positions, or over those up to one's own. Imports jax only."""
+"""Attention, bidirectional or causal. Imports jax only."""
 
 import functools
 
@@ -10,12 +10,12 @@ from sedd_jax.kernels import ATTENTION, choose, for_platform
 from sedd_jax.kernels.cpu import as_bits, from_bits, transposed
 from sedd_jax.kernels.matmul import einsum
 
-# Products of queries and keys that exist at a time: what stays in a CPU core's cache, 1 MiB, and
-# what is little of an accelerator's memory, 512 MiB. One head's of one row at least.
+# Attention scores computed at a time: what fits a CPU core's cache, 1 MiB, and a small part of an
+# accelerator's memory, 512 MiB. At least those of one head of one row.
 TILES = {"cpu": 2**18, "gpu": 2**27, "tpu": 2**27}
 UNSEEN = -1e30  # finite, so that a row without a key stays finite
 CHECKPOINT_NAME = "attention"  # of what attention's gradient needs
-SPLASH_BLOCK = 512  # positions of a block of the TPU's kernel, at most
+SPLASH_BLOCK = 512  # the largest block of the TPU's kernel, in positions
 
 
 def attention(
@@ -30,15 +30,15 @@ def attention(
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v over all positions; every array is [B, L, H, K].
 
-    is_causal leaves out the positions after the query's, lengths, int32 [B], those from a row's
-    length on (a number and not a mask: cuDNN's kernel takes no mask of padding); what is found at
-    these themselves means nothing. The softmax is taken in float32 whatever the dtype of q.
+    is_causal masks the keys after the query, lengths, int32 [B], those from a row's length on (a
+    number and not a mask: cuDNN's kernel takes no padding mask); the results at these positions
+    are arbitrary. The softmax is taken in float32 whatever the dtype of q.
 
-    implementation is cudnn (a GPU's flash attention), splash (a TPU's) or xla, a tile of heads after
-    the other; none keeps an [L, L] array for its gradient. By default the platform's if it takes
-    these arrays, and xla otherwise. platform is that of the devices, by default jax's own. On
-    several devices each runs it for its own rows and heads. ValueError if the named one does not
-    take the arrays.
+    implementation is cudnn (a GPU's flash attention), splash (a TPU's) or xla, which loops over
+    tiles of heads; none saves an [L, L] array for the backward pass. None or auto: the platform's
+    default if it takes these arrays, else xla. platform is the devices', jax.default_backend() by
+    default. It works on whole arrays: over several devices, shard_map it over rows and heads.
+    ValueError if the named one does not take the arrays.
     """
     platform = platform or jax.default_backend()
     name = choose(ATTENTION, implementation, platform)
@@ -55,8 +55,8 @@ def attention(
 
 def _xla(q, k, v, is_causal, lengths, platform):
     batch, length, heads, _ = q.shape
-    most = max(1, for_platform(TILES, platform) // length**2)
-    tile = next(n for n in range(min(most, batch * heads), 0, -1) if batch * heads % n == 0)
+    limit = max(1, for_platform(TILES, platform) // length**2)
+    tile = next(n for n in range(min(limit, batch * heads), 0, -1) if batch * heads % n == 0)
     if lengths is not None:
         lengths = jnp.repeat(lengths, heads)
     return _softmax(is_causal, tile, platform, q, k, v, lengths)
@@ -68,16 +68,16 @@ def _softmax(is_causal, tile, platform, q, k, v, lengths):
 
 
 def _softmax_forward(is_causal, tile, platform, q, k, v, lengths):
-    """What autodiff would keep, the weights [N, L, L] of each layer, is made again."""
+    """Does not save the weights [N, L, L], as autodiff would: the backward pass recomputes them."""
 
     def of_tile(q, k, v, lengths):
-        products = einsum("nlk,nmk->nlm", q, k)
+        scores = einsum("nlk,nmk->nlm", q, k)
         seen = _seen(q.shape[1], is_causal, lengths)
         if seen is not None:
-            products = jnp.where(seen, products, UNSEEN)
+            scores = jnp.where(seen, scores, UNSEEN)
         scale = q.shape[-1] ** -0.5
-        top = products.max(axis=-1, keepdims=True)
-        weights = jnp.exp(scale * (products - top))
+        top = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scale * (scores - top))
         total = weights.sum(axis=-1, keepdims=True)
         out = einsum("nlm,nmk->nlk", weights.astype(v.dtype), v) / total
         return out.astype(v.dtype), (scale * top + jnp.log(total))[..., 0]
@@ -90,27 +90,27 @@ def _softmax_forward(is_causal, tile, platform, q, k, v, lengths):
     return from_bits(out), (q, k, v, lengths, out, log_total)
 
 
-def _softmax_backward(is_causal, tile, platform, kept, slope):
-    def of_tile(q, k, v, lengths, log_total, mean, slope):
-        # Keys come first: a CPU's products are fast where the last axis of the left is summed over.
+def _softmax_backward(is_causal, tile, platform, saved, d_out):
+    def of_tile(q, k, v, lengths, log_total, mean, d_out):
+        # Keys first: a CPU's matmuls are fast where they sum over the last axis of the left side.
         scale = q.shape[-1] ** -0.5
         weights = jnp.exp(scale * einsum("nmk,nlk->nml", k, q) - log_total[:, None])
         seen = _seen(q.shape[1], is_causal, lengths)
         if seen is not None:
             weights = jnp.where(seen.swapaxes(1, 2), weights, 0.0)
-        d_products = weights * (einsum("nmk,nlk->nml", v, slope) - mean[:, None])
-        d_products = d_products.astype(q.dtype)
-        d_q = scale * transposed(einsum("nkm,nml->nkl", transposed(k), d_products))
-        d_k = scale * einsum("nml,nlk->nmk", d_products, q)
-        d_v = einsum("nml,nlk->nmk", weights.astype(v.dtype), slope)
+        d_scores = weights * (einsum("nmk,nlk->nml", v, d_out) - mean[:, None])
+        d_scores = d_scores.astype(q.dtype)
+        d_q = scale * transposed(einsum("nkm,nml->nkl", transposed(k), d_scores))
+        d_k = scale * einsum("nml,nlk->nmk", d_scores, q)
+        d_v = einsum("nml,nlk->nmk", weights.astype(v.dtype), d_out)
         return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
-    q, k, v, lengths, out, log_total = kept
-    mean = (from_bits(out).astype(jnp.float32) * slope.astype(jnp.float32)).sum(axis=-1)
+    q, k, v, lengths, out, log_total = saved
+    mean = (from_bits(out).astype(jnp.float32) * d_out.astype(jnp.float32)).sum(axis=-1)
     mean = _by_head(mean[..., None])[..., 0]
-    slope = _by_head(as_bits(slope, platform))
-    found = _over_tiles(of_tile, tile, platform, (q, k, v, lengths, log_total, mean, slope))
-    return *(from_bits(_by_row(a, out.shape)) for a in found), None
+    d_out = _by_head(as_bits(d_out, platform))
+    gradients = _over_tiles(of_tile, tile, platform, (q, k, v, lengths, log_total, mean, d_out))
+    return *(from_bits(_by_row(a, out.shape)) for a in gradients), None
 
 
 _softmax.defvjp(_softmax_forward, _softmax_backward)
@@ -128,31 +128,30 @@ def _by_row(a, shape):
 
 
 def _seen(length, is_causal, lengths):
-    """Whether a query sees a key, bool [N or 1, L, L]; None: every one does."""
-    place = jnp.arange(length)
+    """Whether a query sees a key, bool [N or 1, L, L]; None: every query sees every key."""
+    position = jnp.arange(length)
     seen = None
     if lengths is not None:
-        seen = jnp.broadcast_to(
-            (place < lengths[:, None])[:, None], (*lengths.shape, length, length)
-        )
+        is_token = position < lengths[:, None]
+        seen = jnp.broadcast_to(is_token[:, None], (*lengths.shape, length, length))
     if is_causal:
-        before = (place[:, None] >= place)[None]
+        before = (position[:, None] >= position)[None]
         seen = before if seen is None else seen & before
     return seen
 
 
 def _over_tiles(fn, size, platform, arrays):
-    """fn(*arrays), packed trees of [N, ...] in and out, a tile of so many after the other."""
+    """fn(*arrays), trees of [N, ...] of as_bits in and out, in a loop over tiles of `size` of N."""
 
     def of_packed(tile):
-        found = fn(*jax.tree.map(from_bits, tile))
-        return jax.tree.map(lambda a: as_bits(a, platform), found)
+        out = fn(*jax.tree.map(from_bits, tile))
+        return jax.tree.map(lambda a: as_bits(a, platform), out)
 
     if arrays[0].shape[0] == size:
         return of_packed(arrays)
     split = jax.tree.map(lambda a: a.reshape(-1, size, *a.shape[1:]), arrays)
-    found = jax.lax.map(of_packed, split)
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), found)
+    out = jax.lax.map(of_packed, split)
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), out)
 
 
 def _cudnn(q, k, v, is_causal, lengths, platform):
@@ -163,7 +162,7 @@ def _cudnn(q, k, v, is_causal, lengths, platform):
 
 
 def saves_cudnn(primitive, *_, **__) -> bool:
-    """The jax.checkpoint policy that saves what the gradient of cuDNN's needs: it has no name."""
+    """The jax.checkpoint policy that saves cuDNN's residuals, which have no name."""
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
@@ -186,7 +185,7 @@ def _splash(q, k, v, is_causal, lengths, platform):
     if lengths is None:
         out = jax.vmap(kernel)(q, k, v)
     else:
-        # Padding attends to padding, so that no row attends to nothing.
+        # Padding attends to padding, so that no softmax is empty.
         segment = (jnp.arange(length) >= lengths[:, None]).astype(jnp.int32)
         out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment, segment))
     return out.swapaxes(1, 2).astype(v.dtype)

@@ -1,6 +1,7 @@
-"""What XLA compiles badly for a CPU, in forms that it compiles well. Imports jax only.
+"""Operations that XLA compiles badly for a CPU, rewritten so that it compiles them well.
 
-Every function here equals a plain one, named in its docstring, which the other platforms run.
+Each function equals a plain one, named in its docstring, which other platforms run. Imports jax
+only.
 """
 
 import functools
@@ -48,12 +49,12 @@ def transposed(a: jax.Array) -> jax.Array:
     """a.swapaxes(-1, -2) for the left side of a matmul. No gradient is taken through it.
 
     XLA folds a transposition into the matmul, and a CPU's fast matmuls take no left side that is
-    summed over its rows: half as fast as with the copy that is made here.
+    summed over its rows: without the copy that is made here they are half as fast.
     """
     shape = (*a.shape[:-2], a.shape[-1], a.shape[-2])
 
     def copied(a):
-        # Flat, since what XLA has laid out by columns goes to none of bfloat16's fast matmuls.
+        # Flat, since no fast bfloat16 matmul takes an array that XLA has laid out by columns.
         bits = jax.lax.optimization_barrier(as_bits(a))
         flat = bits.swapaxes(-1, -2).reshape(-1)
         return from_bits(jax.lax.optimization_barrier(flat).reshape(shape))

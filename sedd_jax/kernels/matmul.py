@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 Precision = jax.lax.Precision
-# The CPU runtime of jax 0.7.2 cannot sum products of bfloat16 in float32.
+# The CPU runtime of jax 0.7.2 has no bfloat16 matmul that sums in float32.
 CPU_SUMS_IN_FLOAT32 = jax.__version_info__ >= (0, 8)
 
 
@@ -21,7 +21,7 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
             spec, a, b, precision=precision(a.dtype), preferred_element_type=jnp.float32
         )
 
-    def widened(a, b):  # the same sums: float32 holds products of bfloat16 exactly
+    def widened(a, b):  # the same sums: in float32 each term of them is exact
         return plain(a.astype(jnp.float32), b.astype(jnp.float32))
 
     if a.dtype == jnp.float32 or CPU_SUMS_IN_FLOAT32:

@@ -1,9 +1,9 @@
 """The diffusion transformer of the paper, parameter for parameter as the original.
 
-Tokens and total noise go in, the last hidden state and the output matrix come out; what the
-output means is the graph's to say. Small has 169,627,218 parameters at GPT-2's vocabulary with
-MASK. Parameters are float32. `dtype` is the dtype of the matmuls; the residual stream, layer norms
-and the modulation stay in float32.
+Tokens and total noise go in, the last hidden state and the output matrix come out; the graph says
+what the output means. Small has 169,627,218 parameters at GPT-2's vocabulary with MASK. Parameters
+are float32. `dtype` is the dtype of the matmuls; the residual stream, layer norms and the
+modulation stay in float32.
 """
 
 import functools
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from sedd_jax.kernels import cpu
 from sedd_jax.kernels.attention import attention, saves_cudnn
@@ -28,11 +27,10 @@ LAYER_NORM_EPSILON = 1e-5
 # What a block saves for the backward pass beside its input, numbers per channel of a token:
 #     matmul     results of qkv 3, out 1, up 4, down 1
 #     attention  what flash attention's gradient needs: its result 1, a float32 per head
-#     dropout    two masks, bool
-# Everything else (norms, modulation, rotation, GELU, the sums) is recomputed there. Each value of
-# config.model.remat saves less than the one before and takes more time.
+# Everything else (norms, modulation, rotation, GELU, dropout masks, the sums) is recomputed there.
+# Each value of config.model.remat saves less than the one before and takes more time.
 SAVED = {
-    "none": ("matmul", "attention", "dropout"),
+    "none": ("matmul", "attention"),
     "elementwise": ("matmul",),
     "blocks": (),
 }
@@ -47,7 +45,7 @@ def saving(names):
 
 
 class Output(NamedTuple):
-    """What the network knows: logits = hidden @ weight.T + bias."""
+    """The network's output: logits = hidden @ weight.T + bias."""
 
     hidden: jax.Array  # [B, L, C] in the compute dtype
     weight: jax.Array  # float32 [D, C]
@@ -78,8 +76,8 @@ def rotate(x: jax.Array) -> jax.Array:
     angles = (jnp.arange(length, dtype=jnp.float32)[:, None] * inverse)[:, None, :]  # [L, 1, K/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
@@ -140,20 +138,6 @@ class Linear(nn.Module):
         return cpu.save(out, "matmul", self.placement.platform)
 
 
-class Dropout(nn.Module):
-    """nn.Dropout, but for the name by which the mask is saved for the backward pass."""
-
-    rate: float
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x):
-        if self.deterministic or not self.rate:
-            return x
-        mask = jax.random.bernoulli(self.make_rng("dropout"), 1.0 - self.rate, x.shape)
-        return jnp.where(checkpoint_name(mask, "dropout"), x / (1.0 - self.rate), 0.0)
-
-
 class Block(nn.Module):
     """Attention and MLP, each modulated by the noise level and gated into the residual stream."""
 
@@ -175,7 +159,8 @@ class Block(nn.Module):
         norm_1, norm_2 = (layer_norm(name) for name in ("norm_1", "norm_2"))
 
         def dropout(branch):
-            return Dropout(self.dropout, self.deterministic)(branch.astype(jnp.float32))
+            drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
+            return drop(branch.astype(jnp.float32))
 
         def mix(heads, lengths):
             how = {"implementation": self.attention, "platform": self.placement.platform}
