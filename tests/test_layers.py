@@ -69,7 +69,7 @@ def in_package(name: str) -> bool:
 
 
 def complaint(place: str, other: str) -> str | None:
-    """What is wrong with an import of `other` by `place`, each an entry of the package, if anything."""
+    """What is wrong, if anything, with an import of `other` by `place`, each a package's entry."""
     for name in (place, other):
         if name not in LAYER:
             return f"no layer for sedd_jax/{name}; add it to LAYERS in tests/test_layers.py"

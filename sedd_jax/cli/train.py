@@ -34,7 +34,7 @@ Exit status: 0 all steps are done; 2 a mistake to mend; 3 training cannot go on;
 
 
 class Request(NamedTuple):
-    """What sedd-train was asked for."""
+    """The command line of sedd-train."""
 
     config: ConfigDict
     workdir: Path | None

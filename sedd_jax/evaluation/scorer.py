@@ -285,7 +285,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_params(folder: Path, network: GPT2) -> Any:
-    """The parameters, float32; every tensor's name, dtype and shape is checked before one is read."""
+    """The parameters, float32; all names, dtypes and shapes are checked before one is read."""
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
     files = _weight_files(folder)
