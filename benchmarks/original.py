@@ -8,8 +8,8 @@ Lives in a process of its own (worker.py). It is given two replacements:
   float32: it acts on the device that there is and in the requested dtype. So on a CPU,
   where that call does nothing, bfloat16 is where it is on a GPU, and float32 can be had on both.
 
-compiled: its network by torch.compile, whole: with TorchScript off (PYTORCH_JIT=0), so that what the
-original scripts by hand is the compiler's too, and with flash_attn's rotary embedding in plain
+compiled: its network by torch.compile, whole: with TorchScript off (PYTORCH_JIT=0), so that what
+the original scripts by hand is the compiler's too, and with flash_attn's rotary embedding in plain
 torch where flash_attn is missing: the original's own way around that is one that torch.compile
 cannot follow, so it would leave the network as it is.
 """

@@ -140,7 +140,7 @@ class Ours:
         return int((tokens >= self.size["vocab_size"]).sum())
 
     def _without_zeros(self, params: Any) -> Any:
-        """What starts at zero - head, modulation - drawn instead, so that scores are not trivial."""
+        """Zero at the start (head, modulation) are drawn instead: scores must not be trivial."""
         jax = self.jax
         leaves, treedef = jax.tree.flatten(params)
         keys = jax.random.split(jax.random.key(1), len(leaves))

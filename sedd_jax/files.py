@@ -40,7 +40,7 @@ def replacing(path: Path, mode: str = "wb", **options) -> Iterator[IO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file by this text in UTF-8 at once; a file that holds it already is left alone."""
+    """Replace the file by this text in UTF-8 at once; one that holds it already is left alone."""
     if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
         with replacing(path) as out:
             out.write(text.encode("utf-8"))
@@ -105,12 +105,12 @@ def load_json(text: str | bytes, where: str) -> dict[str, Any]:
     """A JSON object; ValueError for a name given twice, NaN, too deep a nesting or another type."""
 
     def no_duplicates(pairs):
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        values = dict(pairs)
+        if len(values) != len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"{shown(twice)} is there twice")
-        return found
+        return values
 
     def no_constants(word):
         raise ValueError(f"{word} is no number of JSON")

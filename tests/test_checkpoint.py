@@ -1,4 +1,4 @@
-"""Checkpoints that something happened to: none is restored wrong, the one before is, bit for bit."""
+"""Damaged checkpoints: none is restored wrong, the one before is restored, bit for bit."""
 
 import json
 import shutil

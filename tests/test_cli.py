@@ -15,6 +15,7 @@ from sedd_jax.cli import (
     sample_command,
     train_command,
 )
+from sedd_jax.config import to_json
 from sedd_jax.evaluation.report import draw_picture
 from sedd_jax.inference import pretrained as loading
 
@@ -55,6 +56,15 @@ def test_training_without_a_config_or_workdir_says_what_to_write(capsys, tmp_pat
     assert "--workdir is missing" in fails(capsys, train_command, "--config=quickstart")
     line = fails(capsys, train_command, "--config=configs/none.py", f"--workdir={tmp_path}")
     assert "no config file 'configs/none.py'" in line and "quickstart" in line
+
+
+@pytest.mark.parametrize("where", ["--workdir={}", "--workdir {}", "-workdir={}"])
+def test_the_run_in_the_workdir_gives_the_config(tmp_path, tiny_config, where):
+    (tmp_path / "config.json").write_text(to_json(tiny_config))
+    argv = [*where.format(tmp_path).split(), "--config.train.steps", "7"]
+    resumed = cli.train.parse_train("sedd-train", argv)
+    assert resumed.workdir == tmp_path and resumed.config.train.steps == 7
+    assert resumed.config.model.to_dict() == tiny_config.model.to_dict()
 
 
 def test_an_unreadable_or_too_small_corpus_is_one_line(capsys, tmp_path):
@@ -415,7 +425,7 @@ def test_the_commands_are_there_as_processes(tiny_run):
 
 def test_a_config_is_found_by_path_and_by_name():
     by_name, workdir, *_ = cli.train.parse_train("sedd-train", ["--config=text8", "--workdir=x"])
-    path = command_line("x")[0].replace("quickstart", cli.train._find_config("--config=text8")[9:])
+    path = command_line("x")[0].replace("quickstart", cli.train._find_config("text8"))
     by_path, *_ = cli.train.parse_train("sedd-train", [path, "--workdir=x", "--config.seed=3"])
     assert str(workdir) == "x"
     assert (by_name.seed, by_path.seed) == (0, 3)

@@ -231,7 +231,10 @@ DISAGREEMENTS = {
     ),
     "workdir": (
         lambda index: [f"--workdir=elsewhere-{index}"],
-        r"'elsewhere-1' is not shared: process 1 on .*does not see what process 0 writes there; name a folder",
+        (
+            r"'elsewhere-1' is not shared: process 1 on .*does not see what process 0 writes there; "  # noqa: E501
+            r"name a folder"
+        ),
     ),
     "mesh": (
         lambda index: ["--config.mesh.data=3"],

@@ -116,7 +116,7 @@ def test_remat_changes_neither_outputs_nor_gradients():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_block_saves_its_matmuls_results_and_what_attention_needs_for_its_gradient(dtype):
     """For each channel of a token: the block's input, q, k and v, what attention gives, two
-    branches and 4 of the MLP, 11 in all. No step between the matmuls saves anything, nor dropout."""
+    branches and 4 of the MLP, 11 in all. No step between the matmuls saves anything."""
     tokens, _, _ = tokens_and_params()
     saved = {remat: saved_arrays(network(dtype=dtype, dropout=0.1, remat=remat)) for remat in SAVED}
     channels = network().blocks * tokens.size * network().hidden_size

@@ -67,7 +67,7 @@ def output_file(text: str) -> Path:
 
 
 def check_run(source: Path, remedy: str) -> None:
-    """ValueError for a model alone where the command needs its run; load refuses what is neither."""
+    """ValueError for a model alone where the command needs its run; load refuses other things."""
     from sedd_jax import hub
     from sedd_jax.convert.folder import PICKLED, WEIGHTS
 

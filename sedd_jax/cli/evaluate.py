@@ -69,10 +69,10 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         raise ValueError("give --workdir, or --gpt2 with --records")
     if options.gpt2 is not None and options.records is None:
         raise ValueError("--gpt2 needs --records: a folder made by sedd-prepare")
-    if options.workdir is not None and options.records is None:
-        check_run(options.workdir, NEEDS_RECORDS)
-    elif options.workdir is not None and options.baselines:
-        check_run(options.workdir, "leave --baselines out")
+    if options.workdir is not None and (options.records is None or options.baselines):
+        check_run(
+            options.workdir, NEEDS_RECORDS if options.records is None else "leave --baselines out"
+        )
     from sedd_jax.evaluation.likelihood import likelihood_table
 
     result = _bound(options) if options.gpt2 is None else _gpt2(options)

@@ -1,6 +1,8 @@
 """sedd-sample."""
 
 import argparse
+import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -43,15 +45,18 @@ def run(name: str, argv: list[str]) -> None:
     texts = {flag: getattr(options, flag) for flag in ("template", "prefix", "suffix")}
     about = {"seed": options.seed, **chosen, **{flag: text for flag, text in texts.items() if text}}
     total = -(-options.num_samples // options.batch_size) * chosen["steps"]
-    seen, count = [], 0
-    with FORMATS[options.format](options.out) as output:
+    seen = []
+
+    def samples() -> Iterator[dict[str, Any]]:
+        index = itertools.count()
         for state in _watched(states, total, is_live):
             if options.html:
                 seen.append(state)
             if state.step == state.steps:
                 for text, tokens in zip(state.texts, state.tokens.tolist()):
-                    output.write({"index": count, "text": text, "tokens": tokens, **about})
-                    count += 1
+                    yield {"index": next(index), "text": text, "tokens": tokens, **about}
+
+    FORMATS[options.format](samples(), options.out)
     if options.html:
         steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {options.seed}"
         Animation(seen, f"{Path(source).name}: {steps}").save(options.html)
@@ -115,48 +120,27 @@ def _watched(states: Iterable, total: int, is_live: bool) -> Iterator:
         yield state
 
 
-class _Text:
-    """Samples as text under numbers: all at the end, a file whole or not at all."""
-
-    def __init__(self, path: Path | None):
-        self.path, self.texts = path, []
-
-    def __enter__(self):
-        return self
-
-    def write(self, sample: dict[str, Any]) -> None:
-        self.texts.append(sample["text"])
-
-    def __exit__(self, error, *_):
-        if error is not None:
-            return
-        if self.path is None:
-            show(self.texts)
-            return
-        with replacing(self.path, "w", encoding="utf-8", errors="replace") as file:
-            show(self.texts, file)
+def _write_text(samples: Iterable[dict[str, Any]], path: Path | None) -> None:
+    """The texts under numbers: all at the end, a file whole or not at all."""
+    texts = [sample["text"] for sample in samples]
+    if path is None:
+        show(texts)
+    else:
+        with replacing(path, "w", encoding="utf-8", errors="replace") as file:
+            show(texts, file)
 
 
-class _JsonLines:
-    """Samples as JSON, a line each, which is there when the sample is."""
-
-    def __init__(self, path: Path | None):
-        self.path, self.file = path, None
-
-    def __enter__(self):
-        return self
-
-    def write(self, sample: dict[str, Any]) -> None:
-        if self.file is None:
-            self.file = self.path.open("x", encoding="utf-8") if self.path else sys.stdout
-        print(json.dumps(sample), file=self.file, flush=True)
-
-    def __exit__(self, *_):
-        if self.path is not None and self.file is not None:
-            self.file.close()
+def _write_json_lines(samples: Iterable[dict[str, Any]], path: Path | None) -> None:
+    """An object a line, which is there when the sample is; no file before the first."""
+    with contextlib.ExitStack() as stack:
+        file = None if path else sys.stdout
+        for sample in samples:
+            if file is None:
+                file = stack.enter_context(path.open("x", encoding="utf-8"))
+            print(json.dumps(sample), file=file, flush=True)
 
 
-FORMATS = {"text": _Text, "jsonl": _JsonLines}
+FORMATS = {"text": _write_text, "jsonl": _write_json_lines}
 
 
 def show(texts: list[str], file=None) -> None:

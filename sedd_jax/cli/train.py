@@ -34,7 +34,7 @@ Exit status: 0 all steps are done; 2 a mistake to mend; 3 training cannot go on;
 
 
 class Request(NamedTuple):
-    """What sedd-train was asked for."""
+    """The command line of sedd-train."""
 
     config: ConfigDict
     workdir: Path | None
@@ -48,22 +48,29 @@ def parse_train(name: str, argv: list[str]) -> Request:
     """--config=FILE[:ARGUMENT], --config.key=value, --workdir=DIR and the flags of `USAGE`."""
     from sedd_jax.config import KEYS
     from sedd_jax.parallel.processes import Cluster
+    from sedd_jax.runs.workdir import saved_config
 
-    argv = [_find_config(argument) for argument in argv]
-    for argument in argv:
+    # First what names the config, which then defines a flag for each of its keys.
+    first = flags.FlagValues()
+    first.set_gnu_getopt(True)
+    for flag in ("config", "workdir"):
+        flags.DEFINE_string(flag, None, "", flag_values=first)
+    keys = first([name, *argv], known_only=True)[1:]
+    for argument in keys:
         if argument.startswith("--config."):
             key = argument[len("--config.") :].split("=")[0]
             if key not in KEYS:
                 near = difflib.get_close_matches(key, KEYS, n=3) or list(KEYS)
                 raise ValueError(f"unknown config key {key}; did you mean {', '.join(near)}?")
     values = flags.FlagValues()
-    about = {"flag_values": values, "sys_argv": [name, *argv]}
-    saved = _saved_config(argv)
+    about = {"flag_values": values, "sys_argv": [name, *keys]}
+    config = first.config and _find_config(first.config)
+    saved = saved_config(Path(first.workdir)) if first.workdir and not config else None
     if saved is None:
-        config_flags.DEFINE_config_file("config", None, "the experiment", **about)
+        config_flags.DEFINE_config_file("config", config, "the experiment", **about)
     else:
         config_flags.DEFINE_config_dict("config", saved, **about)
-    for flag in ("workdir", "target", "coordinator", "coordinator_bind"):
+    for flag in ("target", "coordinator", "coordinator_bind"):
         flags.DEFINE_string(flag, None, "", flag_values=values)
     for flag in ("vocab_size", "process_count", "process_index"):
         flags.DEFINE_integer(flag, None, "", flag_values=values)
@@ -71,7 +78,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
         flags.DEFINE_integer(flag, Cluster._field_defaults[flag], "", flag_values=values)
     flags.DEFINE_integer("requeue_status", 0, "", 0, 255, flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
-    rest = values([name, *argv])[1:]
+    rest = values([name, *keys])[1:]
     if rest:
         raise ValueError(f"unknown argument {rest[0]!r}; write --config.key=value")
     dry_run, target = values.dry_run, values.target
@@ -79,15 +86,16 @@ def parse_train(name: str, argv: list[str]) -> Request:
         raise ValueError(
             "--dry_run and --target go together; for example --dry_run --target=v5e:4x4"
         )
-    for flag in ("config",) if dry_run else ("config", "workdir"):
-        if values[flag].value is None or values[flag].value == "":
+    needed = {"config": config or saved, "workdir": first.workdir or dry_run}
+    for flag, value in needed.items():
+        if not value:
             raise ValueError(
                 f"--{flag} is missing; for example {name} --config=configs/quickstart.py "
                 "--workdir=runs/quickstart"
             )
     return Request(
         config=values.config,
-        workdir=None if values.workdir is None else Path(values.workdir),
+        workdir=Path(first.workdir) if first.workdir else None,
         cluster=Cluster(**{field: values[field].value for field in Cluster._fields}),
         requeue_status=values.requeue_status,
         target=target,
@@ -95,27 +103,14 @@ def parse_train(name: str, argv: list[str]) -> Request:
     )
 
 
-def _saved_config(argv: list[str]) -> ConfigDict | None:
-    """The config of the run in --workdir, if there is one and --config names no other."""
-    from sedd_jax.runs.workdir import saved_config
-
-    arguments = [argument.lstrip("-").split("=", 1) for argument in argv]
-    workdirs = [rest[0] for name, *rest in arguments if name == "workdir" and rest]
-    if not workdirs or any(name == "config" for name, *_ in arguments):
-        return None
-    return saved_config(Path(workdirs[-1]))
-
-
 def _find_config(argument: str) -> str:
-    """--config=quickstart names a config that is installed with the package."""
-    if not argument.startswith("--config="):
-        return argument
-    path, colon, rest = argument[len("--config=") :].partition(":")
+    """FILE[:ARGUMENT], where FILE may be the name of a config that the package installs."""
+    path, colon, rest = argument.partition(":")
     if Path(path).is_file():
         return argument
     shipped = resources.files("sedd_jax.configs") / f"{path}.py"
     if shipped.is_file():
-        return f"--config={shipped}{colon}{rest}"
+        return f"{shipped}{colon}{rest}"
     known = sorted(
         Path(file.name).stem
         for file in resources.files("sedd_jax.configs").iterdir()

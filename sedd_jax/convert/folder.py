@@ -176,7 +176,7 @@ def _check_agreement(folder: Path, theirs: tuple, ours: tuple) -> None:
 def write_folder(
     folder: Path,
     *,
-    config: ConfigDict,
+    config: Mapping[str, Any],
     vocab_size: int,
     params: Mapping,
     tokenizer: Tokenizer | None,
@@ -192,7 +192,7 @@ def write_folder(
     into sedd_jax.json, and what `card.model_card` knows of it into the card. The folder appears
     whole: written beside and renamed. ValueError if it is there and is no such export.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), ConfigDict(config)
     check_replaceable(folder)
     about, name = about or {}, name or os.path.basename(os.path.abspath(folder))
     sizes = names.sizes_of(config, vocab_size)

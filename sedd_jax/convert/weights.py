@@ -114,9 +114,11 @@ def _check_header(file: Path, max_bytes: int) -> None:
             )
 
 
-def compare(actual: Shapes, expected: Shapes, optional: Shapes, where: str) -> None:
-    """ValueError if names or shapes are not the expected ones."""
-    rule = "weights and config must be of one SEDD"
+def compare(
+    actual: Shapes, expected: Shapes, optional: Shapes, where: str, *, model: str = "SEDD"
+) -> None:
+    """ValueError if names or shapes are not the expected ones of a `model`."""
+    rule = f"weights and config must be of one {model}"
     missing = [name for name in expected if name not in actual]
     extra = [name for name in actual if name not in expected and name not in optional]
     for fault, wrong in (("lacks", missing), ("has a tensor too many:", extra)):

@@ -107,7 +107,7 @@ def generative_perplexity(
 
 
 def _compile(model: SEDD, num_samples: int, *, batch_size: int, **options: Any) -> None:
-    """Samples one step at each batch shape of sample_tokens, so that the time holds no compiling."""
+    """Samples one step at each batch shape of sample_tokens, so that no compiling is timed."""
     options |= {"batch_size": batch_size, "steps": 1}
     model.sample_tokens(min(num_samples, max(batch_size, 1)), **options)
     if last := num_samples % batch_size:
@@ -267,8 +267,9 @@ def describe_mauve(result: dict[str, Any]) -> str:
     value, references = result["mauve"], result["references"]
     lines = [
         (
-            f"MAUVE {value['mean']:.3f} +- {value['standard_deviation']:.3f} (standard deviation of "
-            f"{result['repeats']} repeats of {references} references, {value['buckets']} clusters), "
+            f"MAUVE {value['mean']:.3f} +- {value['standard_deviation']:.3f} (standard deviation "
+            f"of {result['repeats']} repeats of {references} references, {value['buckets']} "
+            "clusters), "
             f"{result['form']}, {result['nfe']} network calls, {result['predictor']}, draw "
             f"{result['draw']}, seed {result['seed']}; features of {result['scorer']} in "
             f"{result['scorer_dtype']}"

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from sedd_jax import convert, data, hub
 from sedd_jax.data.tokenizers import Tokenizer
@@ -334,7 +333,7 @@ class SEDD:
         convert.write_folder(
             Path(folder),
             name=name,
-            config=ConfigDict(self.experiment),
+            config=self.experiment,
             vocab_size=self.graph.vocab_size,
             params=jax.device_get(self.params),
             tokenizer=self.tokenizer,

@@ -58,7 +58,7 @@ def format_bytes(size: float) -> str:
 
 
 def program_bytes(memory: Any) -> int:
-    """Bytes that a device holds at once for a compiled program: arguments, results, temporaries, code.
+    """Bytes a device holds at once for a compiled program: arguments, results, temporaries, code.
 
     memory is `compiled.memory_analysis()`. Results that replace donated arguments count once.
     """

@@ -47,13 +47,13 @@ def check(cluster: Cluster) -> None:
         if any(x is None for x in named):
             raise ValueError(
                 f"coordinator {cluster.coordinator!r}, process_count {cluster.process_count} and "
-                f"process_index {cluster.process_index} go together; give all three, or none to take "
-                "them from SLURM's or the TPU's environment"
+                f"process_index {cluster.process_index} go together; give all three, or none to "
+                "take them from SLURM's or the TPU's environment"
             )
         if not 0 <= cluster.process_index < cluster.process_count:
             raise ValueError(
-                f"process_index {cluster.process_index} is not in [0, {cluster.process_count}), the "
-                "process_count; number the processes from 0"
+                f"process_index {cluster.process_index} is not in [0, {cluster.process_count}), "
+                "the process_count; number the processes from 0"
             )
         _check_address("coordinator", cluster.coordinator)
     if cluster.coordinator_bind is not None:

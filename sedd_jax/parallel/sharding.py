@@ -123,7 +123,7 @@ def batch_parts(mesh: Mesh) -> int:
 
 
 def put_whole(batch: Any, mesh: Mesh) -> Any:
-    """The global batch, a tree of numpy arrays that every process holds, as arrays over the mesh."""
+    """A global batch, a tree of numpy arrays that every process holds, as arrays over the mesh."""
     rows = NamedSharding(mesh, BATCH)
     return jax.tree.map(
         lambda a: jax.make_array_from_callback(a.shape, rows, lambda part, a=a: a[part]), batch

@@ -58,7 +58,7 @@ def _seal(folder: Path, about: dict[str, Any]) -> None:
 
 
 def fault_of(folder: Path, about: dict[str, Any]) -> str | None:
-    """How an item's folder differs from the one that was sealed with `about`; None if it does not."""
+    """How an item's folder differs from what was sealed with `about`; None if it does not."""
     try:
         sealed = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         hashes = sealed.pop("sha256")
@@ -75,7 +75,7 @@ def fault_of(folder: Path, about: dict[str, Any]) -> str | None:
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last. Use as a context manager: leaving waits for saves."""
+    """The checkpoints of one run, newest last. A context manager: leaving waits for saves."""
 
     def __init__(self, folder: str | Path, *, keep: int | None = None, read_only: bool = False):
         """keep: how many of the newest are not deleted. A reader must be read_only: a writer

@@ -85,7 +85,7 @@ def saved_config(workdir: Path) -> ConfigDict | None:
 
 
 def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
-    """The packed corpus, made on first use; ValueError if it does not fit the config and the run."""
+    """The packed corpus, made on first use; ValueError if it does not fit config and run."""
     folder, section = records_folder(config, workdir), config.data
     is_new = not (folder / "fingerprint.json").exists()
     if is_new:

@@ -106,10 +106,10 @@ class Watchdog:
 
 
 class Profile:
-    """Traces `steps` steps from number `first` on into folder, on process 0."""
+    """Traces `steps` steps from number `start` on into folder, on process 0."""
 
-    def __init__(self, folder: Path, first: int, steps: int):
-        self.folder, self.window = folder, range(first, first + steps)
+    def __init__(self, folder: Path, start: int, steps: int):
+        self.folder, self.window = folder, range(start, start + steps)
         self._is_on = False
 
     def __enter__(self) -> Self:

@@ -35,7 +35,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     """
     workdir = Path(workdir)
     experiment, records = set_up(config, workdir)
-    mesh, keys, steps = experiment.mesh, experiment.keys, config.train.steps
+    mesh, key, steps = experiment.mesh, experiment.keys["train"], config.train.steps
     heldout = data.read_blocks(records, config.data.heldout_split, config.evaluate.blocks)
 
     with contextlib.ExitStack() as stack:
@@ -53,10 +53,9 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         step = int(train_state.step)
         progress = stack.enter_context(make_progress(experiment, records, workdir, step))
         log_start(experiment, records, step)
-        evaluate = make_evaluate(experiment, keys["evaluate"], heldout, must_stop)
-        draw_texts = make_draw_texts(experiment, records.tokenizer, must_stop)
-        profile = Profile(workdir / runs.PROFILE, config.profile.start, config.profile.steps)
-        stack.enter_context(profile)
+        evaluate = make_evaluate(experiment, heldout, progress, must_stop)
+        draw_texts = make_draw_texts(experiment, records.tokenizer, progress, must_stop)
+        profile = stack.enter_context(Profile(workdir / runs.PROFILE, **config.profile))
         batches = stack.enter_context(contextlib.closing(train_batches(experiment, records, step)))
         if step < steps:  # a run that is done compiles nothing
             train_step = compile_step(experiment, progress)
@@ -68,7 +67,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             profile.before(step)
             with progress.clock("input"):
                 batch = sharding.put_batch(next(batches), mesh)
-            train_state, metrics = train_step(train_state, batch, keys["train"])
+            train_state, metrics = train_step(train_state, batch, key)
             step += 1
             progress.collect(metrics)
             if is_due(config.train.log_every):
@@ -77,15 +76,9 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                 with progress.clock("checkpoint"):
                     checkpoints.save(step, train_state)  # copied; written in the background
             if is_due(config.train.eval_every):
-                with progress.clock("evaluate"):
-                    total = evaluate(train_state.ema)
-                if total is not None:
-                    progress.heldout(step, total.per(heldout.count))
+                evaluate(step, train_state.ema)
             if is_due(config.sample.every):
-                with progress.clock("sample"):
-                    texts = draw_texts(train_state.ema)
-                if texts is not None:
-                    progress.samples(step, texts)
+                draw_texts(step, train_state.ema)
         with progress.clock("checkpoint"):
             checkpoints.save(step, train_state)
             checkpoints.wait()
@@ -171,30 +164,46 @@ def train_batches(experiment: Experiment, records: data.Records, start_step: int
 
 
 def make_evaluate(
-    experiment: Experiment, key: jax.Array, heldout: data.Blocks, must_stop: Callable[[], bool]
-) -> Callable[[Any], bounds.CorpusBound | None]:
-    """params -> the bound on the held-out blocks; None if must_stop() turned true before the end."""
-    t_min = experiment.config.objective.t_min
+    experiment: Experiment,
+    heldout: data.Blocks,
+    progress: Progress,
+    must_stop: Callable[[], bool],
+) -> Callable[[int, Any], None]:
+    """(step, params) -> None: logs the bound on the held-out blocks, unless must_stop() turns true
+    before the end."""
+    section, t_min = experiment.config.evaluate, experiment.config.objective.t_min
     network, graph, schedule = experiment.network, experiment.graph, experiment.schedule
     bound_fn = bounds.make_bound_fn(network, graph, schedule, t_min=t_min)
-    return lambda params: bounds.corpus_bound(
-        bound_fn,
-        params,
-        key,
-        heldout,
-        passes=experiment.config.evaluate.passes,
-        batch_size=experiment.config.evaluate.batch_size,
-        t_min=t_min,
-        mesh=experiment.mesh,
-        should_stop=must_stop,
-    )
+    key = experiment.keys["evaluate"]
+
+    def evaluate(step: int, params: Any) -> None:
+        with progress.clock("evaluate"):
+            total = bounds.corpus_bound(
+                bound_fn,
+                params,
+                key,
+                heldout,
+                passes=section.passes,
+                batch_size=section.batch_size,
+                t_min=t_min,
+                mesh=experiment.mesh,
+                should_stop=must_stop,
+            )
+        if total is not None:
+            progress.heldout(step, total.per(heldout.count))
+
+    return evaluate
 
 
 def make_draw_texts(
-    experiment: Experiment, tokenizer: data.Tokenizer, must_stop: Callable[[], bool]
-) -> Callable[[Any], list[str] | None]:
-    """params -> config.sample.count texts; None if must_stop() turned true before the end."""
-    config, sample = experiment.config, experiment.config.sample
+    experiment: Experiment,
+    tokenizer: data.Tokenizer,
+    progress: Progress,
+    must_stop: Callable[[], bool],
+) -> Callable[[int, Any], None]:
+    """(step, params) -> None: logs config.sample.count texts, unless must_stop() turns true before
+    the end."""
+    config, count = experiment.config, experiment.config.sample.count
     model = SEDD(
         network=experiment.network,
         params=None,  # each call brings its own
@@ -202,18 +211,19 @@ def make_draw_texts(
         schedule=experiment.schedule,
         tokenizer=tokenizer,
         length=config.data.length,
-        sampling=Sampling.of(sample),
+        sampling=Sampling.of(config.sample),
         mesh=experiment.mesh,
     )
 
-    def draw_texts(params: Any) -> list[str] | None:
-        for state in model.with_params(params).stream(
-            num_samples=sample.count,
-            batch_size=sample.count,
-            seed=config.seed,
-        ):
-            if must_stop():
-                return None
-        return state.texts
+    def draw_texts(step: int, params: Any) -> None:
+        with progress.clock("sample"):
+            states = model.with_params(params).stream(
+                num_samples=count, batch_size=count, seed=config.seed
+            )
+            for state in states:
+                if must_stop():
+                    return
+            texts = state.texts
+        progress.samples(step, texts)
 
     return draw_texts
