@@ -4,9 +4,9 @@
     python benchmarks/device.py --sizes=tiny --budget=60  # the rehearsal, on a CPU
 
 The most valuable rows come first: the device's ceilings, training at two batch sizes, sampling,
-then the largest batch that fits and longer samples. Each group of rows has a process of its own, which
-has the whole accelerator; a row that does not fit the budget says so. JSON is written after every
-row. Columns and what is timed are those of compare.py.
+then the largest batch that fits and longer samples. Each group of rows has a process of its own,
+which has the whole accelerator; a row that does not fit the budget says so. JSON is written after
+every row. Columns and what is timed are those of compare.py.
 
 The largest batch is a power of two: the first guess is a line through the peaks of the batches
 before it, then it is doubled or halved until one fits and the next does not (or was not tried).

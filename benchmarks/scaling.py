@@ -1,8 +1,8 @@
 """How memory, operations and traffic of a train step grow with devices, batch, length and depth.
 
 Compiles each row's program ahead of time for its target (sedd_jax.training.dry_run, which needs no
-accelerator) and prints a table in markdown. --json keeps the numbers; rows that it has already are not compiled
-again, so the program may be stopped and run on.
+accelerator) and prints a table in markdown. --json keeps the numbers; rows that it has already are
+not compiled again, so the program may be stopped and run on.
 
     python benchmarks/scaling.py --json=scaling.json [--only=v5e]
 """

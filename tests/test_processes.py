@@ -232,7 +232,7 @@ DISAGREEMENTS = {
     "workdir": (
         lambda index: [f"--workdir=elsewhere-{index}"],
         (
-            r"'elsewhere-1' is not shared: process 1 on .*does not see what process 0 writes there; "  # noqa: E501
+            r"'elsewhere-1' is not shared: process 1 on .*does not see what process 0 writes there; "
             r"name a folder"
         ),
     ),
