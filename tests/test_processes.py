@@ -232,8 +232,8 @@ DISAGREEMENTS = {
     "workdir": (
         lambda index: [f"--workdir=elsewhere-{index}"],
         (
-            r"'elsewhere-1' is not shared: process 1 on .*does not see what process 0 writes there; "
-            r"name a folder"
+            r"'elsewhere-1' is not shared: process 1 on .*does not see what process 0 writes "
+            r"there; name a folder"
         ),
     ),
     "mesh": (
