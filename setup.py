@@ -48,7 +48,7 @@ setup(
         "ml-collections",
         "ml_dtypes",
         "numpy",
-        "optax",
+        "optax>=0.2.5",  # optax.tree
         "orbax-checkpoint>=0.11",
         "PyYAML",  # the original's .hydra/config.yaml
         "requests",
