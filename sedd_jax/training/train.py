@@ -55,7 +55,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         log_start(experiment, records, step)
         evaluate = make_evaluate(experiment, heldout, progress, must_stop)
         draw_texts = make_draw_texts(experiment, records.tokenizer, progress, must_stop)
-        profile = stack.enter_context(Profile(workdir / runs.PROFILE, **config.profile))
+        profile = Profile(workdir / runs.PROFILE, config.profile.start, config.profile.steps)
+        stack.enter_context(profile)
         batches = stack.enter_context(contextlib.closing(train_batches(experiment, records, step)))
         if step < steps:  # a run that is done compiles nothing
             train_step = compile_step(experiment, progress)
