@@ -1,16 +1,46 @@
-"""Files and folders that appear whole or not at all, their sha256, and JSON from strangers."""
+"""Files and folders that appear whole or not at all, who works in one, and JSON from strangers."""
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
+import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+log = logging.getLogger(__name__)
+
+HEARTBEAT, PATIENCE = 5.0, 20.0  # seconds between signs of life; without one before it is dead
 MAX_DEPTH = 32  # of JSON: whoever reads or copies it afterwards may do so by recursion
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path that a user wrote, with ~ expanded; ValueError if it cannot be a file's or folder's.
+
+    Orbax could write to a bucket, but records are memory-mapped and folders renamed into place,
+    which a bucket has not: an address such as gs://bucket/run is refused, never taken for "gs:".
+    """
+    text = os.fspath(path)
+    if not text.strip() or "\0" in text:
+        raise ValueError(f"{text!r} is not a path; name a file or a folder")
+    # Path() makes one slash of two.
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
+    if scheme:
+        raise ValueError(
+            f"{text!r} is an address, not a path; mount the bucket or share (gs:// with gcsfuse, "
+            "s3:// with mountpoint-s3) or copy the files, and give the path of the local folder"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text!r} names no user's home folder; write the whole path") from error
 
 
 def sha256(path: Path) -> str:
@@ -93,6 +123,120 @@ def _replace(part: Path, folder: Path) -> None:
         raise
     shutil.rmtree(old, ignore_errors=True)
     sync_folder(folder.parent)
+
+
+@contextlib.contextmanager
+def claimed(file: Path, work: str, *, wait: bool = False) -> Iterator[None]:
+    """While entered, `file` names this process as the one that does the work ("trains in '/run'").
+
+    ValueError that says who does, if another process does; with wait, enters when that one is
+    done. Needs no lock of the file system, which NFS, Lustre and mounted buckets may lack: the
+    holder's process is looked up if it runs on this machine; on others it is alive as long as the
+    file's time of change moves, HEARTBEAT seconds apart. A dead process's claim is taken over.
+    """
+    mine = {**_machine(), "pid": os.getpid(), "started": _start_time(os.getpid()), "work": work}
+    descriptor, announced = None, False
+    while descriptor is None:
+        try:
+            descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+        except FileExistsError:
+            holder = _living_holder(file)
+            if holder and not wait:
+                raise ValueError(
+                    f"{holder} {work} already; wait until it ends, end it, or name another folder"
+                ) from None
+            if holder and not announced:
+                log.info("waiting for %s, which %s too", holder, work)
+                announced = True
+            time.sleep(0.2 if holder else 0.0)
+    done = threading.Event()
+
+    def beat():
+        while not done.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):  # of a network file system, for a moment
+                os.utime(descriptor)
+
+    try:
+        os.write(descriptor, json.dumps(mine).encode("utf-8"))
+        threading.Thread(target=beat, daemon=True).start()
+        yield
+    finally:
+        done.set()
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), file.stat()):  # not one that took it over
+                file.unlink()
+        os.close(descriptor)
+
+
+def _living_holder(file: Path) -> str | None:
+    """Who holds the claim, for a message; None if it is free, and a dead holder's is removed."""
+    try:
+        seen = file.stat()
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    try:
+        holder = json.loads(text)
+        name = f"process {holder['pid']} on {holder['host']}"
+        is_here = all(holder[key] == value for key, value in _machine().items())
+        is_alive = is_here and _start_time(holder["pid"]) == holder["started"] is not None
+    except (ValueError, LookupError, TypeError):  # it is being written, or was when the disk filled
+        name, is_here, is_alive = "another process", False, False
+    if not is_here:
+        is_alive = _beats(file, seen, name)
+    if is_alive:
+        return name
+    # Two may see a dead holder: the one whose rename comes second must not remove the first's.
+    aside = file.with_name(f"{file.name}.{os.getpid()}.dead")
+    with contextlib.suppress(FileNotFoundError):
+        file.rename(aside)
+        now = aside.stat()  # an inode's number is used again, so its time counts too
+        if os.path.samestat(now, seen) and now.st_mtime_ns == seen.st_mtime_ns:
+            aside.unlink()
+        else:
+            aside.rename(file)
+    return None
+
+
+def _beats(file: Path, seen: os.stat_result, name: str) -> bool:
+    """Whether the claim's time of change moves, or the file goes, within PATIENCE seconds."""
+    log.info("%s is claimed by %s; watching for a sign of life for %.0f s", file, name, PATIENCE)
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        time.sleep(0.2)
+        try:
+            if file.stat().st_mtime_ns != seen.st_mtime_ns:
+                return True
+        except FileNotFoundError:
+            return False
+    return False
+
+
+def _machine() -> dict[str, str]:
+    """What tells this machine, boot and container, in which process numbers mean something."""
+    facts = {"host": socket.gethostname(), "boot": "", "processes": ""}
+    with contextlib.suppress(OSError):
+        facts["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        facts["processes"] = os.readlink("/proc/self/ns/pid")
+    return facts
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process of this machine started, for its number may be another's now; None: gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        state, *fields = stat.rpartition(")")[2].split()
+        return None if state in "ZX" else fields[18]
+    except OSError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        os.kill(pid, 0)  # a system without /proc
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "unknown"
 
 
 def check_new(folder: Path) -> None:
