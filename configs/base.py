@@ -51,8 +51,8 @@ def get_config():
     config.model.cond_dim = 128  # width of the noise level's embedding
     config.model.dropout = 0.1  # probability
     config.model.dtype = "bfloat16"  # of the matmuls: float32 or bfloat16
-    # What the backward pass recomputes, for less memory and more time: none, elementwise (all but
-    # the matmuls with weights), blocks (all)
+    # What the backward pass recomputes, for less memory and more time: none (but for elementwise
+    # steps), elementwise (attention too: all but the matmuls with weights), blocks (all)
     config.model.remat = "none"
     config.model.attention = "auto"  # what suits the device, or xla, cudnn (GPU), splash (TPU)
 
@@ -93,9 +93,7 @@ def get_config():
     config.sample.steps = 128
     config.sample.t_min = 1e-5  # time of the final denoising
     config.sample.draw = "exact"  # exact, or float32_gumbel: the original's, rare tokens underdrawn
-    config.sample.grid = (
-        "uniform"  # times of the steps: uniform, or cosine: short ones at the start
-    )
+    config.sample.grid = "uniform"  # times of the steps: uniform, or cosine: short ones first
     config.sample.every = 0  # steps of training between samples in WORKDIR/samples; 0: none
     config.sample.count = 4  # samples each time
 
