@@ -22,7 +22,7 @@ from sedd_jax import config as configuration
 from sedd_jax import data, experiment
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.files import appearing, check_new, load_json, write_text
-from sedd_jax.parallel import processes, sharding
+from sedd_jax.parallel import processes
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
 
@@ -207,7 +207,7 @@ def newest_step(workdir: Workdir) -> int | None:
 def read_state(workdir: Workdir) -> TrainState:
     """The newest checkpoint's whole train state, on one device."""
     with _checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(checkpoints.needed(), _placed(_shape(workdir), None))
+        return checkpoints.restore(checkpoints.needed(), _shape(workdir))
 
 
 def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
@@ -216,19 +216,16 @@ def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
     Placed as sharding.RULES say, or on one device without a mesh.
     """
     with _checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_ema(_placed(_shape(workdir).ema, mesh))
+        return checkpoints.restore_ema(_shape(workdir, mesh).ema)
 
 
 def _checkpoints(workdir: Workdir) -> Checkpoints:
     return Checkpoints(workdir.folder / CHECKPOINTS, read_only=True)
 
 
-def _shape(workdir: Workdir) -> TrainState:
-    return experiment.state_shape(workdir.config, workdir.tokenizer.vocab_size)
-
-
-def _placed(shape: Any, mesh: Mesh | None) -> Any:
-    return sharding.with_shardings(shape, sharding.tree_shardings(shape, mesh))
+def _shape(workdir: Workdir, mesh: Mesh | None = None) -> TrainState:
+    vocab_size = workdir.tokenizer.vocab_size
+    return experiment.make_experiment(workdir.config, vocab_size, mesh).shape
 
 
 def about(workdir: Workdir) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def log_start(experiment: Experiment, records: data.Records, step: int) -> None:
 def compile_step(experiment: Experiment, progress: Progress) -> jax.stages.Compiled:
     """The train step's executable; says what compiling took and what the step needs."""
     with progress.clock("compile"):
-        compiled = experiment.compile()
+        compiled = experiment.lower().compile()
     memory = compiled.memory_analysis()
     need = "" if memory is None else f", {format_bytes(program_bytes(memory))} a device"
     log.info("compiled in %.1f s%s", progress.clock.seconds["compile"], need)
