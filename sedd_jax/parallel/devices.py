@@ -1,4 +1,4 @@
-"""Peak figures of accelerators, and the memory that a compiled program needs. Imports nothing."""
+"""Peak figures of accelerators, and the memory that a compiled program needs."""
 
 from dataclasses import dataclass
 from typing import Any

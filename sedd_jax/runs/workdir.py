@@ -235,25 +235,26 @@ def about(workdir: Workdir) -> dict[str, Any]:
     """
     facts = {"weights": "ema", "corpus": workdir.config.data.corpus, "numbers": []}
     summary = workdir.folder / SUMMARY
-    if summary.is_file():
-        try:
-            facts["numbers"] = _numbers(summary)
-        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            log.warning(
-                "%r is left out, it is not as sedd-report writes it (%s); run that again",
-                str(summary),
-                reason,
-            )
+    try:
+        if summary.is_file():
+            heldout = load_json(summary.read_bytes(), repr(str(summary)))["heldout"]
+            facts["numbers"] = _numbers(heldout)
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        log.warning(
+            "%r is left out, it is not as sedd-report writes it (%s); run that again",
+            str(summary),
+            reason,
+        )
     return facts
 
 
-def _numbers(summary: Path) -> list[dict[str, str]]:
-    heldout, numbers = load_json(summary.read_bytes(), repr(str(summary)))["heldout"], []
+def _numbers(heldout: dict[str, Any]) -> list[dict[str, str]]:
     how = (
         f"upper bound, {heldout['passes']} noise levels a block, {heldout['blocks']} blocks of "
         f"split {heldout['split']!r}, step {heldout['step']}, seed {heldout['seed']}"
     )
+    numbers = []
     for unit in ("bits_per_character", "nats_per_token"):
         value, error = (heldout[unit][key] for key in ("bound", "bound_standard_error"))
         number = {"name": unit.replace("_", " "), "value": f"{value:.3f} +- {error:.3f}"}

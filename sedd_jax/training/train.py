@@ -20,7 +20,7 @@ from sedd_jax.parallel.devices import device, format_bytes, program_bytes
 from sedd_jax.runs import workdir as runs
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
-from sedd_jax.training.progress import Profile, Progress, Signals, Watchdog
+from sedd_jax.training.progress import Profile, Progress, Signals, watchdog
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
         any_signal = processes.StopAgreement(lambda: signals.received, mesh)
-        watchdog = stack.enter_context(Watchdog(config.train.stuck_seconds))
+        stuck = stack.enter_context(watchdog(config.train.stuck_seconds))
 
         def must_stop() -> bool:
-            watchdog.alive()
+            stuck.alive()
             return any_signal()
 
         folder = workdir / runs.CHECKPOINTS
