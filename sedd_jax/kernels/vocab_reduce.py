@@ -62,8 +62,8 @@ def total_and_pick(
     tile = tile or _fitted(for_platform(TILES, platform or jax.default_backend()), count, vocab)
     needed = jnp.ones(excluded.shape, bool) if needed is None else needed
     order = _needed_first(needed.reshape(-1))
-    flat = hidden.reshape(count, -1), weight, bias, excluded.reshape(-1), targets.reshape(-1)
-    total, pick = (a.reshape(excluded.shape) for a in _total_and_pick(tile, *flat, order))
+    rows = jnp.reshape(hidden, (count, -1)), weight, bias, jnp.ravel(excluded), jnp.ravel(targets)
+    total, pick = (a.reshape(excluded.shape) for a in _total_and_pick(tile, *rows, order))
     return jnp.where(needed, total, 0.0), jnp.where(needed, pick, 0.0)
 
 
