@@ -102,7 +102,7 @@ class Ours:
         )
         self.batch = Blocks(jax.device_put(drawn, experiment.batch_shape.tokens.sharding))
         self.key = experiment.keys["train"]
-        self.step = experiment.compile()
+        self.step = experiment.lower().compile()
         return {
             "parameters": self._count(self.state.params),
             "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)),

@@ -214,10 +214,8 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for key, value in values.items():
         check_value(key, value)
-        section, dot, name = key.rpartition(".")
-        target = config[section] if dot else config
-        with target.ignore_type():  # JSON may hold 20 where the config has 20.0
-            target[name] = value
+    with config.ignore_type():  # JSON may hold 20 where the config has 20.0
+        config.update_from_flattened_dict(values)
     check(config)
     return config
 
@@ -245,22 +243,21 @@ def to_json(config: ConfigDict) -> str:
 def from_json(text: str) -> ConfigDict:
     """The config of `to_json`; ValueError if the text is not one."""
     values = json.loads(text)
-    sections = {key.split(".")[0] for key in KEYS if not may_change(key)}
-    if not isinstance(values, dict) or not sections <= set(values):
+    # A run from before a section that changes nothing of what it did may lack it.
+    absent = {key.split(".")[0]: None for key in KEYS if "." in key}
+    absent |= {section: {} for section in MAY_CHANGE_SECTIONS}
+    if not isinstance(values, dict) or not all(
+        isinstance(values.get(section, default), dict) for section, default in absent.items()
+    ):
         raise ValueError(
             f"{' '.join(text.split())[:60]!r} is no config of sedd_jax; give the folder of a run"
         )
     for key in RETIRED:
         section, _, name = key.rpartition(".")
-        if isinstance(values.get(section), dict):
-            values[section].pop(name, None)
-    config = ConfigDict(values)
+        values[section].pop(name, None)
     # Keys that are newer than the run, and change nothing of what it did, have their defaults.
     for key, value in flatten(base.get_config()):
         if may_change(key) or key in AS_BEFORE:
             section, _, name = key.rpartition(".")
-            if section not in config:
-                config[section] = ConfigDict()
-            if name not in config[section]:
-                config[section][name] = value
-    return config
+            values.setdefault(section, {}).setdefault(name, value)
+    return ConfigDict(values)

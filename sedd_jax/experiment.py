@@ -6,8 +6,9 @@ an experiment, the dry run compiles the same one for machines that are not there
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,37 +27,42 @@ from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import sharding
-from sedd_jax.parallel.devices import matmul_flops
 from sedd_jax.parallel.sharding import Placement
 from sedd_jax.state import LossFn, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """The parts of one config over one mesh; shapes and shardings of the state included."""
+    """The parts of one config over one mesh; without a mesh, on the first device."""
 
     config: ConfigDict
-    mesh: Mesh
+    mesh: Mesh | None
     graph: Graph
     schedule: Schedule
     network: Transformer
     optimizer: optax.GradientTransformation
     loss_fn: LossFn
-    shape: TrainState  # of jax.ShapeDtypeStruct, each with its sharding
-    train_step: Any  # jitted (state, Blocks, key) -> (state, metrics); the state is donated
 
     @property
     def keys(self) -> dict[str, jax.Array]:
         """The run's keys by use; never drawn from twice."""
-        return _keys(self.config)
+        uses = ("init", "train", "evaluate")
+        return dict(zip(uses, jax.random.split(jax.random.key(self.config.seed), len(uses))))
 
     def fresh(self) -> TrainState:
         """The state before the first step; a pure function of the config's seed."""
-        return _fresh(self.config, self.network, self.optimizer)
+        params = init_params(self.config, self.network, self.keys["init"])
+        return state.init(params, self.optimizer)
 
     def start(self) -> TrainState:
         """`fresh`, allocated on the mesh."""
         return jax.jit(self.fresh, out_shardings=self.shardings)()
+
+    @functools.cached_property
+    def shape(self) -> TrainState:
+        """The state as jax.ShapeDtypeStruct, each leaf with its sharding."""
+        shape = jax.eval_shape(self.fresh)
+        return sharding.with_shardings(shape, sharding.tree_shardings(shape, self.mesh))
 
     @property
     def shardings(self) -> Any:
@@ -73,7 +79,7 @@ class Experiment:
             is_token = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows)
         return Blocks(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows), is_token)
 
-    @functools.cached_property
+    @property
     def flops(self) -> int:
         """Operations of the matmuls of one training step, on all devices together.
 
@@ -82,28 +88,26 @@ class Experiment:
         rematerialised, in the blocks or in the head's gradient, is no part of the model's work, and
         is not counted: the convention of MFU (Chowdhery et al. 2022, appendix B).
         """
-        # Counted in plain JAX, whatever kernels the devices take.
-        network = self.network.clone(placement=Placement(), attention="xla")
-
-        def hidden(params, tokens, sigma):
-            return network.apply({"params": params}, tokens, sigma, deterministic=True)
-
-        rows, length = self.batch_shape.tokens.shape
-        tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        sigma = jax.ShapeDtypeStruct((rows, 1), jnp.float32)
-        blocks = matmul_flops(hidden, self.shape.params, tokens, sigma)
-        table = 2 * rows * length * self.graph.dim * self.config.model.hidden_size
+        rows, length = self.config.train.batch_size, self.config.data.length
         evaluated = evaluated_fraction(self.graph, self.schedule, self.config.objective.t_min)
-        return 3 * (blocks + round(evaluated * table))
+        head = 2 * length * self.graph.dim * self.config.model.hidden_size
+        return 3 * rows * (network_flops(self.shape.params, length) + round(evaluated * head))
+
+    @functools.cached_property
+    def train_step(self) -> Any:
+        """Jitted (state, Blocks, key) -> (state, metrics); the state is donated."""
+        train_step = state.make_train_step(
+            self.loss_fn,
+            self.optimizer,
+            decay=self.config.optimizer.ema_decay,
+            microbatches=self.config.train.microbatches,
+        )
+        return state.on_mesh(train_step, self.shape, self.mesh)
 
     def lower(self) -> jax.stages.Lowered:
         """The train step, traced and lowered for the mesh's devices."""
         key = jax.eval_shape(lambda: self.keys["train"])
         return self.train_step.lower(self.shape, self.batch_shape, key)
-
-    def compile(self) -> jax.stages.Compiled:
-        """The train step's executable, (state, Blocks, key) -> (state, metrics)."""
-        return self.lower().compile()
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -125,26 +129,26 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
     return mesh
 
 
-def make_experiment(config: ConfigDict, vocab_size: int, mesh: Mesh) -> Experiment:
+def make_experiment(config: ConfigDict, vocab_size: int, mesh: Mesh | None) -> Experiment:
     """The experiment of a checked config over its `make_mesh`, for vocab_size clean tokens."""
-    graph = make_graph(config, vocab_size)
-    schedule = make_schedule(config)
+    graph, schedule = make_graph(config, vocab_size), make_schedule(config)
     network = make_model(config, graph, mesh)
-    optimizer = make_optimizer(config)
     loss_fn = make_loss_fn(config, network, graph, schedule)
-    shape = jax.eval_shape(lambda: _fresh(config, network, optimizer))
-    shape = sharding.with_shardings(shape, sharding.tree_shardings(shape, mesh))
-    train_step = state.on_mesh(
-        state.make_train_step(
-            loss_fn,
-            optimizer,
-            decay=config.optimizer.ema_decay,
-            microbatches=config.train.microbatches,
-        ),
-        shape,
-        mesh,
-    )
-    return Experiment(config, mesh, graph, schedule, network, optimizer, loss_fn, shape, train_step)
+    return Experiment(config, mesh, graph, schedule, network, make_optimizer(config), loss_fn)
+
+
+def network_flops(params: Any, length: int) -> int:
+    """Operations of the matmuls, 2 M N K each, of one sequence through the network without head."""
+    per_token = per_sequence = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = sharding.path_name(path)
+        if re.search(r"(modulation/linear|sigma_[12])/kernel$", name):  # of the noise level
+            per_sequence += 2 * leaf.size
+        elif name.endswith("/kernel"):
+            per_token += 2 * leaf.size
+    blocks, _, _, heads, head_size = params["blocks"]["qkv"]["kernel"].shape
+    attention = blocks * 4 * length**2 * heads * head_size  # q k^T, and the weights times v
+    return per_sequence + length * per_token + attention
 
 
 def evaluated_fraction(graph: Graph, schedule: Schedule, t_min: float) -> float:
@@ -207,9 +211,7 @@ def _build(table: Mapping[str, type], section: ConfigDict, **fields: Any) -> Any
 def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Transformer:
     """The network for the graph's states, its activations split as their rows on the mesh."""
     fields = {**config.model.to_dict(), "dtype": DTYPES[config.model.dtype]}
-    if mesh is not None:
-        fields["placement"] = Placement(mesh)
-    return Transformer(dim=graph.dim, **fields)
+    return Transformer(dim=graph.dim, placement=Placement(mesh), **fields)
 
 
 def init_params(config: ConfigDict, model: Transformer, key: jax.Array) -> Any:
@@ -239,36 +241,9 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     )
 
 
-def _keys(config: ConfigDict) -> dict[str, jax.Array]:
-    uses = ("init", "train", "evaluate")
-    return dict(zip(uses, jax.random.split(jax.random.key(config.seed), len(uses))))
-
-
-def _fresh(
-    config: ConfigDict, network: Transformer, optimizer: optax.GradientTransformation
-) -> TrainState:
-    params = init_params(config, network, _keys(config)["init"])
-    return state.init(params, optimizer)
-
-
-def state_shape(config: ConfigDict, vocab_size: int) -> TrainState:
-    """Shapes and dtypes of the train state, for whoever reads a run on any devices."""
-    network = make_model(config, make_graph(config, vocab_size))
-    return jax.eval_shape(lambda: _fresh(config, network, make_optimizer(config)))
-
-
-class Moments(NamedTuple):
-    """AdamW's state: updates made, first and second moments in the tree of the parameters."""
-
-    count: int
-    mu: Any
-    nu: Any
-
-
-def moments(opt_state: Any) -> Moments:
-    """AdamW's state within that of `make_optimizer`."""
-    adam = optax.tree_utils.tree_get(opt_state, "ScaleByAdamState")
-    return Moments(int(adam.count), adam.mu, adam.nu)
+def moments(opt_state: Any) -> optax.ScaleByAdamState:
+    """AdamW's count and moments within the state of `make_optimizer`."""
+    return optax.tree_utils.tree_get(opt_state, "ScaleByAdamState")
 
 
 def imported_state(
@@ -279,28 +254,27 @@ def imported_state(
     ema: Any,
     step: int = 0,
     ema_updates: int = 0,
-    moments: Moments | None = None,
-    schedule_count: int = 0,
+    moments: optax.ScaleByAdamState | None = None,
 ) -> TrainState:
-    """The train state with these trees, numpy float32; without moments AdamW begins anew.
-
-    schedule_count is the number of updates that the learning rate's warm-up has seen.
-    """
+    """The train state with these trees, numpy float32; without moments AdamW and the warm-up of
+    the learning rate begin anew."""
+    shape = make_experiment(config, vocab_size, mesh=None).shape
+    # The original counts a step whose gradient overflowed, its AdamW does not.
+    skipped = max(step - moments.count, 0) if moments and moments.count else 0
+    warm_up = 0 if moments is None else step
     if moments is None:
-        moments = Moments(0, *(jax.tree.map(np.zeros_like, params) for _ in range(2)))
-    shape = state_shape(config, vocab_size)
+        moments = optax.ScaleByAdamState(0, *(jax.tree.map(np.zeros_like, params),) * 2)
     train_state = TrainState(
         step=step,
         params=params,
         opt_state=optax.tree_utils.tree_set(
             shape.opt_state,
-            ScaleByAdamState=optax.ScaleByAdamState(*moments),
-            ScaleByScheduleState=optax.ScaleByScheduleState(schedule_count),
+            ScaleByAdamState=moments,
+            ScaleByScheduleState=optax.ScaleByScheduleState(warm_up),
         ),
         ema=ema,
         ema_updates=ema_updates,
-        # The original counts a step whose gradient overflowed, its AdamW does not.
-        skipped=max(step - moments.count, 0) if moments.count else 0,
+        skipped=skipped,
         skipped_in_a_row=0,
     )
     return jax.tree.map(lambda leaf, value: jnp.asarray(value, leaf.dtype), shape, train_state)

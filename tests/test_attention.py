@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from conftest import says
 
-from sedd_jax.kernels import ATTENTION, choose
 from sedd_jax.kernels import attention as module
 from sedd_jax.kernels.attention import attention
 from sedd_jax.parallel import sharding
@@ -88,9 +87,12 @@ def test_no_table_of_two_positions_is_kept_for_the_gradient():
     "platform, name",
     [("cpu", "xla"), ("gpu", "cudnn"), ("cuda", "cudnn"), ("tpu", "splash")],
 )
-def test_each_platform_takes_its_own_form_unless_one_is_named(platform, name):
-    assert choose(ATTENTION, None, platform) == choose(ATTENTION, "auto", platform) == name
-    assert choose(ATTENTION, "xla", platform) == "xla"
+def test_each_platform_takes_its_own_form_unless_one_is_named(platform, name, monkeypatch):
+    for form in module.FORMS:
+        monkeypatch.setitem(module.FORMS, form, lambda *_, form=form: form)
+    for implementation, taken in ((None, name), ("auto", name), ("xla", "xla")):
+        how = {"implementation": implementation, "platform": platform}
+        assert attention(*operands(), **how) == taken
 
 
 def test_what_a_kernel_does_not_take_is_refused_by_name_and_passed_over_by_auto():

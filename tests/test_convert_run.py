@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import yaml
 from conftest import says
@@ -34,7 +35,7 @@ def random_state(graph: str, step: int = STEP):
     config.data.tokenizer = TOKENIZER.name
     ema, mu, nu = (model_of(graph, seed)[2] for seed in (1, 2, 3))
     nu = jax.tree.map(np.square, nu)
-    found = experiment.Moments(step - 1, mu, nu)  # one step was skipped
+    found = optax.ScaleByAdamState(step - 1, mu, nu)  # one step was skipped
     train_state = experiment.imported_state(
         config,
         vocab_size,
@@ -43,7 +44,6 @@ def random_state(graph: str, step: int = STEP):
         step=step,
         ema_updates=step - 1,
         moments=found,
-        schedule_count=step,
     )
     return config, train_state
 

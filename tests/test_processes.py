@@ -276,10 +276,10 @@ def test_a_coordinator_that_does_not_answer_is_an_error_in_the_time_that_was_giv
 def test_a_stuck_process_writes_its_stacks_and_ends(tmp_path):
     code = (
         "import time\n"
-        "from sedd_jax.training.progress import Watchdog\n"
-        "with Watchdog(1) as watchdog:\n"
+        "from sedd_jax.training.progress import watchdog\n"
+        "with watchdog(1) as stuck:\n"
         "    for _ in range(8):\n"
-        "        watchdog.alive(); time.sleep(0.25)\n"
+        "        stuck.alive(); time.sleep(0.25)\n"
         "    print('alive', flush=True)\n"
         "    def stuck_here(): time.sleep(60)\n"
         "    stuck_here()\n"

@@ -286,7 +286,7 @@ def test_an_interrupted_start_leaves_a_workdir_that_can_be_started(tmp_path, tin
 
 def test_a_checkpoint_of_another_model_is_refused_by_name(tiny_run, tiny_config):
     tiny_config.model.hidden_size = 32
-    shape = experiment.state_shape(tiny_config, 103)
+    shape = experiment.make_experiment(tiny_config, 103, mesh=None).shape
     with (
         Checkpoints(tiny_run / "checkpoints") as checkpoints,
         pytest.raises(ValueError, match=r"holds .* as float32\[.*the model needs float32\["),

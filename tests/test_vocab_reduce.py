@@ -25,12 +25,6 @@ NEEDED = ["all", "some", "one", "none"]
 needed = pytest.mark.parametrize("needed", NEEDED)
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_small(monkeypatch):
-    """So that these sizes too put the needed positions first."""
-    monkeypatch.setattr(vocab_reduce, "SMALL", 0)
-
-
 @pytest.fixture(scope="module")
 def head():
     """hidden, weight, bias, excluded and targets; some exclude nothing, some their own target."""
@@ -101,14 +95,6 @@ def test_gradients_of_bfloat16_operands_are_within_a_hundredth(head, tile):
         error = jnp.linalg.norm(value.astype(jnp.float32) - right) / jnp.linalg.norm(right)
         assert error < 1e-2
     assert [value.dtype for value in ours] == [jnp.bfloat16, jnp.float32, jnp.float32]
-
-
-def test_a_few_logits_are_computed_at_once_and_answer_alike(head, monkeypatch):
-    where = positions("some")
-    sorted_ = total_and_pick(*head, where)
-    monkeypatch.setattr(vocab_reduce, "SMALL", 2**18)
-    for value, exact in zip(total_and_pick(*head, where), sorted_, strict=True):
-        np.testing.assert_allclose(value, exact, rtol=1e-6, atol=1e-6)
 
 
 def test_large_logits_stay_finite(head):

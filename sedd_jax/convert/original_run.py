@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 import yaml
 
 from sedd_jax import config as configuration
@@ -111,9 +112,8 @@ def import_run(
         names.check_buffer(read.part("model"), sizes, repr(str(checkpoint)))
         moments = None
         if facts["moments"]:
-            moments = experiment.Moments(
-                _count(facts, "count"), tree("exp_avg"), tree("exp_avg_sq")
-            )
+            count = _count(facts, "count")
+            moments = optax.ScaleByAdamState(count, tree("exp_avg"), tree("exp_avg_sq"))
         else:
             notices.append("AdamW's moments and the warm-up of the learning rate begin again")
         train_state = experiment.imported_state(
@@ -124,7 +124,6 @@ def import_run(
             step=step,
             ema_updates=_count(facts, "ema_updates"),
             moments=moments,
-            schedule_count=0 if moments is None else step,
         )
     if facts["ema_decay"] != config.optimizer.ema_decay:
         notices.append(
@@ -159,7 +158,7 @@ def export_run(source: Path, out: Path) -> int:
     o, step = config.optimizer, int(train_state.step)
     facts = {
         "step": step,
-        "count": moments.count,
+        "count": int(moments.count),
         "ema_decay": o.ema_decay,
         "ema_updates": int(train_state.ema_updates),
         "optimizer": {

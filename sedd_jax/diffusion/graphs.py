@@ -298,19 +298,17 @@ class Absorbing(Graph):
     # of clean tokens y: one factor times the score. `Reveal` draws from them without the table.
 
     def euler(self, scores: Scores, xt: Tokens, step: jax.Array) -> Distribution:
-        """Reveal with factor step."""
         table = super().euler(scores, xt, step)
-        return Reveal(table, scores, xt, self.mask, jnp.log(step))
+        return Reveal(table, scores, xt, self.mask, log_factor=jnp.log(step))
 
     def tweedie(self, scores: Scores, xt: Tokens, delta_sigma: jax.Array) -> Distribution:
-        """Reveal with factor expm1(delta_sigma)."""
         table = super().tweedie(scores, xt, delta_sigma)
-        return Reveal(table, scores, xt, self.mask, jnp.log(jnp.expm1(delta_sigma)))
+        log_factor = jnp.log(jnp.expm1(delta_sigma))
+        return Reveal(table, scores, xt, self.mask, log_factor)
 
     def denoise(self, scores: Scores, xt: Tokens, sigma: Sigma) -> Distribution:
-        """Reveal every token that is still masked."""
         table = super().denoise(scores, xt, sigma)
-        return Reveal(table, scores, xt, self.mask, log_factor=None)
+        return Reveal(table, scores, xt, self.mask, log_factor=None)  # all that is masked
 
 
 @dataclasses.dataclass(frozen=True)

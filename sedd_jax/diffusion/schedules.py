@@ -37,13 +37,11 @@ class LogLinear:
         return (1.0 - t) + self.eps * t
 
     def sigma(self, t: jax.Array) -> jax.Array:
-        """Total noise at time t, float32, the shape of t."""
         t = jnp.asarray(t, jnp.float32)
         near_zero = -jnp.log1p(-(1.0 - self.eps) * jnp.minimum(t, 0.5))
         return jnp.where(t < 0.5, near_zero, -jnp.log(self._clean(t)))
 
     def dsigma_dt(self, t: jax.Array) -> jax.Array:
-        """Slope of the total noise at time t, float32, the shape of t."""
         t = jnp.asarray(t, jnp.float32)
         return (1.0 - self.eps) / self._clean(t)
 
@@ -63,12 +61,10 @@ class Geometric:
             )
 
     def sigma(self, t: jax.Array) -> jax.Array:
-        """Total noise at time t, float32, the shape of t."""
         t = jnp.asarray(t, jnp.float32)
         return jnp.power(self.sigma_min, 1.0 - t) * jnp.power(self.sigma_max, t)
 
     def dsigma_dt(self, t: jax.Array) -> jax.Array:
-        """Slope of the total noise at time t, float32, the shape of t."""
         return self.sigma(t) * (jnp.log(self.sigma_max) - jnp.log(self.sigma_min))
 
 

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from sedd_jax.kernels import ATTENTION, choose, for_platform
+from sedd_jax.kernels import for_platform
 from sedd_jax.kernels.cpu import as_bits, from_bits, transposed
 from sedd_jax.kernels.matmul import einsum
 
+# The default implementation on each platform; xla, plain JAX, runs everywhere.
+DEFAULTS = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
 # Attention scores computed at a time: what fits a CPU core's cache, 1 MiB, and a small part of an
 # accelerator's memory, 512 MiB. At least those of one head of one row.
 TILES = {"cpu": 2**18, "gpu": 2**27, "tpu": 2**27}
@@ -41,11 +43,12 @@ def attention(
     ValueError if the named one does not take the arrays.
     """
     platform = platform or jax.default_backend()
-    name = choose(ATTENTION, implementation, platform)
+    is_auto = implementation in (None, "auto")
+    name = for_platform(DEFAULTS, platform) if is_auto else implementation
     refused = _REFUSES[name](q)
-    if refused and implementation in (None, "auto"):
-        name, refused = "xla", None
-    if refused:
+    if refused and is_auto:
+        name = "xla"
+    elif refused:
         raise ValueError(
             f"attention {name!r} takes no {q.dtype} {tuple(q.shape)}: {refused}; "
             "use 'auto' or 'xla'"
@@ -71,10 +74,9 @@ def _softmax_forward(is_causal, tile, platform, q, k, v, lengths):
     """Does not save the weights [N, L, L], as autodiff would: the backward pass recomputes them."""
 
     def of_tile(q, k, v, lengths):
-        scores = einsum("nlk,nmk->nlm", q, k)
-        seen = _seen(q.shape[1], is_causal, lengths)
-        if seen is not None:
-            scores = jnp.where(seen, scores, UNSEEN)
+        position = jnp.arange(q.shape[1])
+        seen = _seen(position[:, None], position, is_causal, lengths)
+        scores = jnp.where(seen, einsum("nlk,nmk->nlm", q, k), UNSEEN)
         scale = q.shape[-1] ** -0.5
         top = scores.max(axis=-1, keepdims=True)
         weights = jnp.exp(scale * (scores - top))
@@ -95,9 +97,9 @@ def _softmax_backward(is_causal, tile, platform, saved, d_out):
         # Keys first: a CPU's matmuls are fast where they sum over the last axis of the left side.
         scale = q.shape[-1] ** -0.5
         weights = jnp.exp(scale * einsum("nmk,nlk->nml", k, q) - log_total[:, None])
-        seen = _seen(q.shape[1], is_causal, lengths)
-        if seen is not None:
-            weights = jnp.where(seen.swapaxes(1, 2), weights, 0.0)
+        position = jnp.arange(q.shape[1])
+        seen = _seen(position, position[:, None], is_causal, lengths)
+        weights = jnp.where(seen, weights, 0.0)
         d_scores = weights * (einsum("nmk,nlk->nml", v, d_out) - mean[:, None])
         d_scores = d_scores.astype(q.dtype)
         d_q = scale * transposed(einsum("nkm,nml->nkl", transposed(k), d_scores))
@@ -127,17 +129,10 @@ def _by_row(a, shape):
     return a.reshape(batch, heads, length, size).swapaxes(1, 2)
 
 
-def _seen(length, is_causal, lengths):
-    """Whether a query sees a key, bool [N or 1, L, L]; None: every query sees every key."""
-    position = jnp.arange(length)
-    seen = None
-    if lengths is not None:
-        is_token = position < lengths[:, None]
-        seen = jnp.broadcast_to(is_token[:, None], (*lengths.shape, length, length))
-    if is_causal:
-        before = (position[:, None] >= position)[None]
-        seen = before if seen is None else seen & before
-    return seen
+def _seen(query, key, is_causal, lengths):
+    """Whether the query at a position sees the key at another, as their shapes broadcast."""
+    seen = query >= key if is_causal else True
+    return seen if lengths is None else seen & (key < lengths[:, None, None])
 
 
 def _over_tiles(fn, size, platform, arrays):

@@ -31,8 +31,6 @@ TILES = {"cpu": Tile(96, 12_672), "gpu": Tile(2048, 8192), "tpu": Tile(2048, 819
 # Logits of one block of draws, whole rows. A step of the sampler draws few tokens, which a CPU
 # would notice.
 DRAWN_LOGITS = {"cpu": 2**20, "gpu": 2**22, "tpu": 2**22}
-# Fewer logits than this are computed at once, without sorting positions.
-SMALL = 2**18
 
 
 def logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
@@ -62,12 +60,10 @@ def total_and_pick(
     """
     count, vocab = excluded.size, weight.shape[0]
     tile = tile or _fitted(for_platform(TILES, platform or jax.default_backend()), count, vocab)
-    at_once = needed is None or count * vocab <= SMALL
-    order = None if at_once else _needed_first(needed.reshape(-1))
-    flat = hidden.reshape(count, -1), weight, bias, excluded.reshape(-1), targets.reshape(-1)
-    total, pick = (a.reshape(excluded.shape) for a in _total_and_pick(tile, *flat, order))
-    if needed is None:
-        return total, pick
+    needed = jnp.ones(excluded.shape, bool) if needed is None else needed
+    order = _needed_first(needed.reshape(-1))
+    rows = jnp.reshape(hidden, (count, -1)), weight, bias, jnp.ravel(excluded), jnp.ravel(targets)
+    total, pick = (a.reshape(excluded.shape) for a in _total_and_pick(tile, *rows, order))
     return jnp.where(needed, total, 0.0), jnp.where(needed, pick, 0.0)
 
 
@@ -134,30 +130,19 @@ def _needed_first(needed: jax.Array) -> _Order:
     return _Order(position, rank, count)
 
 
-def _sorted(order: _Order | None, *arrays: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """The rows of each array in that order, and how many are needed; all where there is none."""
-    if order is None:
-        return arrays, jnp.int32(arrays[0].shape[0])
-    return tuple(a[order.position] for a in arrays), order.count
-
-
-def _unsorted(order: _Order | None, a: jax.Array) -> jax.Array:
-    return a if order is None else a[order.rank]
-
-
 # --- the reduction and its gradient: a scan over blocks of tokens, and in it a loop over blocks of
 # positions. A block of the weights is sliced once, and its gradient written once.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _total_and_pick(tile, hidden, weight, bias, excluded, targets, order):
-    """total and pick [N] of hidden [N, C]; anything where a position is not needed."""
+    """total and pick [N] of hidden [N, C]; anything where a position is not needed, whose
+    cotangents must be 0."""
     return _forward(tile, hidden, weight, bias, excluded, targets, order)[0]
 
 
 def _forward(tile, hidden, weight, bias, excluded, targets, order):
-    rows, count = _sorted(order, hidden, excluded, targets)
-    rows = tuple(_padded(a, tile.positions) for a in rows)
+    rows = [_padded(a[order.position], tile.positions) for a in (hidden, excluded, targets)]
 
     def token_block(carry, part):
         def body(i, carry):
@@ -172,18 +157,16 @@ def _forward(tile, hidden, weight, bias, excluded, targets, order):
             pick = part.pick(table, targets, otherwise=pick)
             return jax.tree.map(lambda a, b: _with_block(a, b, i), carry, (higher, total, pick))
 
-        return jax.lax.fori_loop(0, -(-count // tile.positions), body, carry)
+        return jax.lax.fori_loop(0, -(-order.count // tile.positions), body, carry)
 
     size = rows[0].shape[0]
     # The least number and not -inf, whose difference from itself is not a number.
     least = jnp.full(size, jnp.finfo(jnp.float32).min)
     start = (least, jnp.zeros(size), jnp.zeros(size))
     highest, total, pick = _scan_tokens(token_block, start, tile, weight.astype(hidden.dtype), bias)
-    is_needed = jnp.arange(size) < count
-    log_total = jnp.where(is_needed, highest + jnp.log(jnp.where(is_needed, total, 1.0)), 0.0)
-    log_total, pick = log_total[: hidden.shape[0]], pick[: hidden.shape[0]]
+    log_total = highest + jnp.log(total)  # in that order, and -inf beyond the last block
     saved = (hidden, weight, bias, excluded, targets, order, log_total)
-    return (_unsorted(order, log_total), _unsorted(order, pick)), saved
+    return (log_total[order.rank], pick[order.rank]), saved
 
 
 def _backward(tile, saved, cotangents):
@@ -192,8 +175,9 @@ def _backward(tile, saved, cotangents):
     d_logit = d_total p + d_pick 1{token = target}
     """
     hidden, weight, bias, excluded, targets, order, log_total = saved
-    rows, count = _sorted(order, hidden, excluded, targets, *cotangents)
-    rows = tuple(_padded(a, tile.positions) for a in (*rows, log_total))
+    arrays = (hidden, excluded, targets, *cotangents)
+    rows = [_padded(a[order.position], tile.positions) for a in arrays]
+    rows.append(log_total)
 
     def token_block(carry, part):
         d_hidden, d_weight, d_bias = carry
@@ -202,12 +186,9 @@ def _backward(tile, saved, cotangents):
             d_hidden, d_part, d_bias = carry
             block = (_block(a, i, tile.positions) for a in rows)
             hidden, excluded, targets, d_total, d_pick, log_total = block
-            # Where a position is not needed it has no total: its p may be infinite.
-            is_needed = i * tile.positions + jnp.arange(tile.positions) < count
-            counted = part.is_new & is_needed[:, None]
             p = jnp.exp(part.logits(hidden) - log_total[:, None])
-            is_other = counted & (part.tokens != excluded[:, None])
-            is_target = counted & (part.tokens == targets[:, None])
+            is_other = part.is_new & (part.tokens != excluded[:, None])
+            is_target = part.is_new & (part.tokens == targets[:, None])
             d_logits = jnp.where(is_other, p * d_total[:, None], 0.0)
             d_logits += jnp.where(is_target, d_pick[:, None], 0.0)
             d_bias += d_logits.sum(axis=0)
@@ -222,7 +203,7 @@ def _backward(tile, saved, cotangents):
 
         zeros = jnp.zeros(part.weight.shape), jnp.zeros(part.bias.shape)
         d_hidden, *d_head = jax.lax.fori_loop(
-            0, -(-count // tile.positions), body, (d_hidden, *zeros)
+            0, -(-order.count // tile.positions), body, (d_hidden, *zeros)
         )
         return d_hidden, part.written(d_weight, d_head[0]), part.written(d_bias, d_head[1])
 
@@ -230,8 +211,8 @@ def _backward(tile, saved, cotangents):
     d_hidden, d_weight, d_bias = _scan_tokens(
         token_block, start, tile, weight.astype(hidden.dtype), bias
     )
-    d_hidden = _unsorted(order, d_hidden[: hidden.shape[0]])
-    return d_hidden.astype(hidden.dtype), d_weight, d_bias, None, None, None
+    d_hidden = d_hidden[order.rank].astype(hidden.dtype)
+    return d_hidden, d_weight, d_bias, None, None, None
 
 
 _total_and_pick.defvjp(_forward, _backward)

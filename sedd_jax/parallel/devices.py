@@ -1,14 +1,7 @@
-"""Peak figures of accelerators, and what a program needs: its matmuls' operations, its memory.
+"""Peak figures of accelerators, and the memory that a compiled program needs."""
 
-Imports jax only.
-"""
-
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-import jax
 
 GIB = 2**30
 
@@ -65,52 +58,3 @@ def program_bytes(memory: Any) -> int:
     new_results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arrays = memory.argument_size_in_bytes + new_results + memory.temp_size_in_bytes
     return arrays + memory.generated_code_size_in_bytes
-
-
-def matmul_flops(fn: Callable, *shapes: Any) -> int:
-    """Operations of the matmuls of fn(*shapes), 2 M N K for each, on all devices together.
-
-    shapes are trees of arrays or jax.ShapeDtypeStruct. XLA's own cost_analysis counts the body of
-    a loop once, and a network under nn.scan is one loop: the traced program knows its length. Of a
-    conditional the branch with the most operations counts. ValueError for a matmul in a loop of
-    unknown length, and for a Pallas kernel without a cost estimate.
-    """
-    return _flops_of(jax.make_jaxpr(fn)(*shapes).jaxpr)
-
-
-def _flops_of(jaxpr: Any) -> int:
-    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
-
-
-def _equation_flops(equation: Any) -> int:
-    name, params = equation.primitive.name, equation.params
-    if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        k = math.prod(shape[axis] for axis in contracted)
-        return 2 * k * math.prod(equation.outvars[0].aval.shape)
-    if name == "pallas_call":
-        if params.get("cost_estimate") is None:
-            raise ValueError("a Pallas kernel has no cost_estimate; pass pl.CostEstimate to it")
-        return int(params["cost_estimate"].flops)
-    inner = [_flops_of(jaxpr) for jaxpr in _jaxprs_in(params)]
-    if name == "cond":
-        return max(inner)
-    if name == "while" and sum(inner):
-        raise ValueError(
-            "a matrix product is inside a while loop of unknown length; write the loop as a scan"
-        )
-    times = params["length"] if name == "scan" else 1
-    if name == "shard_map":  # its body is what one device computes
-        axes = params.get("newly_manual_axes", params.get("manual_axes", ()))  # jax 0.7: the latter
-        times = math.prod(params["mesh"].shape[axis] for axis in axes)
-    return times * sum(inner)
-
-
-def _jaxprs_in(params: dict[str, Any]) -> Iterator[Any]:
-    """The jaxprs among an equation's parameters, open and closed."""
-    for value in params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            jaxpr = getattr(item, "jaxpr", item)
-            if hasattr(jaxpr, "eqns"):
-                yield jaxpr

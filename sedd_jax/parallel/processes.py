@@ -6,7 +6,7 @@ same step: a process that stops alone leaves the others waiting in the next coll
 """
 
 import collections
-import contextlib
+import faulthandler
 import importlib.util
 import json
 import os
@@ -15,9 +15,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,30 +43,26 @@ class Cluster(NamedTuple):
 def check(cluster: Cluster) -> None:
     """ValueError for a cluster that cannot be joined."""
     named = (cluster.coordinator, cluster.process_count, cluster.process_index)
-    if any(x is not None for x in named):
-        if any(x is None for x in named):
-            raise ValueError(
-                f"coordinator {cluster.coordinator!r}, process_count {cluster.process_count} and "
-                f"process_index {cluster.process_index} go together; give all three, or none to "
-                "take them from SLURM's or the TPU's environment"
-            )
-        if not 0 <= cluster.process_index < cluster.process_count:
-            raise ValueError(
-                f"process_index {cluster.process_index} is not in [0, {cluster.process_count}), "
-                "the process_count; number the processes from 0"
-            )
-        _check_address("coordinator", cluster.coordinator)
-    if cluster.coordinator_bind is not None:
-        _check_address("coordinator_bind", cluster.coordinator_bind)
+    is_named = [x is not None for x in named]
+    if any(is_named) and not all(is_named):
+        raise ValueError(
+            f"coordinator {cluster.coordinator!r}, process_count {cluster.process_count} and "
+            f"process_index {cluster.process_index} go together; give all three, or none to "
+            "take them from SLURM's or the TPU's environment"
+        )
+    if all(is_named) and not 0 <= cluster.process_index < cluster.process_count:
+        raise ValueError(
+            f"process_index {cluster.process_index} is not in [0, {cluster.process_count}), "
+            "the process_count; number the processes from 0"
+        )
+    for name in ("coordinator", "coordinator_bind"):
+        address = getattr(cluster, name)
+        host, _, port = (address or "").rpartition(":")
+        if address is not None and not (host and port.isdecimal() and 0 < int(port) < 2**16):
+            raise ValueError(f"{name} {address!r} is no HOST:PORT; for example 10.0.0.2:8476")
     for name in ("join_timeout", "heartbeat"):
         if getattr(cluster, name) < 1:
             raise ValueError(f"{name} {getattr(cluster, name)} is below 1; give seconds")
-
-
-def _check_address(name: str, address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise ValueError(f"{name} {address!r} is no HOST:PORT; for example 10.0.0.2:8476")
 
 
 def kind_of_cluster() -> str | None:
@@ -100,7 +96,7 @@ def join(cluster: Cluster) -> None:
         if cluster.coordinator
         else f"the {kind} cluster"
     )
-    with _ended_after(
+    with Watchdog(
         cluster.join_timeout,
         f"cannot join {where} within {cluster.join_timeout} s: it did not answer, or not every "
         "process came; start all processes within that time, check that they reach HOST:PORT, or "
@@ -123,25 +119,47 @@ def join(cluster: Cluster) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def _ended_after(seconds: float, message: str) -> Iterator[None]:
-    """End the process with the message and exit status 1 if the body takes longer.
+class Watchdog:
+    """While entered, ends the process if nothing calls `alive` for that many seconds; 0: never.
 
-    From a thread, because jax does not return from a join that fails: it aborts the process with a
-    stack trace.
+    Writes the message to standard error, and the stacks of all threads if with_stacks, and exits
+    with status 1. From a thread, because nothing else acts: jax does not return from a join that
+    fails, but aborts with a stack trace, and a host that is stuck (a lost file system, a collective
+    that a peer never joined) is alive to all others.
     """
 
-    def end():
-        print(f"sedd_jax: error: {message}", file=sys.stderr, flush=True)
-        os._exit(1)
+    GRACE = 30  # seconds until faulthandler acts, which needs no interpreter, if the thread cannot
 
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    def __init__(self, seconds: float, message: str, *, with_stacks: bool = False):
+        self.seconds, self.message, self.with_stacks = seconds, message, with_stacks
+        self._stderr = sys.__stderr__  # a notebook's or a test's has no file descriptor
+        self._done = threading.Event()
+
+    def __enter__(self) -> Self:
+        if self.seconds:
+            self.alive()
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def alive(self) -> None:
+        """Whoever calls this is not stuck."""
+        if self.seconds:
+            self._end = time.monotonic() + self.seconds
+            faulthandler.dump_traceback_later(
+                self.seconds + self.GRACE, exit=True, file=self._stderr
+            )
+
+    def _watch(self) -> None:
+        while not self._done.wait(max(0.01, self._end - time.monotonic())):
+            if time.monotonic() >= self._end:
+                print(f"sedd_jax: error: {self.message}", file=self._stderr, flush=True)
+                if self.with_stacks:
+                    faulthandler.dump_traceback(file=self._stderr)
+                os._exit(1)
+
+    def __exit__(self, *exception) -> None:
+        self._done.set()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def is_alone() -> bool:
@@ -156,8 +174,6 @@ def is_first() -> bool:
 
 def gather_text(text: str) -> list[str]:
     """Every process's text, in order. A collective: all processes must call it."""
-    if is_alone():
-        return [text]
     mine = text.encode("utf-8")
     sizes = multihost_utils.process_allgather(np.int32(len(mine)))
     padded = np.zeros(max(1, int(sizes.max())), np.uint8)
@@ -238,8 +254,6 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
 
 def fetch(tree: Any) -> Any:
     """A tree of arrays over the mesh as whole numpy arrays, on every process."""
-    if is_alone():
-        return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 

@@ -119,30 +119,35 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             folder = self.folder / str(step)
-            faults = [fault_of(folder / item, _about(step, item)) for item in items]
+            faults = (fault_of(folder / item, _about(step, item)) for item in items)
             fault = next(filter(None, faults), None)
             if fault is None:
-                break
+                self._pass_over(damaged)
+                return step
             damaged[step] = fault
-        else:
-            if damaged:
-                step, fault = next(iter(damaged.items()))
-                raise ValueError(
-                    f"none of the checkpoints {', '.join(map(str, damaged))} in "
-                    f"{str(self.folder)!r} is sound ({step}: {fault}); put a copy of one in its "
-                    "place, or move the folder away to begin anew"
-                )
-            return None
-        for number, fault in damaged.items():
+        if damaged:
+            step, fault = next(iter(damaged.items()))
+            raise ValueError(
+                f"none of the checkpoints {', '.join(map(str, damaged))} in "
+                f"{str(self.folder)!r} is sound ({step}: {fault}); put a copy of one in its "
+                "place, or move the folder away to begin anew"
+            )
+        return None
+
+    def _pass_over(self, damaged: dict[int, str]) -> None:
+        for step, fault in damaged.items():
             log.warning(
                 "checkpoint %d in %r is damaged: %s; taking the one before",
-                number,
+                step,
                 str(self.folder),
                 fault,
             )
             if not self._read_only:
-                self._quarantine(self.folder / str(number))
-        return step
+                quarantine = self.folder.with_name("quarantine")
+                quarantine.mkdir(exist_ok=True)
+                taken = sum(path.name.split("-")[0] == str(step) for path in quarantine.iterdir())
+                name = f"{step}-{taken + 1}" if taken else str(step)
+                (self.folder / str(step)).rename(quarantine / name)
 
     def needed(self, items: tuple[str, ...] = ITEMS) -> int:
         """`newest`; ValueError where there is none."""
@@ -152,12 +157,6 @@ class Checkpoints:
                 f"no checkpoint in {str(self.folder)!r}; train first, or name another workdir"
             )
         return step
-
-    def _quarantine(self, folder: Path) -> None:
-        quarantine = self.folder.with_name("quarantine")
-        quarantine.mkdir(exist_ok=True)
-        taken = sum(1 for path in quarantine.iterdir() if path.name.split("-")[0] == folder.name)
-        folder.rename(quarantine / (f"{folder.name}-{taken + 1}" if taken else folder.name))
 
     def save(self, step: int, state: TrainState) -> None:
         """Start writing state as this step's checkpoint, unless it is there already.

@@ -22,7 +22,7 @@ from sedd_jax import config as configuration
 from sedd_jax import data, experiment
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.files import appearing, check_new, load_json, write_text
-from sedd_jax.parallel import processes, sharding
+from sedd_jax.parallel import processes
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
 
@@ -207,7 +207,7 @@ def newest_step(workdir: Workdir) -> int | None:
 def read_state(workdir: Workdir) -> TrainState:
     """The newest checkpoint's whole train state, on one device."""
     with _checkpoints(workdir) as checkpoints:
-        return checkpoints.restore(checkpoints.needed(), _placed(_shape(workdir), None))
+        return checkpoints.restore(checkpoints.needed(), _shape(workdir))
 
 
 def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
@@ -216,19 +216,16 @@ def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
     Placed as sharding.RULES say, or on one device without a mesh.
     """
     with _checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_ema(_placed(_shape(workdir).ema, mesh))
+        return checkpoints.restore_ema(_shape(workdir, mesh).ema)
 
 
 def _checkpoints(workdir: Workdir) -> Checkpoints:
     return Checkpoints(workdir.folder / CHECKPOINTS, read_only=True)
 
 
-def _shape(workdir: Workdir) -> TrainState:
-    return experiment.state_shape(workdir.config, workdir.tokenizer.vocab_size)
-
-
-def _placed(shape: Any, mesh: Mesh | None) -> Any:
-    return sharding.with_shardings(shape, sharding.tree_shardings(shape, mesh))
+def _shape(workdir: Workdir, mesh: Mesh | None = None) -> TrainState:
+    vocab_size = workdir.tokenizer.vocab_size
+    return experiment.make_experiment(workdir.config, vocab_size, mesh).shape
 
 
 def about(workdir: Workdir) -> dict[str, Any]:
@@ -238,25 +235,26 @@ def about(workdir: Workdir) -> dict[str, Any]:
     """
     facts = {"weights": "ema", "corpus": workdir.config.data.corpus, "numbers": []}
     summary = workdir.folder / SUMMARY
-    if summary.is_file():
-        try:
-            facts["numbers"] = _numbers(summary)
-        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            log.warning(
-                "%r is left out, it is not as sedd-report writes it (%s); run that again",
-                str(summary),
-                reason,
-            )
+    try:
+        if summary.is_file():
+            heldout = load_json(summary.read_bytes(), repr(str(summary)))["heldout"]
+            facts["numbers"] = _numbers(heldout)
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        log.warning(
+            "%r is left out, it is not as sedd-report writes it (%s); run that again",
+            str(summary),
+            reason,
+        )
     return facts
 
 
-def _numbers(summary: Path) -> list[dict[str, str]]:
-    heldout, numbers = load_json(summary.read_bytes(), repr(str(summary)))["heldout"], []
+def _numbers(heldout: dict[str, Any]) -> list[dict[str, str]]:
     how = (
         f"upper bound, {heldout['passes']} noise levels a block, {heldout['blocks']} blocks of "
         f"split {heldout['split']!r}, step {heldout['step']}, seed {heldout['seed']}"
     )
+    numbers = []
     for unit in ("bits_per_character", "nats_per_token"):
         value, error = (heldout[unit][key] for key in ("bound", "bound_standard_error"))
         number = {"name": unit.replace("_", " "), "value": f"{value:.3f} +- {error:.3f}"}

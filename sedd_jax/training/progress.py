@@ -4,14 +4,11 @@ Takes numbers and paths, no config.
 """
 
 import contextlib
-import faulthandler
 import json
 import logging
 import math
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,52 +54,14 @@ class Signals:
             signal.signal(number, handler)
 
 
-class Watchdog:
-    """While entered, the process ends if nothing calls `alive` for that many seconds; 0: never.
-
-    Nobody else notices a host that is stuck (a lost file system, a collective that a peer never
-    joined): it is alive. It writes the stacks of all threads to standard error and exits with
-    status 1, and its peers end when its heartbeat is missing.
-    """
-
-    GRACE = 30  # seconds until faulthandler acts, which needs no interpreter, if the thread cannot
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-        self._stderr = sys.__stderr__  # a notebook's or a test's has no file descriptor
-        self._last = time.monotonic()
-        self._done = threading.Event()
-
-    def __enter__(self) -> Self:
-        if self.seconds:
-            self.alive()
-            threading.Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def alive(self) -> None:
-        """Whoever calls this is not stuck."""
-        self._last = time.monotonic()
-        if self.seconds:
-            faulthandler.dump_traceback_later(
-                self.seconds + self.GRACE, exit=True, file=self._stderr
-            )
-
-    def _watch(self) -> None:
-        while not self._done.wait(max(0.01, self._last + self.seconds - time.monotonic())):
-            if time.monotonic() - self._last >= self.seconds:
-                print(
-                    f"sedd-train: error: stuck: no step, batch or save was finished in "
-                    f"{self.seconds} s (config.train.stuck_seconds); the stacks follow, the newest "
-                    "checkpoint is as it was",
-                    file=self._stderr,
-                    flush=True,
-                )
-                faulthandler.dump_traceback(file=self._stderr)
-                os._exit(1)
-
-    def __exit__(self, *exception) -> None:
-        self._done.set()
-        faulthandler.cancel_dump_traceback_later()
+def watchdog(seconds: float) -> processes.Watchdog:
+    """Ends a training that is stuck: its peers end when its heartbeat is missing."""
+    return processes.Watchdog(
+        seconds,
+        f"stuck: no step, batch or save was finished in {seconds} s (config.train.stuck_seconds); "
+        "the stacks follow, the newest checkpoint is as it was",
+        with_stacks=True,
+    )
 
 
 class Profile:

@@ -20,7 +20,7 @@ from sedd_jax.parallel.devices import device, format_bytes, program_bytes
 from sedd_jax.runs import workdir as runs
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
-from sedd_jax.training.progress import Profile, Progress, Signals, Watchdog
+from sedd_jax.training.progress import Profile, Progress, Signals, watchdog
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +41,10 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     with contextlib.ExitStack() as stack:
         signals = stack.enter_context(Signals())
         any_signal = processes.StopAgreement(lambda: signals.received, mesh)
-        watchdog = stack.enter_context(Watchdog(config.train.stuck_seconds))
+        stuck = stack.enter_context(watchdog(config.train.stuck_seconds))
 
         def must_stop() -> bool:
-            watchdog.alive()
+            stuck.alive()
             return any_signal()
 
         folder = workdir / runs.CHECKPOINTS
@@ -142,7 +142,7 @@ def log_start(experiment: Experiment, records: data.Records, step: int) -> None:
 def compile_step(experiment: Experiment, progress: Progress) -> jax.stages.Compiled:
     """The train step's executable; says what compiling took and what the step needs."""
     with progress.clock("compile"):
-        compiled = experiment.compile()
+        compiled = experiment.lower().compile()
     memory = compiled.memory_analysis()
     need = "" if memory is None else f", {format_bytes(program_bytes(memory))} a device"
     log.info("compiled in %.1f s%s", progress.clock.seconds["compile"], need)
