@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 PART = 1 << 20  # characters; a part ends with the document that reaches it
 SHARD = 65536  # blocks in a file
+PARTS_FORMAT = 2  # parts of another are not used
+COUNTS = ("documents", "words", "characters", "tokens")  # of a part
 
 
 def prepare(
@@ -61,12 +63,11 @@ def prepare(
     workers: parts that are encoded at the same time, in threads; the `tokenizers` library uses
     all CPUs for each part besides.
     """
-    if length < 1:
-        raise ValueError(f"data.length {length} is less than 1; give the tokens in a block")
+    for name, value in (("data.length", length), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} {value} is less than 1; give 1 or more")
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
-    if workers < 1:
-        raise ValueError(f"workers {workers} is less than 1; give the number of threads")
     folder = Path(os.path.abspath(folder))
     description = _describe(corpus, tokenizer, length, form)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -164,9 +165,10 @@ def _encode_part(documents: list[str], tokenizer: Tokenizer, detokenizer: str, f
     rows = tokenizer.encode_batch(documents)
     ids = np.concatenate([part for row in rows for part in (row.astype(dtype), separator)])
     ends = np.cumsum([len(row) + len(separator) for row in rows])
-    characters = np.array([len(document) for document in documents])
+    characters = sum(map(len, documents))
+    counts = dict(zip(COUNTS, (len(documents), words, characters, len(ids)), strict=True))
     with _writing(file.parent), files.replacing(file) as out:
-        np.savez(out, ids=ids, ends=ends, words=words, characters=characters)
+        np.savez(out, ids=ids, ends=ends, **counts)
     return len(documents)
 
 
@@ -179,8 +181,8 @@ def _encode_all(
     folder.mkdir(exist_ok=True)
     for file in folder.glob(".*.part"):  # of processes that were killed
         file.unlink()
-    # A part is known by its text; ids depend on these besides.
-    identity = f"{tokenizer.fingerprint()[:16]}-{corpus.detokenizer or 'none'}"
+    # A part is known by its text; its content depends on these besides.
+    identity = f"{PARTS_FORMAT}-{tokenizer.fingerprint()[:16]}-{corpus.detokenizer or 'none'}"
     part_files: dict[str, list[Path]] = {split: [] for split in corpus.streams}
     num_reused = 0
     bar = tqdm(desc="encode", unit=" documents", disable=not progress)
@@ -248,13 +250,14 @@ def _write(
         splits[split] = _write_split(bar, tokenizer, description, folder / split)
     fingerprint = {**description, "splits": splits}
     with _writing(folder):
-        for name, content in (
-            ("tokenizer.json", tokenizer.to_dict()),
-            ("fingerprint.json", fingerprint),
-        ):
-            (folder / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for path in (*folder.rglob("*"), folder):
-            _fsync(path)
+        for name, content in (("tokenizer", tokenizer.to_dict()), ("fingerprint", fingerprint)):
+            text = json.dumps(content, indent=1)
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        for path in filter(Path.is_file, folder.rglob("*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for path in (*map(folder.joinpath, splits), folder):
+            files.sync_folder(path)
     for split in splits:  # what was written can be read, before anyone sees it
         open_records(folder).source(split)
     return fingerprint
@@ -264,21 +267,16 @@ def _write_split(
     parts: Iterable[Path], tokenizer: Tokenizer, description: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Writes the blocks of the parts in `folder`; returns the split's entry in the fingerprint."""
-    counts = dict.fromkeys(
-        ("documents", "words", "characters", "tokens", "dropped_tokens", "dropped_characters"), 0
-    )
+    counts = dict.fromkeys((*COUNTS, "dropped_tokens", "dropped_characters"), 0)
     text_digest, digest = hashlib.sha256(), hashlib.sha256()
 
     def read() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for file in parts:
-            with np.load(file) as part:
-                ids, ends = part["ids"], part["ends"]
-                counts["documents"] += len(ends)
-                counts["words"] += int(part["words"])
-                counts["characters"] += int(part["characters"].sum())
-            counts["tokens"] += len(ids)
             text_digest.update(file.stem.rsplit("-", 1)[1].encode())
-            yield ids, ends
+            with np.load(file) as part:
+                for name in COUNTS:
+                    counts[name] += int(part[name])
+                yield part["ids"], part["ends"]
 
     def drop(ids: np.ndarray) -> None:
         counts["dropped_tokens"] += len(ids)
@@ -356,11 +354,3 @@ def _padded(parts, length: int, drop: Callable[[np.ndarray], None]) -> Iterator[
 
 
 FORMS = {"packed": _packed, "padded": _padded}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -274,7 +274,8 @@ def _download(archive: Archive, folder: Path, progress: bool) -> Path:
             _fetch(url, path, archive.sha256, progress)
         except requests.RequestException as error:
             log.debug("%s: %s", url, error)
-            faults.append(f"{urlsplit(url).netloc}: {_reason(error)}")
+            status = error.response is not None and f"HTTP {error.response.status_code}"
+            faults.append(f"{urlsplit(url).netloc}: {status or type(error).__name__}")
         except ValueError as error:
             faults.append(f"{urlsplit(url).netloc}: {error}")
         else:
@@ -304,18 +305,3 @@ def _fetch(url: str, path: Path, sha256: str, progress: bool) -> None:
                 bar.update(len(chunk))
             if digest.hexdigest() != sha256:
                 raise ValueError("sha256 differs")
-
-
-def _reason(error: Exception) -> str:
-    """Why a server gave no file, in a few words."""
-    import requests
-
-    if isinstance(error, requests.HTTPError):
-        return f"HTTP {error.response.status_code}"
-    if isinstance(error, requests.Timeout):
-        return "no answer"
-    if isinstance(error, requests.exceptions.SSLError):
-        return "no secure connection"
-    if isinstance(error, requests.ConnectionError):
-        return "no connection"
-    return type(error).__name__
