@@ -43,7 +43,6 @@ setup(
         "flax>=0.11",
         "grain>=0.2.12",
         "huggingface_hub",
-        "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.7.2",
         "ml-collections",
         "ml_dtypes",
@@ -55,7 +54,6 @@ setup(
         "safetensors",
         "sentencepiece",
         "tensorboardX",
-        "tensorflow-datasets",
         "tokenizers",
         "tqdm",
     ],

@@ -22,14 +22,14 @@ NOWHERE = Corpus({"train": list, "validation": list})
 
 @pytest.fixture(scope="module")
 def pydoc() -> Corpus:
-    return Corpus(corpora.pydoc(0.1))
+    return corpora.pydoc(0.1)
 
 
 # --- corpora
 
 
 def text_corpus(path: str, heldout_fraction: float) -> Corpus:
-    return Corpus(corpora.text(path, heldout_fraction))
+    return corpora.text(path, heldout_fraction)
 
 
 def shared(heldout: list[str], train: list[str], width: int = 50) -> float:

@@ -1,4 +1,4 @@
-"""Published corpora: real text in the published layouts and archives, TFDS, an HTTP server."""
+"""Published corpora: real text in the published layouts and archives, an HTTP server."""
 
 import dataclasses
 import functools
@@ -6,29 +6,24 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
 import threading
-import time
 import zipfile
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import requests
 from conftest import REPOSITORY, real, says
 
-from sedd_jax.data import documents as documents_module
-from sedd_jax.data import published
+from sedd_jax.data import TOKENIZERS, Corpus, make_corpus, prepare, readers
 from sedd_jax.data.corpora import split_of
 from sedd_jax.data.detokenizers import DETOKENIZERS
-from sedd_jax.data.documents import READERS, SPLITS
 from sedd_jax.data.published import PUBLISHED, open_published
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -50,10 +45,43 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+class Opened(NamedTuple):
+    """A corpus and, from one pass, all its documents by split."""
+
+    corpus: Corpus
+    documents: dict[str, list[str]]
+
+    @property
+    def splits(self) -> dict[str, int]:
+        return {split: len(documents) for split, documents in self.documents.items()}
+
+
 @pytest.fixture
 def opened(tmp_path):
-    """open_published with the test's own data_dir and no bar."""
-    return functools.partial(open_published, data_dir=tmp_path / "tfds", progress=False)
+    """open_published with the test's own data_dir and no bar, and a pass over the corpus."""
+
+    def open_and_read(name: str, **options) -> Opened:
+        corpus = open_published(name, data_dir=tmp_path / "data", progress=False, **options)
+        documents = {split: [] for split in corpus.streams}
+        for split, document in corpus.pairs():
+            documents[split].append(document)
+        return Opened(corpus, documents)
+
+    return open_and_read
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Checks that preparing a corpus fails with these words and leaves no records."""
+
+    def check(name: str, *words: str, **options) -> None:
+        tokenizer = TOKENIZERS["bytes"]()
+        with says(*words):
+            corpus = open_published(name, data_dir=tmp_path / "data", progress=False, **options)
+            prepare(corpus, tokenizer, 4, tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
+
+    return check
 
 
 @pytest.fixture
@@ -62,20 +90,13 @@ def row(monkeypatch):
 
     def change(name: str, index: int = 0, archive: Path | None = None, **fields):
         old = PUBLISHED[name]
-        in_row = {k: fields.pop(k) for k in list(fields) if k in ("member_size", "version")}
         if archive is not None:
             fields["sha256"] = hashlib.sha256(archive.read_bytes()).hexdigest()
         archives = list(old.archives)
         archives[index] = dataclasses.replace(archives[index], **fields)
-        monkeypatch.setitem(
-            PUBLISHED, name, dataclasses.replace(old, archives=tuple(archives), **in_row)
-        )
+        monkeypatch.setitem(PUBLISHED, name, dataclasses.replace(old, archives=tuple(archives)))
 
     return change
-
-
-def everything(documents, split: str) -> list[str]:
-    return documents.read(split, 0, documents.splits[split])
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -117,9 +138,9 @@ def wikitext_zip(folder: Path) -> Path:
 
 def test_every_row_of_the_table_can_be_used():
     for name, entry in PUBLISHED.items():
-        assert entry.reader in READERS, name
-        assert entry.detokenizer is None or entry.detokenizer in DETOKENIZERS, name
-        assert set(entry.splits) <= set(SPLITS) and entry.documents and entry.licence
+        assert all(map(callable, entry.readers.values())) and entry.readers, name
+        assert not entry.detokenizer or entry.detokenizer in DETOKENIZERS, name
+        assert set(entry.splits) <= set(readers.SPLITS)
         for archive in entry.archives:
             assert re.fullmatch("[0-9a-f]{64}", archive.sha256)
             assert archive.urls and all(url.endswith(archive.name) for url in archive.urls)
@@ -128,19 +149,19 @@ def test_every_row_of_the_table_can_be_used():
 
 
 def test_what_cannot_be_opened_is_named(tmp_path, opened):
-    with says("unknown corpus 'wiki'; known: lambada, lm1b,", "wikitext2"):
-        opened("wiki", manual_dir=tmp_path)
+    with says("unknown corpus 'wiki'; known: pydoc, text, lambada, lm1b,", "wikitext2"):
+        make_corpus("wiki", str(tmp_path))
     with says("documents 'whole' is not for corpus 'lm1b'; known: lines"):
         opened("lm1b", manual_dir=tmp_path, documents="whole")
     with says("heldout_fraction 1.5 is not between 0 and 1; try"):
-        opened("openwebtext", manual_dir=tmp_path, heldout_fraction=1.5)
+        make_corpus("openwebtext", str(tmp_path), 1.5)
     with says("no folder at", "nowhere'; set data.path", "--manual_dir) to one with 'ptb'"):
         opened("ptb", manual_dir=tmp_path / "nowhere")
     with says("looked for wikitext-2-raw-v1.zip, wikitext-2-raw/wiki.train.raw", "to download"):
         opened("wikitext2", manual_dir=tmp_path)
     with says(f"looked for {LM1B}.tar.gz", "..., ", "heldout-00049-of-00050;"):
         opened("lm1b", manual_dir=tmp_path)
-    assert not (tmp_path / "tfds").exists()
+    assert not (tmp_path / "data").exists()
 
 
 # --- reading the published files
@@ -148,44 +169,40 @@ def test_what_cannot_be_opened_is_named(tmp_path, opened):
 
 def test_wikitext_lines_keep_their_newline_and_blank_lines_are_empty(opened):
     folder = real("wikitext2/wiki.test.raw").parent
-    documents = opened("wikitext2", manual_dir=folder)
-    assert dict(documents.splits) == {"validation": 3760, "test": 4358}  # there is no train here
-    lines = everything(documents, "test")
+    read = opened("wikitext2", manual_dir=folder)
+    assert read.splits == {"validation": 3760, "test": 4358}  # there is no train here
+    lines = read.documents["test"]
     assert lines[:3] == ["", " = Robert Boulter = \n", ""]
     raw = (folder / "wiki.test.raw").read_text(encoding="utf-8").splitlines(keepends=True)
     assert sum(map(len, lines)) == sum(len(line) for line in raw if line.strip())
     assert "".join(lines).split() == "".join(raw).split()
-    assert documents.read("test", 4357, 4358) == [lines[4357]]
-    assert documents.read("test", 7, 7) == []
-    with says("documents 4357 to 4359 are not in split 'test', which has 4358"):
-        documents.read("test", 4357, 4359)
+    assert list(read.corpus.documents("test")) == lines  # of a pass over this split
     with says("unknown split 'train'; known: validation, test"):
-        documents.read("train", 0, 1)
+        read.corpus.documents("train")
 
 
 def test_a_whole_file_is_one_document(opened):
     folder = real("wikitext2/wiki.test.raw").parent
-    documents = opened("wikitext2", manual_dir=folder, documents="whole")
-    assert documents.splits["test"] == 1
-    assert everything(documents, "test") == [(folder / "wiki.test.raw").read_text("utf-8")]
+    read = opened("wikitext2", manual_dir=folder, documents="whole")
+    assert read.documents["test"] == [(folder / "wiki.test.raw").read_text("utf-8")]
 
 
 def test_ptb_is_its_published_count_of_words(opened):
-    documents = opened("ptb", manual_dir=real("ptb/ptb.test.txt").parent)
-    assert list(documents.splits) == ["train", "validation", "test"]
+    read = opened("ptb", manual_dir=real("ptb/ptb.test.txt").parent)
+    assert list(read.splits) == ["train", "validation", "test"]
     words = {
-        split: sum(len(d.split()) + 1 for d in everything(documents, split))
-        for split in documents.splits
+        split: sum(len(d.split()) + 1 for d in documents)
+        for split, documents in read.documents.items()
     }
     assert words == {"train": 929589, "validation": 73760, "test": 82430}
-    assert documents.read("test", 0, 1) == ["no it was n't black monday"]
+    assert read.documents["test"][0] == "no it was n't black monday"
 
 
 def test_lambada_is_5153_passages(opened):
-    documents = opened("lambada", manual_dir=real("lambada/lambada_test.jsonl").parent)
-    assert dict(documents.splits) == {"test": 5153}
-    assert documents.read("test", 0, 1)[0].startswith("In my palm is a clear stone, and inside")
-    assert documents.read("test", 5152, 5153)[0].startswith("“Yes, Grandmother, and don’t worry")
+    read = opened("lambada", manual_dir=real("lambada/lambada_test.jsonl").parent)
+    assert read.splits == {"test": 5153}
+    assert read.documents["test"][0].startswith("In my palm is a clear stone, and inside")
+    assert read.documents["test"][5152].startswith("“Yes, Grandmother, and don’t worry")
 
 
 def test_lm1b_is_the_sentences_of_its_shards(tmp_path, opened, row):
@@ -205,11 +222,12 @@ def test_lm1b_is_the_sentences_of_its_shards(tmp_path, opened, row):
     }
     archive = write(tmp_path / f"given/{LM1B}.tar.gz", tar_of(members, "w:gz"))
     row("lm1b", archive=archive, members={train: "train", **dict.fromkeys(heldout, "test")})
-    documents = opened("lm1b", manual_dir=archive.parent)
+    read = opened("lm1b", manual_dir=archive.parent)
     sentences = b"".join(heldout.values()).decode().strip("\n").split("\n")
-    assert everything(documents, "train") == ["A made-up sentence .", "Another £ 5 one ."]
-    assert everything(documents, "test") == [s.strip() for s in sentences]
-    assert dict(documents.splits) == {"train": 2, "test": len(sentences)}
+    assert read.documents == {
+        "train": ["A made-up sentence .", "Another £ 5 one ."],
+        "test": [s.strip() for s in sentences],
+    }
 
 
 def test_lm1b_files_laid_flat_are_told_apart(tmp_path, opened):
@@ -217,9 +235,9 @@ def test_lm1b_files_laid_flat_are_told_apart(tmp_path, opened):
         write(tmp_path / "flat" / name, name)
     heldout = real("lm1b/news.en.heldout-00010-of-00050")
     shutil.copy(heldout, tmp_path / "flat")
-    documents = opened("lm1b", manual_dir=tmp_path / "flat")
-    assert everything(documents, "train") == ["news.en-00001-of-00100"]
-    assert documents.splits["test"] == heldout.read_text().count("\n")
+    read = opened("lm1b", manual_dir=tmp_path / "flat")
+    assert read.documents["train"] == ["news.en-00001-of-00100"]
+    assert read.splits["test"] == heldout.read_text().count("\n")
 
 
 @pytest.fixture(scope="module")
@@ -234,12 +252,9 @@ def text8() -> bytes:
 def test_text8_is_cut_at_ninety_and_ninety_five_percent(tmp_path, opened, row, text8):
     archive = zip_of(tmp_path / "given/text8.zip", {"text8": text8})
     row("text8", archive=archive)
-    with says(f"text8: {len(text8)} bytes, not 100000000; download it again"):
-        opened("text8", manual_dir=archive.parent)
-    row("text8", member_size=len(text8))
-    documents = opened("text8", manual_dir=archive.parent)
-    assert dict(documents.splits) == {"train": 1, "validation": 1, "test": 1}
-    pieces = [documents.read(split, 0, 1)[0] for split in documents.splits]
+    read = opened("text8", manual_dir=archive.parent)
+    assert read.splits == {"train": 1, "validation": 1, "test": 1}
+    pieces = [piece for (piece,) in read.documents.values()]
     assert "".join(pieces).encode() == text8
     first, second = len(text8) * 90 // 100, len(text8) * 95 // 100
     assert [len(p) for p in pieces] == [first, second - first, len(text8) - second]
@@ -247,8 +262,8 @@ def test_text8_is_cut_at_ninety_and_ninety_five_percent(tmp_path, opened, row, t
 
 def test_a_text8_file_of_ones_own_may_have_any_size(tmp_path, opened, text8):
     file = write(tmp_path / "own/text8", text8[:1000])
-    documents = opened("text8", manual_dir=file.parent)
-    assert [len(documents.read(s, 0, 1)[0]) for s in documents.splits] == [900, 50, 50]
+    read = opened("text8", manual_dir=file.parent)
+    assert [len(piece) for (piece,) in read.documents.values()] == [900, 50, 50]
     write(file, text8[:1000] + b"\n")
     with says("text8: byte 1000 is b'\\n', neither a-z nor a space; write"):
         opened("text8", manual_dir=file.parent)
@@ -278,107 +293,73 @@ def test_openwebtext_pages_are_read_from_tars_in_a_tar(tmp_path, opened, row, pa
     subsets = subsets_of(pages)
     archive = write(tmp_path / "given/openwebtext.tar.xz", tar_of(subsets, "w:xz"))
     row("openwebtext", archive=archive)
-    documents = opened("openwebtext", manual_dir=archive.parent, heldout_fraction=0.2)
+    read = opened("openwebtext", manual_dir=archive.parent, heldout_fraction=0.2)
     wanted = {"train": [], "validation": []}
     for i, page in enumerate(pages):
         identity = f"urlsf_subset00-{1 + i // 30}_data.xz/{i % 30:07d}-page.txt"
         split = split_of(identity, 0.2)
         wanted[split].append(re.sub("\n\n\n+", "\n\n", page.strip()))
-    assert {split: everything(documents, split) for split in documents.splits} == wanted
+    assert read.documents == wanted
     assert len(wanted["validation"]) > 3
     for name, content in subsets.items():
         write(tmp_path / "laid_open" / name, content)
     laid_open = opened("openwebtext", manual_dir=tmp_path / "laid_open", heldout_fraction=0.2)
-    assert laid_open.folder != documents.folder
-    assert {split: everything(laid_open, split) for split in laid_open.splits} == wanted
-    assert list(laid_open.source["files"]) == ["openwebtext/urlsf_subset*_data.xz"]
+    assert laid_open.corpus.source != read.corpus.source
+    assert laid_open.documents == wanted
+    assert list(laid_open.corpus.source["files"]) == ["openwebtext/urlsf_subset*_data.xz"]
 
 
 def test_openwebtext_may_come_as_lines_of_json(tmp_path, opened, pages):
     file = write(tmp_path / "given/pages.jsonl", "\n".join(json.dumps({"text": p}) for p in pages))
-    documents = opened("openwebtext", manual_dir=file.parent, heldout_fraction=0.2)
-    assert sum(documents.splits.values()) == 60
-    assert documents.source["heldout_fraction"] == 0.2
+    read = opened("openwebtext", manual_dir=file.parent, heldout_fraction=0.2)
+    assert sum(read.splits.values()) == 60
+    assert read.corpus.source["heldout_fraction"] == 0.2
     other = opened("openwebtext", manual_dir=file.parent, heldout_fraction=0.5)
-    assert other.folder != documents.folder and other.splits != documents.splits
+    assert other.corpus.source != read.corpus.source and other.splits != read.splits
     with says("split 'validation' has no document; give more text or another heldout_fraction"):
         opened("openwebtext", manual_dir=file.parent, heldout_fraction=1e-9)
 
 
-# --- prepared once
+def test_one_pass_reads_an_archive_once(tmp_path, row, pages, monkeypatch):
+    archive = write(tmp_path / "given/openwebtext.tar.xz", tar_of(subsets_of(pages), "w:xz"))
+    row("openwebtext", archive=archive)
+    options = {"data_dir": tmp_path, "progress": False, "heldout_fraction": 0.2}
+    corpus = open_published("openwebtext", manual_dir=archive.parent, **options)
+    read_names = []
+    members = readers._members
+
+    def counted(path, labels):
+        read_names.append(path.name)
+        return members(path, labels)
+
+    monkeypatch.setattr(readers, "_members", counted)
+    counts = prepare(corpus, TOKENIZERS["bytes"](), 16, tmp_path / "r")["splits"]
+    assert counts["train"]["documents"] + counts["validation"]["documents"] == len(pages)
+    assert read_names == [archive.name]
 
 
-def test_a_second_open_reads_what_the_first_wrote(opened, monkeypatch):
-    folder = real("ptb/ptb.test.txt").parent
-    first = opened("ptb", manual_dir=folder)
-    written = {f: f.stat().st_mtime_ns for f in first.folder.rglob("*")}
-    monkeypatch.setattr(published, "read_parts", lambda *_: pytest.fail("it was built again"))
-    assert opened("ptb", manual_dir=folder) == first
-    assert {f: f.stat().st_mtime_ns for f in first.folder.rglob("*")} == written
-    again = pickle.loads(pickle.dumps(first))
-    assert again.read("test", 5, 9) == first.read("test", 5, 9)
-
-
-@pytest.mark.parametrize("moment", ["after_it_looked", "while_it_writes"])
-def test_documents_that_another_process_wrote_meanwhile_are_taken(
-    tmp_path, opened, monkeypatch, moment
-):
-    """The other's folder appears once this process has looked for it, or before its own rename."""
-    file = write(tmp_path / "text/wiki.test.raw", " one \n two \n")
-    inodes = []
-
-    def first(function):
-        """`function`, before whose first call the other process writes the whole folder."""
-
-        def after_the_other(*arguments):
-            if not inodes:
-                inodes.append(None)
-                other = opened("wikitext2", manual_dir=file.parent)
-                inodes[0] = other.folder.stat().st_ino
-            return function(*arguments)
-
-        return after_the_other
-
-    if moment == "after_it_looked":
-        monkeypatch.setattr(documents_module, "sweep", first(documents_module.sweep))
-    else:
-        monkeypatch.setattr(published, "read_parts", first(published.read_parts))
-    documents = opened("wikitext2", manual_dir=file.parent)
-    assert everything(documents, "test") == [" one \n", " two \n"]
-    assert inodes == [documents.folder.stat().st_ino]
-    assert [f.name for f in documents.folder.parent.iterdir()] == ["1.0.0"]
-
-
-def test_a_folder_of_documents_without_its_description_is_refused(tmp_path, opened):
-    file = write(tmp_path / "text/wiki.test.raw", " one \n")
-    folder = opened("wikitext2", manual_dir=file.parent).folder
-    (folder / "dataset_info.json").unlink()
-    with says(repr(str(folder)), "is not what TFDS wrote; delete the folder"):
-        opened("wikitext2", manual_dir=file.parent)
-
-
-def test_other_content_gets_another_folder(tmp_path, opened):
+def test_the_source_is_the_content_and_not_where_it_lies(tmp_path, opened):
     file = write(tmp_path / "given/wiki.test.raw", " one \n")
     first = opened("wikitext2", manual_dir=file.parent)
     write(file, " two \n")
     second = opened("wikitext2", manual_dir=file.parent)
-    assert (everything(first, "test"), everything(second, "test")) == ([" one \n"], [" two \n"])
+    assert [o.documents for o in (first, second)] == [{"test": [" one \n"]}, {"test": [" two \n"]}]
+    assert first.corpus.source != second.corpus.source
     write(tmp_path / "deep/wikitext-2-raw/wiki.test.raw", " two \n")
-    assert opened("wikitext2", manual_dir=tmp_path / "deep") == second  # the layout is no content
-    assert str(tmp_path) not in json.dumps(second.source)
+    deep = opened("wikitext2", manual_dir=tmp_path / "deep")
+    assert (deep.documents, deep.corpus.source) == (second.documents, second.corpus.source)
+    assert str(tmp_path) not in json.dumps(second.corpus.source)
     digest = hashlib.sha256(b" two \n").hexdigest()
-    assert second.source["files"] == {"wikitext-2-raw/wiki.test.raw": digest}
+    assert second.corpus.source["files"] == {"wikitext-2-raw/wiki.test.raw": digest}
 
 
-def test_documents_are_read_in_a_fresh_process_without_tensorflow(tmp_path, opened):
+def test_documents_are_read_without_tensorflow_or_jax(tmp_path):
     file = write(tmp_path / "given/wiki.test.raw", " one \n\n two \n")
-    documents = write(
-        tmp_path / "documents.pickle", pickle.dumps(opened("wikitext2", manual_dir=file.parent))
-    )
     program = f"""
-import pickle, sys
-documents = pickle.load(open({str(documents)!r}, "rb"))
-print(documents.read("test", 0, 3), [m for m in ("tensorflow", "jax") if m in sys.modules])
+import sys
+from sedd_jax.data import make_corpus
+corpus = make_corpus("wikitext2", {str(file.parent)!r}, data_dir={str(tmp_path)!r})
+print(list(corpus.pairs()), [m for m in ("tensorflow", "tensorflow_datasets", "jax") if m in sys.modules])
 """
     result = subprocess.run(
         [sys.executable, "-c", program],
@@ -387,34 +368,22 @@ print(documents.read("test", 0, 3), [m for m in ("tensorflow", "jax") if m in sy
         cwd=REPOSITORY,
         check=False,
     )
-    assert (result.stdout, result.stderr) == ("[' one \\n', '', ' two \\n'] []\n", "")
+    lines = [("test", " one \n"), ("test", ""), ("test", " two \n")]
+    assert (result.stdout, result.stderr) == (f"{lines} []\n", "")
 
 
-def test_damaged_shards_are_named(tmp_path, opened):
+def test_preparing_is_quiet_without_progress(tmp_path, capfd):
     file = write(tmp_path / "given/wiki.test.raw", " one \n")
-    documents = opened("wikitext2", manual_dir=file.parent)
-    (shard,) = documents.folder.glob("*array_record*")
-    shard.write_bytes(shard.read_bytes()[:-40])
-    with says("cannot read split 'test' in", "delete the folder and prepare it again"):
-        documents.read("test", 0, 1)
-
-
-def test_building_is_quiet_and_shows_one_bar(tmp_path, capfd):
-    file = write(tmp_path / "given/wiki.test.raw", " one \n")
-    open_published("wikitext2", manual_dir=file.parent, data_dir=tmp_path, progress=False)
+    corpus = open_published("wikitext2", manual_dir=file.parent, data_dir=tmp_path, progress=False)
+    prepare(corpus, TOKENIZERS["bytes"](), 2, tmp_path / "quiet")
     assert capfd.readouterr() == ("", "")
-    write(file, " two \n")
-    open_published("wikitext2", manual_dir=file.parent, data_dir=tmp_path, progress=True)
+    prepare(corpus, TOKENIZERS["bytes"](), 2, tmp_path / "bars", progress=True)
     out, err = capfd.readouterr()
     lines = [line for line in re.split(r"[\r\n]", err) if line.strip()]
-    assert out == "" and lines and all(line.startswith("wikitext2: ") for line in lines)
+    assert out == "" and lines and all(line.startswith(("encode: ", "write: ")) for line in lines)
 
 
 # --- bad input
-
-
-def leaves_nothing(data_dir: Path) -> bool:
-    return not [f for f in data_dir.rglob("*") if "array_record" in f.name or f.name == "1.0.0"]
 
 
 def test_an_archive_with_another_hash_is_refused(tmp_path, opened):
@@ -425,7 +394,7 @@ def test_an_archive_with_another_hash_is_refused(tmp_path, opened):
         opened("wikitext2", manual_dir=archive.parent)
 
 
-def test_damaged_archives_are_refused_and_leave_nothing(tmp_path, opened, row, pages):
+def test_damaged_archives_are_refused_and_leave_nothing(tmp_path, refused, row, pages):
     good = {
         "wikitext2": wikitext_zip(tmp_path / "given").read_bytes(),
         "openwebtext": tar_of(subsets_of(pages), "w:xz"),
@@ -436,46 +405,43 @@ def test_damaged_archives_are_refused_and_leave_nothing(tmp_path, opened, row, p
         for fault in (content[:half], content[:-20], b"no archive", b""):
             path = write(tmp_path / "given" / PUBLISHED[name].archives[0].name, fault)
             row(name, archive=path)
-            with says(str(path), "damaged or cut short", "download it again"):
-                opened(name, manual_dir=path.parent)
+            words = (str(path), "damaged or cut short", "download it again")
+            refused(name, *words, manual_dir=path.parent)
         write(path, noise)
         row(name, archive=path)
-        with says("download it again"):  # it may unpack to bytes that are no UTF-8
-            opened(name, manual_dir=path.parent)
+        # It may unpack to bytes that are no UTF-8.
+        refused(name, "download it again", manual_dir=path.parent)
     train = f"{LM1B}/training-monolingual.tokenized.shuffled/news.en-00001-of-00100"
     whole = tar_of({train: b"a line\n" * 9999}, "w:gz")
     for fault in (whole[: len(whole) // 2], whole[:-4], whole[:-9] + b"\0" + whole[-8:]):
         path = write(tmp_path / f"given/{LM1B}.tar.gz", fault)
         row("lm1b", archive=path, members={train: "train"})
-        with says(str(path), "damaged or cut short", "download it again"):
-            opened("lm1b", manual_dir=path.parent)
-    assert leaves_nothing(tmp_path / "tfds")
+        words = (str(path), "damaged or cut short", "download it again")
+        refused("lm1b", *words, manual_dir=path.parent)
 
 
-def test_a_damaged_archive_inside_an_archive_is_refused(tmp_path, opened, row, pages):
+def test_a_damaged_archive_inside_an_archive_is_refused(tmp_path, refused, row, pages):
     subsets = subsets_of(pages)
     last = max(subsets)
     subsets[last] = subsets[last][:-30]
     archive = write(tmp_path / "given/openwebtext.tar.xz", tar_of(subsets, "w:xz"))
     row("openwebtext", archive=archive)
-    with says("damaged or cut short", "download it again"):
-        opened("openwebtext", manual_dir=archive.parent, heldout_fraction=0.2)
-    assert leaves_nothing(tmp_path / "tfds")
+    words = ("damaged or cut short", "download it again")
+    refused("openwebtext", *words, manual_dir=archive.parent, heldout_fraction=0.2)
 
 
-def test_a_missing_member_is_named(tmp_path, opened, row):
+def test_a_missing_member_is_named(tmp_path, refused, row):
     archive = zip_of(tmp_path / "given/wikitext-2-raw-v1.zip", {"wiki.test.raw": b" a \n"})
     row("wikitext2", archive=archive)
-    with says("wikitext-2-raw-v1.zip: no wikitext-2-raw/wiki.test.raw inside; download it again"):
-        opened("wikitext2", manual_dir=archive.parent)
-    assert leaves_nothing(tmp_path / "tfds")
+    words = "wikitext-2-raw-v1.zip: no wikitext-2-raw/wiki.test.raw inside; download it again"
+    refused("wikitext2", words, manual_dir=archive.parent)
 
 
-def test_bad_text_is_named_by_file_and_place(tmp_path, opened):
+def test_bad_text_is_named_by_file_and_place(tmp_path, refused):
     file = write(tmp_path / "given/wiki.test.raw", b" good \n b\xffd \n")
     for way in ("lines", "whole"):
-        with says("wiki.test.raw: invalid UTF-8 at byte 9; download it again or repair"):
-            opened("wikitext2", manual_dir=file.parent, documents=way)
+        words = "wiki.test.raw: invalid UTF-8 at byte 9; download it again or repair"
+        refused("wikitext2", words, manual_dir=file.parent, documents=way)
     for line, fault in (
         (b"{", "not JSON"),
         (b"[1]", 'no string under "text"'),
@@ -485,50 +451,8 @@ def test_bad_text_is_named_by_file_and_place(tmp_path, opened):
         (b"[" * 9999, "not JSON"),
     ):
         file = write(tmp_path / "json/pages.jsonl", b'{"text": "a"}\n\n' + line + b"\n")
-        with says(f"pages.jsonl:3: {fault}; download it again or repair it"):
-            opened("openwebtext", manual_dir=file.parent)
-    assert leaves_nothing(tmp_path / "tfds")
-
-
-def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path, opened):
-    file = write(tmp_path / "given/wiki.test.raw", os.urandom(500_000).hex() + "\n")
-    opened("wikitext2", manual_dir=write(tmp_path / "other/wiki.test.raw", " a \n").parent)
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limit[1]))  # stands for a full disk
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            opened("wikitext2", manual_dir=file.parent)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, handler)
-    assert len(list((tmp_path / "tfds/wikitext2").rglob("*array_record*"))) == 1
-    assert opened("wikitext2", manual_dir=file.parent).splits == {"test": 1}
-
-
-def test_a_killed_build_is_not_taken_for_whole(tmp_path, opened):
-    file = write(tmp_path / "given/wiki.test.raw", " a line of text \n" * 300_000)
-    program = f"""
-from sedd_jax.data.published import open_published
-open_published("wikitext2", manual_dir={str(file.parent)!r}, data_dir={str(tmp_path / "tfds")!r})
-"""
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 30
-    while not (found := list((tmp_path / "tfds").rglob("*array_record*"))):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    orphan = found[0].parent
-    assert orphan.exists() and orphan.name.startswith("incomplete.")
-    for path in (*orphan.iterdir(), orphan):
-        os.utime(path, (0, 0))
-    documents = opened("wikitext2", manual_dir=file.parent)
-    assert documents.splits == {"test": 300_000}
-    assert documents.read("test", 299_999, 300_000) == [" a line of text \n"]
-    assert not orphan.exists()  # litter of long ago
+        words = f"pages.jsonl:3: {fault}; download it again or repair it"
+        refused("openwebtext", words, manual_dir=file.parent)
 
 
 # --- downloads
@@ -561,33 +485,46 @@ def test_an_archive_is_downloaded_once_and_verified(tmp_path, opened, row, serve
     row(
         "wikitext2",
         archive=archive,
-        urls=(f"{server.url}/gone.zip", f"{server.url}/{archive.name}"),
+        urls=(f"{server.url}/gone/{archive.name}", f"{server.url}/{archive.name}"),
     )
-    documents = opened("wikitext2", manual_dir=None)
-    assert dict(documents.splits) == {"train": 3760, "validation": 3760, "test": 4358}
-    downloads = tmp_path / "tfds/downloads/wikitext2"
+    read = opened("wikitext2", manual_dir=None)
+    assert read.splits == {"train": 3760, "validation": 3760, "test": 4358}
+    downloads = tmp_path / "data/downloads/wikitext2"
     assert [f.name for f in downloads.iterdir()] == [archive.name]
     asked = len(server.asked)
-    assert opened("wikitext2", manual_dir=None) == documents
+    again = opened("wikitext2", manual_dir=None)
     whole = opened("wikitext2", manual_dir=None, documents="whole")
     assert len(server.asked) == asked  # neither asked the server again
     assert whole.splits["train"] == 1
-    assert opened("wikitext2", manual_dir=downloads) == documents
+    own = opened("wikitext2", manual_dir=downloads)
+    for other in (again, own):
+        assert (other.documents, other.corpus.source) == (read.documents, read.corpus.source)
+
+
+def test_what_killed_downloads_left_is_removed_after_an_hour(tmp_path, opened, row, server):
+    archive = write(server.folder / "lambada_test.jsonl", '{"text": "a"}\n')
+    row("lambada", archive=archive, urls=(f"{server.url}/{archive.name}",))
+    downloads = tmp_path / "data/downloads/lambada"
+    old = write(downloads / ".lambada_test.jsonl.1.part", "of a killed process")
+    os.utime(old, (0, 0))
+    new = write(downloads / ".lambada_test.jsonl.2.part", "of one at work")
+    assert opened("lambada", manual_dir=None).splits == {"test": 1}
+    assert sorted(downloads.iterdir()) == [new, downloads / archive.name]
 
 
 def test_a_download_that_fails_names_every_url_and_the_way_out(tmp_path, opened, row, server):
     archive = write(server.folder / "lambada_test.jsonl", '{"text": "a"}\n')
     url = f"{server.url}/{archive.name}"
-    row("lambada", urls=(f"{server.url}/absent.jsonl", url, "http://127.0.0.1:1/refused.jsonl"))
+    absent = f"{server.url}/absent/{archive.name}"
+    row("lambada", urls=(absent, url, f"http://127.0.0.1:1/{archive.name}"))
     place = server.url.removeprefix("http://")
     with says(
         f"cannot download lambada_test.jsonl ({place}: HTTP 404; {place}: sha256 differs; "
-        "127.0.0.1:1: no connection); try again",
-        f"as from {server.url}/absent.jsonl, and set data.path (sedd-prepare: --manual_dir)",
+        "127.0.0.1:1: ConnectionError); try again",
+        f"as from {absent}, and set data.path (sedd-prepare: --manual_dir)",
     ):
         opened("lambada", manual_dir=None)
-    assert leaves_nothing(tmp_path / "tfds")
-    assert list((tmp_path / "tfds/downloads/lambada").iterdir()) == []
+    assert list((tmp_path / "data/downloads/lambada").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -596,7 +533,7 @@ def test_a_download_without_a_network_is_a_short_line(name, opened, monkeypatch)
         raise requests.ConnectionError("x" * 1000)
 
     monkeypatch.setattr(requests, "get", get)
-    with says("no connection", "--manual_dir") as refused:
+    with says("ConnectionError", "--manual_dir") as refused:
         opened(name, manual_dir=None)
     assert len(str(refused.value)) < 400
 
@@ -604,10 +541,11 @@ def test_a_download_without_a_network_is_a_short_line(name, opened, monkeypatch)
 def test_a_download_shows_one_bar_with_the_files_name(tmp_path, row, server, capfd):
     archive = write(server.folder / "lambada_test.jsonl", '{"text": "a"}\n')
     row("lambada", archive=archive, urls=(f"{server.url}/{archive.name}",))
-    open_published("lambada", manual_dir=None, data_dir=tmp_path / "tfds")
+    corpus = open_published("lambada", manual_dir=None, data_dir=tmp_path / "data")
+    assert list(corpus.documents("test")) == ["a"]
     out, err = capfd.readouterr()
     lines = [line for line in re.split(r"[\r\n]", err) if line.strip()]
-    assert out == "" and all(re.match("lambada(_test.jsonl)?: ", line) for line in lines)
+    assert out == "" and lines and all(line.startswith("lambada_test.jsonl: ") for line in lines)
 
 
 # --- detokenizers, on lines of the real files

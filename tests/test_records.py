@@ -569,11 +569,11 @@ def test_padded_batches_say_what_is_padding(tmp_path):
     ("keywords", "message"),
     [
         ({"process_count": 3}, "batch_size 8 is not divisible by process_count 3"),
-        ({"batch_size": 0}, "batch_size 0 is less than 1"),
-        ({"process_count": 0}, "process_count 0 is less than 1"),
-        ({"start_step": -1}, "start_step -1 is less than 0"),
+        ({"batch_size": 0}, "batch_size 0 is not in [1, inf)"),
+        ({"process_count": 0}, "process_count 0 is not in [1, inf)"),
+        ({"start_step": -1}, "start_step -1 is not in [0, inf)"),
         ({"process_index": 2, "process_count": 2}, "process_index 2 is not in [0, 2)"),
-        ({"seed": 2**32}, "seed 4294967296 is not in [0, 2**32)"),
+        ({"seed": 2**32}, "seed 4294967296 is not in [0, 4294967296)"),
     ],
 )
 def test_impossible_batches_are_refused(numbered, keywords, message):

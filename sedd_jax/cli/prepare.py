@@ -36,7 +36,7 @@ def run(name: str, argv: list[str]) -> None:
         default="",
         help="folder with the corpus's archive or files (default: download); your own text",
     )
-    add("--data_dir", default="", help="where the documents are kept; TFDS_DATA_DIR by default")
+    add("--data_dir", default="", help="where archives are downloaded to (default: TFDS_DATA_DIR)")
     add("--documents", default="", help="lines or whole, for the corpora that are cut into lines")
     add("--detokenizer", default="published", help="published, none, or one by name")
     add(
@@ -47,18 +47,22 @@ def run(name: str, argv: list[str]) -> None:
     )
     add("--workers", type=int, default=1, help="threads that encode; the result is the same")
     options = parser.parse_args(argv)
-    records = data.make_records(
+    corpus = data.make_corpus(
         options.dataset,
+        options.manual_dir,
+        options.heldout_fraction,
+        data_dir=options.data_dir,
+        documents=options.documents,
+        detokenizer=options.detokenizer,
+        progress=True,
+    )
+    records = data.make_records(
+        corpus,
         options.out,
-        path=options.manual_dir,
         tokenizer=options.tokenizer,
         tokenizer_path=options.tokenizer_path,
         length=options.length,
         form=options.form,
-        heldout_fraction=options.heldout_fraction,
-        documents=options.documents,
-        detokenizer=options.detokenizer,
-        data_dir=options.data_dir,
         workers=options.workers,
         progress=True,
     )

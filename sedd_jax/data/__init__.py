@@ -3,12 +3,12 @@
 The order inside, each module importing from those before it:
 detokenizers, corpora -> tokenizer -> subwords, sentencepiece -> tokenizers -> records
 -> prepare, pipeline, templates;
-corpora -> documents -> published; catalogue, which knows every corpus by name, is last.
+corpora -> readers -> published; catalogue, which knows every corpus by name, is last.
 """
 # ruff: noqa: F401 - the imports are the names that the package exports
 
-from sedd_jax.data.catalogue import CORPORA, make_corpus, make_records, text_source
-from sedd_jax.data.corpora import Corpus
+from sedd_jax.data.catalogue import CORPORA, make_corpus, make_records
+from sedd_jax.data.corpora import Corpus, text_source
 from sedd_jax.data.pipeline import WINDOWS, read_blocks, train_batches
 from sedd_jax.data.prepare import FORMS, prepare
 from sedd_jax.data.records import Blocks, Records, describe, open_records

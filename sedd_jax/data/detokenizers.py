@@ -7,6 +7,7 @@ str -> str and a row in DETOKENIZERS.
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 Steps = tuple[tuple[str | re.Pattern[str], str], ...]  # replacements, applied in this order
 
@@ -44,7 +45,7 @@ PTB: Steps = (
     (" n't", "n't"),
     (" \n ", "\n"),
     ("\\/", "/"),
-    *(((" N ", " 1 "),) * 10),  # one pass leaves every second of "N N N"
+    *(((" N ", " 1 "),) * 10),  # N is a number; one pass leaves every second of "N N N"
     ("$ 1", "$1"),
     ("# 1", "#1"),
     ("<unk>", "?"),
@@ -73,19 +74,13 @@ LM1B: Steps = (
 LAMBADA: Steps = (("“", '"'), ("”", '"'))
 
 
-def wikitext(text: str) -> str:
-    """WikiText (2 and 103), a line with its newline or a whole file."""
-    return _apply(WIKITEXT, text)
-
-
-def ptb(text: str) -> str:
-    """Penn Treebank: "N" (a number) becomes "1" and "<unk>" becomes "?"."""
-    return _apply(PTB, text)
-
-
-def lm1b(text: str) -> str:
-    """One Billion Words, a sentence."""
-    return _apply(LM1B, text)
+def _apply(steps: Steps, text: str) -> str:
+    for pattern, replacement in steps:
+        if isinstance(pattern, str):
+            text = text.replace(pattern, replacement)
+        else:
+            text = pattern.sub(replacement, text)
+    return text
 
 
 def lambada(text: str) -> str:
@@ -95,16 +90,7 @@ def lambada(text: str) -> str:
 
 DETOKENIZERS: dict[str, Callable[[str], str]] = {
     "lambada": lambada,
-    "lm1b": lm1b,
-    "ptb": ptb,
-    "wikitext": wikitext,
+    "lm1b": partial(_apply, LM1B),  # a sentence
+    "ptb": partial(_apply, PTB),
+    "wikitext": partial(_apply, WIKITEXT),  # a line with its newline, or a whole file
 }
-
-
-def _apply(steps: Steps, text: str) -> str:
-    for pattern, replacement in steps:
-        if isinstance(pattern, str):
-            text = text.replace(pattern, replacement)
-        else:
-            text = pattern.sub(replacement, text)
-    return text

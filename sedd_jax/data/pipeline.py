@@ -35,19 +35,15 @@ def train_batches(
     """
     import grain
 
-    for name, value, least in (
-        ("batch_size", batch_size, 1),
-        ("process_count", process_count, 1),
-        ("start_step", start_step, 0),
+    for name, value, least, end in (
+        ("batch_size", batch_size, 1, "inf"),
+        ("process_count", process_count, 1, "inf"),
+        ("process_index", process_index, 0, process_count),
+        ("start_step", start_step, 0, "inf"),
+        ("seed", seed, 0, 2**32),
     ):
-        if value < least:
-            raise ValueError(f"{name} {value} is less than {least}; give {least} or more")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed {seed} is not in [0, 2**32); choose another")
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index {process_index} is not in [0, {process_count}); number processes from 0"
-        )
+        if not least <= value < float(end):
+            raise ValueError(f"{name} {value} is not in [{least}, {end}); choose another")
     if batch_size % process_count:
         raise ValueError(
             f"batch_size {batch_size} is not divisible by process_count {process_count}; "

@@ -16,14 +16,13 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sedd_jax import files
-from sedd_jax.data.corpora import Corpus
+from sedd_jax.data.corpora import Corpus, Pairs
 from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.records import FORMAT, open_records
 from sedd_jax.data.tokenizers import Tokenizer
@@ -32,6 +31,8 @@ log = logging.getLogger(__name__)
 
 PART = 1 << 20  # characters; a part ends with the document that reaches it
 SHARD = 65536  # blocks in a file
+PARTS_FORMAT = 2  # parts of another are not used
+COUNTS = ("documents", "words", "characters", "tokens")  # of a part
 
 
 def prepare(
@@ -62,12 +63,11 @@ def prepare(
     workers: parts that are encoded at the same time, in threads; the `tokenizers` library uses
     all CPUs for each part besides.
     """
-    if length < 1:
-        raise ValueError(f"data.length {length} is less than 1; give the tokens in a block")
+    for name, value in (("data.length", length), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} {value} is less than 1; give 1 or more")
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
-    if workers < 1:
-        raise ValueError(f"workers {workers} is less than 1; give the number of threads")
     folder = Path(os.path.abspath(folder))
     description = _describe(corpus, tokenizer, length, form)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +79,9 @@ def prepare(
             log.info("the records in %r are there already; nothing was written", str(folder))
             return fingerprint
         try:
-            names = _encode_all(corpus, tokenizer, parts, workers, progress)
-            fingerprint = _write(parts, names, tokenizer, description, progress)
-            os.rename(parts / "records", folder)
+            part_files = _encode_all(corpus, tokenizer, parts, workers, progress)
+            fingerprint = _write(part_files, tokenizer, description, parts / "records", progress)
+            (parts / "records").rename(folder)
             files.sync_folder(folder.parent)
             shutil.rmtree(parts, ignore_errors=True)
         finally:
@@ -165,59 +165,59 @@ def _encode_part(documents: list[str], tokenizer: Tokenizer, detokenizer: str, f
     rows = tokenizer.encode_batch(documents)
     ids = np.concatenate([part for row in rows for part in (row.astype(dtype), separator)])
     ends = np.cumsum([len(row) + len(separator) for row in rows])
-    characters = np.array([len(document) for document in documents])
+    characters = sum(map(len, documents))
+    counts = dict(zip(COUNTS, (len(documents), words, characters, len(ids)), strict=True))
     with _writing(file.parent), files.replacing(file) as out:
-        np.savez(out, ids=ids, ends=ends, words=words, characters=characters)
+        np.savez(out, ids=ids, ends=ends, **counts)
     return len(documents)
 
 
 def _encode_all(
-    corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, progress: bool
-) -> dict[str, list[str]]:
-    """Encodes every part that is not there yet; returns the names of all, by split, in order."""
+    corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int, progress: bool
+) -> dict[str, list[Path]]:
+    """Encodes every part that is not there yet; returns the files of all, by split, in order."""
     from tqdm.auto import tqdm
 
-    parts.mkdir(exist_ok=True)
-    for file in parts.glob(".*.part"):  # of processes that were killed
+    folder.mkdir(exist_ok=True)
+    for file in folder.glob(".*.part"):  # of processes that were killed
         file.unlink()
-    # A part is known by its text; ids depend on these besides.
-    identity = f"{tokenizer.fingerprint()[:16]}-{corpus.detokenizer or 'none'}"
-    names: dict[str, list[str]] = {split: [] for split in corpus.streams}
-    total = sum(corpus.sizes.values()) if corpus.sizes else None
+    # A part is known by its text; its content depends on these besides.
+    identity = f"{PARTS_FORMAT}-{tokenizer.fingerprint()[:16]}-{corpus.detokenizer or 'none'}"
+    part_files: dict[str, list[Path]] = {split: [] for split in corpus.streams}
     num_reused = 0
-    bar = tqdm(desc="encode", unit=" documents", total=total, disable=not progress)
-    pending: deque[Future[int]] = deque()  # at most `workers` parts, so that memory is bounded
+    bar = tqdm(desc="encode", unit=" documents", disable=not progress)
+    pending: deque[Future[int]] = deque()  # bounded, and with it the memory
     with bar, ThreadPoolExecutor(workers) as pool:
-        for split in corpus.streams:
-            for number, documents in enumerate(_cut(corpus.documents(split))):
-                name = f"{split}-{number:06d}-{identity}-{_digest(documents)}"
-                names[split].append(name)
-                file = parts / f"{name}.npz"
-                if file.exists():
-                    num_reused += 1
-                    bar.update(len(documents))
-                    continue
-                if len(pending) == workers:
-                    bar.update(pending.popleft().result())
-                job = (documents, tokenizer, corpus.detokenizer, file)
-                pending.append(pool.submit(_encode_part, *job))
-        while pending:
-            bar.update(pending.popleft().result())
+        for split, documents in _cut(corpus.pairs()):
+            number = f"{len(part_files[split]):06d}"
+            file = folder / f"{split}-{number}-{identity}-{_digest(documents)}.npz"
+            part_files[split].append(file)
+            if file.exists():
+                num_reused += 1
+                bar.update(len(documents))
+                continue
+            job = (documents, tokenizer, corpus.detokenizer, file)
+            pending.append(pool.submit(_encode_part, *job))
+            if len(pending) > workers:
+                bar.update(pending.popleft().result())
+        for future in pending:
+            bar.update(future.result())
     if num_reused:
         log.info("went on from %d finished parts of an earlier run", num_reused)
-    return names
+    return part_files
 
 
-def _cut(documents: Iterator[str]) -> Iterator[list[str]]:
-    part, size = [], 0
-    for document in documents:
-        part.append(document)
-        size += len(document)
-        if size >= PART:
-            yield part
-            part, size = [], 0
-    if part:
-        yield part
+def _cut(pairs: Pairs) -> Iterator[tuple[str, list[str]]]:
+    """Yields parts of about PART characters, each of one split."""
+    parts: dict[str, list[str]] = {}
+    sizes: dict[str, int] = {}
+    for split, document in pairs:
+        parts.setdefault(split, []).append(document)
+        sizes[split] = sizes.get(split, 0) + len(document)
+        if sizes[split] >= PART:
+            yield split, parts.pop(split)
+            sizes[split] = 0
+    yield from parts.items()
 
 
 def _digest(documents: list[str]) -> str:
@@ -233,34 +233,33 @@ def _digest(documents: list[str]) -> str:
 
 
 def _write(
-    parts: Path,
-    names: dict[str, list[str]],
+    part_files: dict[str, list[Path]],
     tokenizer: Tokenizer,
     description: dict[str, Any],
+    folder: Path,
     progress: bool,
 ) -> dict[str, Any]:
-    """Writes the records, whole, in parts/records; returns the fingerprint."""
+    """Writes the records, whole, in `folder`; returns the fingerprint."""
     from tqdm.auto import tqdm
 
-    records = parts / "records"
-    shutil.rmtree(records, ignore_errors=True)
-    records.mkdir()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     splits = {}
-    for split, part_names in names.items():
-        part_files = [parts / f"{name}.npz" for name in part_names]
-        bar = tqdm(part_files, desc="write", unit=" parts", disable=not progress, leave=False)
-        splits[split] = _write_split(bar, tokenizer, description, records / split)
+    for split, parts in part_files.items():
+        bar = tqdm(parts, desc="write", unit=" parts", disable=not progress, leave=False)
+        splits[split] = _write_split(bar, tokenizer, description, folder / split)
     fingerprint = {**description, "splits": splits}
-    with _writing(records):
-        for name, content in (
-            ("tokenizer.json", tokenizer.to_dict()),
-            ("fingerprint.json", fingerprint),
-        ):
-            (records / name).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        for path in (*records.rglob("*"), records):
-            _fsync(path)
-    for split in names:  # what was written can be read, before anyone sees it
-        open_records(records).source(split)
+    with _writing(folder):
+        for name, content in (("tokenizer", tokenizer.to_dict()), ("fingerprint", fingerprint)):
+            text = json.dumps(content, indent=1)
+            (folder / f"{name}.json").write_text(text, encoding="utf-8")
+        for path in filter(Path.is_file, folder.rglob("*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        for path in (*map(folder.joinpath, splits), folder):
+            files.sync_folder(path)
+    for split in splits:  # what was written can be read, before anyone sees it
+        open_records(folder).source(split)
     return fingerprint
 
 
@@ -268,21 +267,16 @@ def _write_split(
     parts: Iterable[Path], tokenizer: Tokenizer, description: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Writes the blocks of the parts in `folder`; returns the split's entry in the fingerprint."""
-    counts = dict.fromkeys(
-        ("documents", "words", "characters", "tokens", "dropped_tokens", "dropped_characters"), 0
-    )
+    counts = dict.fromkeys((*COUNTS, "dropped_tokens", "dropped_characters"), 0)
     text_digest, digest = hashlib.sha256(), hashlib.sha256()
 
     def read() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for file in parts:
-            with np.load(file) as part:
-                ids, ends = part["ids"], part["ends"]
-                counts["documents"] += len(ends)
-                counts["words"] += int(part["words"])
-                counts["characters"] += int(part["characters"].sum())
-            counts["tokens"] += len(ids)
             text_digest.update(file.stem.rsplit("-", 1)[1].encode())
-            yield ids, ends
+            with np.load(file) as part:
+                for name in COUNTS:
+                    counts[name] += int(part[name])
+                yield part["ids"], part["ends"]
 
     def drop(ids: np.ndarray) -> None:
         counts["dropped_tokens"] += len(ids)
@@ -309,22 +303,22 @@ def _write_split(
     }
 
 
-def _write_shards(records: Iterator[bytes], folder: Path) -> int:
+def _write_shards(records: Iterable[bytes], folder: Path) -> int:
     """Writes SHARD records a file; returns their number. RuntimeError of a full disk."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     folder.mkdir()
     num_records = 0
-    for index in count():
-        shard = islice(records, SHARD)
-        first = next(shard, None)
-        if first is None:
-            return num_records
-        file = folder / f"blocks-{index:05d}.array_record"
-        with contextlib.closing(ArrayRecordWriter(str(file), "group_size:1")) as writer:
-            for record in chain([first], shard):
-                writer.write(record)
-                num_records += 1
+    with contextlib.ExitStack() as open_file:
+        for record in records:
+            if num_records % SHARD == 0:
+                open_file.close()
+                file = folder / f"blocks-{num_records // SHARD:05d}.array_record"
+                writer = ArrayRecordWriter(str(file), "group_size:1")
+                open_file.callback(writer.close)
+            writer.write(record)
+            num_records += 1
+    return num_records
 
 
 def _text(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -336,23 +330,15 @@ def _text(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 def _packed(parts, length: int, drop: Callable[[np.ndarray], None]) -> Iterator[np.ndarray]:
     """The stream cut into rows of `length` ids."""
-    tail: list[np.ndarray] = []  # documents, of which less than a block in all is not yet in one
-    size = 0
-    for ids, ends in parts:
-        tail += np.split(ids, ends[:-1])
-        size += len(ids)
-        if size >= length:
-            stream = np.concatenate(tail)
-            whole = size // length * length
-            yield from stream[:whole].reshape(-1, length)
-            # The tail remains split by document: each ends in a separator, which is no text.
-            starts = np.cumsum([0, *map(len, tail)])
-            tail = [
-                stream[max(start, whole) : stop] for start, stop in pairwise(starts) if stop > whole
-            ]
-            size -= whole
-    for ids in tail:
-        drop(ids)
+    tail, ends = np.zeros(0, np.uint8), np.zeros(0, np.int64)  # not yet in a row, less than one
+    for ids, new_ends in parts:
+        ends = np.concatenate([ends, len(tail) + new_ends])
+        tail = np.concatenate([tail, ids])
+        whole = len(tail) // length * length
+        yield from tail[:whole].reshape(-1, length)
+        tail, ends = tail[whole:], ends[ends > whole] - whole
+    for document in np.split(tail, ends[:-1]):  # each ends in a separator, which is no text
+        drop(document)
 
 
 def _padded(parts, length: int, drop: Callable[[np.ndarray], None]) -> Iterator[np.ndarray]:
@@ -368,11 +354,3 @@ def _padded(parts, length: int, drop: Callable[[np.ndarray], None]) -> Iterator[
 
 
 FORMS = {"packed": _packed, "padded": _padded}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

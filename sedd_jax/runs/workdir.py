@@ -90,16 +90,18 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
     is_new = not (folder / "fingerprint.json").exists()
     if is_new:
         log.info("preparing corpus %s in blocks of %d tokens", section.corpus, section.length)
+        progress = section.corpus != "pydoc"
+        corpus = data.make_corpus(
+            section.corpus, section.path, section.heldout_fraction, progress=progress
+        )
         data.make_records(
-            section.corpus,
+            corpus,
             folder,
-            path=section.path,
-            heldout_fraction=section.heldout_fraction,
             tokenizer=section.tokenizer,
             tokenizer_path=section.tokenizer_path,
             length=section.length,
             form=section.form,
-            progress=section.corpus != "pydoc",
+            progress=progress,
         )
     records = open_records(config, workdir)
     source = records.fingerprint["source"]
