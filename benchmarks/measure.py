@@ -1,31 +1,38 @@
 """What the speed and memory benchmarks share: sizes, sides, their processes, statistics, tables.
 
-Imports nothing but the standard library: the frameworks live in the processes of the sides. A
-side is one of the programs that are compared - this checkout, another one of ours, the original -
-in a process of its own (worker.py), which computes only on a call over a pipe. So one side runs
-at a time, A B A B, each with its own threads, allocator and peak of memory, and torch and jax
-never meet in one process.
+Imports no framework: these live in the processes of the sides. A side is one of the programs that
+are compared - this checkout, another one of ours, the original - in a process of its own
+(worker.py), which computes only on a call over a pipe. So one side runs at a time, A B A B, each
+with its own threads, allocator and peak of memory, and torch and jax never meet in one process.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
-import select
-import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-HERE = Path(__file__).resolve().parent
-REPOSITORY = HERE.parent
+import numpy as np
+from tqdm.auto import tqdm
+from worker import serve
+
+REPOSITORY = Path(__file__).resolve().parent.parent
 GIB, MIB = 2**30, 2**20
+SPAWN = multiprocessing.get_context("spawn")  # as a fork would share threads and imports
+# Of the processes of the sides, which inherit them, where the user has not set them.
+ENVIRONMENT = {
+    # The processes of one table share an accelerator: none may reserve all of it.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    # Huge pages for a CPU's buffers, see launch/environment.sh; they help torch too.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "PYTHONDONTWRITEBYTECODE": "1",  # the original's folder is not written to
+}
 SHORT = {"float32": "f32", "bfloat16": "bf16"}  # dtypes in names of sides
 
 
@@ -44,11 +51,11 @@ class Size:
     sample_batch_size: int
     dropout: float = 0.1  # in training
 
-    def batch(self, task: str) -> dict[str, int]:
-        """Arguments of a worker's start_training or start_sampling."""
-        if task == "train":
-            return {"batch_size": self.batch_size, "length": self.length}
-        return {"batch_size": self.sample_batch_size, "length": self.sample_length}
+    def task(self, kind: str, steps: int = 0) -> "Task":
+        """Training, or sampling in so many steps."""
+        if kind == "train":
+            return Task(kind, self.batch_size, self.length)
+        return Task(kind, self.sample_batch_size, self.sample_length, steps)
 
 
 SIZES = {
@@ -63,17 +70,13 @@ class Side:
     """One of the programs that are compared; everything its process must know."""
 
     name: str  # as in the table
-    kind: str  # of worker.KINDS: ours or original
+    kind: str  # ours or original
     path: str  # the checkout, or the original's folder
     dtype: str
     compiled: bool = False  # the original, by torch.compile
     cores: int = 0  # of a CPU; 0: all
     values: tuple[tuple[str, Any], ...] = ()  # config keys of ours
     environment: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def framework(self) -> str:
-        return "jax" if self.kind == "ours" else "torch"
 
 
 class Failed(RuntimeError):
@@ -83,52 +86,37 @@ class Failed(RuntimeError):
 class Worker:
     """The process of a side: `worker.call("train", steps=3)`."""
 
-    def __init__(self, side: Side, size: Size):
-        self.side = side
-        self._folder = tempfile.TemporaryDirectory()
-        self._errors = Path(self._folder.name) / "stderr"
-        spec = json.dumps({"side": dataclasses.asdict(side), "size": dataclasses.asdict(size)})
-        environment = {
-            # The processes of one table share an accelerator: none may reserve all of it.
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-            # Huge pages for a CPU's buffers, see launch/environment.sh; they help torch too.
-            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-            "PYTHONDONTWRITEBYTECODE": "1",  # the original's folder is not written to
-        }
-        with self._errors.open("w") as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), spec],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**environment, **os.environ, **dict(side.environment)},
-            )
+    def __init__(self, side: Side, size: Size, deadline: float = math.inf):
+        self.side, self._deadline = side, deadline  # as time.monotonic counts
+        os.environ.update(ENVIRONMENT | os.environ)
+        self._calls, its_end = SPAWN.Pipe()
+        sizes = dataclasses.asdict(side), dataclasses.asdict(size)
+        self._process = SPAWN.Process(target=serve, args=(its_end, *sizes), daemon=True)
+        self._process.start()
+        its_end.close()
 
-    def call(self, name: str, timeout: float | None = None, **arguments: Any) -> Any:
-        """What worker.py's function of that name returns; Failed if it raises or is too late."""
-        with contextlib.suppress(BrokenPipeError):  # the empty answer says so below
-            self._process.stdin.write(json.dumps({"call": name, "arguments": arguments}) + "\n")
-            self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], timeout)[0]:
-            self.close()
-            raise Failed(f"stopped after {timeout:.0f} s")
-        line = self._process.stdout.readline()
-        if not line:
-            code = self._process.wait()
-            print(self._errors.read_text()[-4000:], file=sys.stderr)
-            raise Failed(f"process ended with {code}")
-        answer = json.loads(line)
+    def call(self, name: str, timeout: float = math.inf, **arguments: Any) -> Any:
+        """What worker.py answers to the call; Failed if it raises, or after timeout or deadline."""
+        seconds = max(0.0, min(timeout, self._deadline - time.monotonic()))
+        try:
+            self._calls.send((name, arguments))
+            if not self._calls.poll(seconds if math.isfinite(seconds) else None):
+                self._process.kill()
+                raise Failed(f"stopped after {seconds:.0f} s")
+            answer = self._calls.recv()
+        except (BrokenPipeError, ConnectionResetError, EOFError):
+            self._process.join()
+            raise Failed(f"process ended with {self._process.exitcode}") from None
         if "error" in answer:
-            print(answer["trace"], file=sys.stderr)
             raise Failed(answer["error"])
         return answer["value"]
 
     def close(self) -> None:
         """End the process, and with it all that it holds."""
+        self._calls.close()
+        self._process.join(timeout=2.0)  # one that waits for a call ends by itself
         self._process.kill()
-        self._process.wait()
-        self._folder.cleanup()
+        self._process.join()
 
     def __enter__(self) -> Self:
         return self
@@ -146,37 +134,30 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--before", type=Path, help="another checkout of ours")
     parser.add_argument("--compile", action="store_true", help="the original by torch.compile")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of ours")
-    parser.add_argument(
-        "--env",
-        action="append",
-        default=[],
-        metavar="SIDE:NAME=VALUE",
-        help="an environment variable of the sides whose name begins so",
-    )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--cores", type=int, default=0, help="of a CPU, for each side; 0: all")
+    parser.add_argument("--json", type=Path, help="a file for all the numbers")
 
 
-def sides_of(options: argparse.Namespace, cores: int = 0) -> list[Side]:
+def sides_of(options: argparse.Namespace) -> list[Side]:
     """Ours first; ratios are to it."""
     values = tuple(_value(text) for text in options.set)
     sides = []
+
+    def add(name: str, kind: str, path: Path, **others: Any) -> None:
+        name = f"{name} {SHORT[dtype]}"
+        sides.append(Side(name, kind, str(path.resolve()), dtype, cores=options.cores, **others))
+
     for dtype in options.dtype.split(","):
         if dtype not in SHORT:
             raise SystemExit(f"unknown dtype {dtype!r}; known: {', '.join(SHORT)}")
-        sides.append(Side(f"ours {SHORT[dtype]}", "ours", str(REPOSITORY), dtype, values=values))
+        add("ours", "ours", REPOSITORY, values=values)
         if options.before:
-            path = str(options.before.resolve())
-            sides.append(Side(f"before {SHORT[dtype]}", "ours", path, dtype, values=values))
+            add("before", "ours", options.before, values=values)
         if options.against:
-            path = str(options.against.resolve())
-            sides.append(Side(f"original {SHORT[dtype]}", "original", path, dtype))
+            add("original", "original", options.against)
             if options.compile:
-                name = f"original compiled {SHORT[dtype]}"
-                sides.append(Side(name, "original", path, dtype, compiled=True))
-    return [
-        dataclasses.replace(side, cores=cores, environment=_environment(side, options.env))
-        for side in sides
-    ]
+                add("original compiled", "original", options.against, compiled=True)
+    return sides
 
 
 def _value(text: str) -> tuple[str, Any]:
@@ -190,63 +171,80 @@ def _value(text: str) -> tuple[str, Any]:
         return key, value
 
 
-def _environment(side: Side, settings: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for text in settings:
-        start, _, setting = text.partition(":")
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise SystemExit(f"--env={text} is not SIDE:NAME=VALUE")
-        if side.name.startswith(start):
-            pairs.append((name, value))
-    return tuple(pairs)
-
-
 # --- measuring
 
 
-@contextlib.contextmanager
-def started(sides: Sequence[Side], size: Size, call: str, **arguments: Any) -> Iterator[Any]:
-    """A worker for each side, after that call; and what it and `about` returned, by name."""
-    with contextlib.ExitStack() as stack:
-        workers, answers = [], {}
-        for side in sides:
-            progress(f"{side.name}: starting")
-            worker = stack.enter_context(Worker(side, size))
-            answers[side.name] = worker.call("about") | worker.call(call, **arguments)
-            workers.append(worker)
-        yield workers, answers
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What is timed: steps of training, or whole samples."""
+
+    kind: str  # train or sample
+    batch_size: int
+    length: int
+    steps: int = 0  # of a sample, which are one network call fewer than it makes
+
+    def start(self, worker: Worker) -> dict[str, Any]:
+        """What the worker says of the device and of its first step or sample."""
+        about, batch = worker.call("about"), {"batch_size": self.batch_size, "length": self.length}
+        if self.kind == "train":
+            return about | worker.call("start_training", **batch)
+        # No program depends on the number of steps, so a short sample compiles all.
+        return about | worker.call("start_sampling", **batch, steps=min(self.steps, 32))
+
+    def count(self, worker: Worker, least: float) -> int:
+        """How many steps last at least so many seconds; the network calls of a sample."""
+        if self.kind == "sample":
+            return self.steps + 1
+        worker.call("train", steps=1)
+        return max(1, math.ceil(least / worker.call("train", steps=1)["seconds"]))
+
+    def timed(self, worker: Worker, count: int) -> dict[str, float]:
+        """Seconds of one of `count` steps or network calls, on the wall and of its cores."""
+        if self.kind == "train":
+            # Not timed: a process that waited for the others finds caches cold and, where the
+            # system takes idle pages back, memory to be fetched.
+            worker.call("train", steps=1)
+        answer = worker.call(self.kind, steps=self.steps or count)
+        times = {name: answer[name] / count for name in ("seconds", "cpu_seconds")}
+        return times | {"compiles": answer["compiles"]}
+
+    def rates(self, seconds: float, forward_flops: float) -> dict[str, float]:
+        """What a step of so many seconds comes to; forward_flops for one sequence."""
+        tokens, flops = self.batch_size * self.length, self.batch_size * forward_flops
+        tokens, flops = (tokens / (self.steps + 1), flops) if self.steps else (tokens, 3 * flops)
+        return {
+            "steps_per_second": 1.0 / seconds,
+            "tokens_per_second": tokens / seconds,
+            "flops_per_second": flops / seconds,
+        }
 
 
 def interleave(
-    workers: Sequence[Worker], measured: Callable[[Worker], dict[str, float]], repeats: int
+    workers: Sequence[Worker],
+    measured: Callable[[Worker], dict[str, float]],
+    repeats: int,
+    limit: float = math.inf,
 ) -> dict[str, dict[str, list[float]]]:
-    """measured(worker) of each in turn, A B A B, `repeats` times: lists of its values, by name."""
-    answers = {worker.side.name: [] for worker in workers}
-    for repeat in range(repeats):
+    """measured(worker) of each in turn, A B A B, `repeats` times: lists of its values, by name.
+
+    After `limit` seconds no other repeat begins.
+    """
+    answers, until = {worker.side.name: [] for worker in workers}, time.monotonic() + limit
+    for repeat in tqdm(range(repeats), leave=False, disable=None):
+        if repeat and time.monotonic() > until:
+            break
         for worker in workers:
             answers[worker.side.name].append(measured(worker))
-            time_of_it = seconds(answers[worker.side.name][-1]["seconds"])
-            progress(f"{repeat + 1} of {repeats}: {worker.side.name} {time_of_it}")
-    progress("")
     return {
         name: {key: [answer[key] for answer in rows] for key in rows[0]}
         for name, rows in answers.items()
     }
 
 
-def progress(text: str) -> None:
-    """A line that the next one overwrites, where a person is looking."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    if len(values) == 1:
-        return {"median": values[0], "low": values[0], "high": values[0]}
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "low": low, "high": high}
+    quartiles = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+    return dict(zip(("low", "median", "high"), quartiles, strict=True))
 
 
 def ratios(ours: Sequence[float], other: Sequence[float]) -> dict[str, float]:
@@ -255,37 +253,29 @@ def ratios(ours: Sequence[float], other: Sequence[float]) -> dict[str, float]:
 
 
 class Ceilings:
-    """The best matmul rates and memory traffic that either framework has shown."""
+    """The best rates of large matmuls that either framework has shown, operations a second."""
 
     def __init__(self, seconds: float = 0.5):
         self.seconds = seconds  # for each of them
-        self.by_framework: dict[str, dict[str, float]] = {}
+        self.by_kind: dict[str, dict[str, float]] = {}
 
     def measure(self, workers: Sequence[Worker]) -> None:
-        """Time one worker of each framework; of a call before and one after the better counts."""
-        for worker in {worker.side.framework: worker for worker in workers}.values():
-            best = self.by_framework.setdefault(worker.side.framework, {})
-            for name, value in worker.call("ceilings", seconds=self.seconds).items():
-                best[name] = max(value, best.get(name, 0.0))
-
-    def best(self, *names: str) -> float:
-        values = (v.get(name, 0.0) for v in self.by_framework.values() for name in names)
-        return max(values, default=0.0)
+        """Time one worker of ours and of the original; of several calls the best counts."""
+        for worker in {worker.side.kind: worker for worker in workers}.values():
+            rates, best = worker.call("matmul_rates", seconds=self.seconds), self.by_kind
+            before = best.get(worker.side.kind, rates)
+            best[worker.side.kind] = {k: max(rate, before[k]) for k, rate in rates.items()}
 
     def flops(self, dtype: str) -> float:
-        """Operations a second in matmuls of the dtype; float32's where bfloat16 is slower."""
-        return self.best("matmul float32", f"matmul {dtype}")
+        """In matmuls of the dtype; float32's where bfloat16 is slower."""
+        rates = [max(v["float32"], v[dtype]) for v in self.by_kind.values()]
+        return max(rates, default=math.nan)
 
-    def text(self) -> str:
+    def table(self) -> str:
         return table(
             [
-                {
-                    "ceilings": framework,
-                    "float32 TFLOP/s": f"{values['matmul float32'] / 1e12:.3f}",
-                    "bfloat16 TFLOP/s": f"{values['matmul bfloat16'] / 1e12:.3f}",
-                    "x += 1 GB/s": f"{values['traffic'] / 1e9:.1f}",
-                }
-                for framework, values in self.by_framework.items()
+                {"matmuls": name, **{f"{k} TFLOP/s": f"{v / 1e12:.3f}" for k, v in rates.items()}}
+                for name, rates in self.by_kind.items()
             ]
         )
 
@@ -294,17 +284,19 @@ class Ceilings:
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Columns under their heads, the first to the left and the others to the right."""
+    """In markdown, for people too: the first column to the left, the others to the right."""
+    if not rows:
+        return ""
     heads = list(dict.fromkeys(head for row in rows for head in row))
-    widths = [max(len(head), *(len(row.get(head, "")) for row in rows)) for head in heads]
+    widths = [max(3, *(len(row.get(head, "")) for row in [*rows, {head: head}])) for head in heads]
 
     def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        aligned = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
-        return "  ".join(aligned).rstrip()
+        others = map(str.rjust, cells[1:], widths[1:])
+        return f"| {' | '.join([cells[0].ljust(widths[0]), *others])} |"
 
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     body = [line([row.get(head, "") for head in heads]) for row in rows]
-    return "\n".join([line(heads), line(["-" * width for width in widths]), *body])
+    return "\n".join([line(heads), line(rules), *body])
 
 
 def seconds(value: float) -> str:
@@ -322,12 +314,13 @@ def bytes_of(value: float | None) -> str:
     return f"{value / GIB:.2f} GiB" if value >= GIB else f"{value / MIB:.0f} MiB"
 
 
-def rate_cells(tokens_a_second: float, flops_a_second: float, ceiling: float) -> dict[str, str]:
-    """What a step comes to; ceiling as Ceilings.flops."""
+def rate_cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """Of Task.rates and mfu."""
     return {
-        "tokens/s": f"{tokens_a_second:,.1f}",
-        "TFLOP/s": f"{flops_a_second / 1e12:.3g}",
-        "MFU": f"{flops_a_second / ceiling:.1%}" if ceiling else "-",
+        "steps/s": f"{row['steps_per_second']:.4g}",
+        "tokens/s": f"{row['tokens_per_second']:,.1f}",
+        "TFLOP/s": f"{row['flops_per_second'] / 1e12:.3g}",
+        "MFU": f"{row['mfu']:.1%}",
     }
 
 

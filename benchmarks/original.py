@@ -55,11 +55,11 @@ class Original:
         self.OmegaConf = OmegaConf
 
     def about(self) -> dict[str, Any]:
-        cuda, about = self.torch.cuda, {"framework": f"torch {self.torch.__version__}"}
-        if not self.is_accelerator:
-            return about | {"device": "cpu"}
-        memory = cuda.get_device_properties(self.device).total_memory
-        return about | {"device": cuda.get_device_name(), "memory": memory}
+        about = {"framework": f"torch {self.torch.__version__}", "device": "cpu"}
+        if self.is_accelerator:
+            device = self.torch.cuda.get_device_properties(self.device)
+            about |= {"device": device.name, "memory": device.total_memory}
+        return about
 
     def _build(self, length: int) -> tuple[Any, Any, Any, Any]:
         """Config, graph, noise and network, as the original's run_train.py makes them."""
@@ -143,15 +143,6 @@ class Original:
 
         def run():
             torch.matmul(a, b)
-            self._wait()
-
-        return run
-
-    def increment(self, elements: int) -> Any:
-        x = self.torch.zeros(elements, device=self.device)
-
-        def run():
-            x.add_(1.0)
             self._wait()
 
         return run

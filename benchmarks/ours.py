@@ -56,12 +56,8 @@ class Ours:
         devices = _first_module("parallel.devices", "devices")
         sheet = devices.device(self.device.device_kind)
         stats = (self.device.memory_stats() if self.is_accelerator else None) or {}
-        return {
-            "device": self.device.device_kind,
-            "framework": f"jax {self.jax.__version__}",
-            "memory": stats.get("bytes_limit"),
-            "sheet_flops": sheet and sheet.flops,
-        }
+        about = {"device": self.device.device_kind, "framework": f"jax {self.jax.__version__}"}
+        return about | {"memory": stats.get("bytes_limit"), "sheet_flops": sheet and sheet.flops}
 
     def _experiment(self, batch_size: int, length: int, **changes: Any) -> Any:
         """What the config means on one device: nothing is allocated."""
@@ -162,18 +158,6 @@ class Ours:
         precision = jax.lax.Precision.HIGHEST if dtype == "float32" else None
         multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
         return lambda: multiply(a, b).block_until_ready()
-
-    def increment(self, elements: int) -> Any:
-        """A function that adds 1 to float32 numbers where they are, and waits."""
-        jax, jnp = self.jax, self.jax.numpy
-        x = jnp.zeros(elements, jnp.float32)
-        add = jax.jit(lambda x: x + 1.0, donate_argnums=0)
-
-        def run():
-            nonlocal x
-            x = add(x).block_until_ready()
-
-        return run
 
     def device_memory(self) -> dict[str, int] | None:
         """Bytes in use of the accelerator, at most and now; None on a CPU."""

@@ -10,12 +10,13 @@ not compiled again, so the program may be stopped and run on.
 import argparse
 import importlib
 import json
-import math
 import re
-import tempfile
 from pathlib import Path
 
-from sedd_jax.parallel.devices import GIB
+import measure
+from ml_collections import ConfigDict
+
+from sedd_jax import config as configuration
 from sedd_jax.training.dry_run import dry_run
 
 SMALL, MEDIUM = "openwebtext_small", "openwebtext_medium"
@@ -59,25 +60,23 @@ ROWS = (
     (SMALL, "v5e:4x4", {"mesh.data": 1, "mesh.fsdp": 16, "train.microbatches": 16}),
 )
 
-HEADS = (
-    *("program", "chips", "rows a chip", "state GiB", "temporaries GiB", "total of GiB"),
-    *("TFLOP a chip", "MiB sent a chip", "compiled s", "step s at 40 %"),
-)
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--only", default="", help="rows whose name has this pattern")
     options = parser.parse_args()
-    results = _read(options.json)
     for row in ROWS:
         name = row_name(*row)
-        if name not in results and re.search(options.only, name):
-            result = compile_row(*row)
+        if name not in _read(options.json) and re.search(options.only, name):
+            try:
+                result = dry_run(config_of(*row), row[1]).to_dict()
+            except ValueError as error:
+                result = {"error": str(error)}
+            result.pop("parameters", None)
             results = _read(options.json) | {name: result}  # another process may have written
             options.json.write_text(json.dumps(results, indent=1))
-    print(table({row_name(*row): results.get(row_name(*row)) for row in ROWS}))
+    print(measure.table([cells(row, _read(options.json)) for row in ROWS]))
 
 
 def _read(file: Path) -> dict:
@@ -90,71 +89,34 @@ def row_name(config: str, target: str, changes: dict) -> str:
     return f"{config.removeprefix('openwebtext_')} {target} {changed}".strip()
 
 
-def compile_row(config: str, target: str, changes: dict) -> dict:
-    """The estimate, and the program's float32 tables with a number for every logit: none, it is."""
+def config_of(config: str, _: str, changes: dict) -> ConfigDict:
     module, _, hardware = config.partition(":")
     config = importlib.import_module(f"sedd_jax.configs.{module}").get_config(hardware)
-    for key, value in changes.items():
-        section, name = key.split(".")
-        config[section][name] = value
-    with tempfile.TemporaryDirectory() as folder:
-        text_file = Path(folder) / "program.txt"
-        try:
-            estimate = dry_run(config, target, text_file=text_file)
-        except ValueError as error:
-            return {"error": str(error)}
-        text = text_file.read_text() if text_file.exists() else ""
-    rows = config.train.batch_size // config.train.microbatches
-    positions = rows // (estimate.mesh["data"] * estimate.mesh["fsdp"]) * config.data.length
-    result = estimate.to_dict()
-    result.pop("parameters")
-    tables = logit_tables(text, estimate.vocab_size, config.model.hidden_size, positions)
-    return result | {"batch_size": config.train.batch_size, "tables": tables}
+    return configuration.with_values(config, changes)
 
 
-def logit_tables(text: str, vocab_size: int, hidden_size: int, positions: int) -> list[str]:
-    """The float32 arrays of a program with a number for every token at every position.
-
-    positions is how many one device has at a time; in any layout. A side may be padded, by at
-    most 256. The embedding and the head, with hidden_size numbers for every token, are none:
-    where positions is hidden_size they look the same, and none is reported.
-    """
-
-    def is_table(shape: str) -> bool:
-        sides = [int(n) for n in shape.split(",")]
-        others = [
-            math.prod(sides) // side for side in sides if vocab_size <= side <= vocab_size + 256
-        ]
-        return any(n >= positions and n != hidden_size for n in others)
-
-    shapes = set(re.findall(r"\bf32\[([\d,]+)\]", text))
-    return sorted(f"f32[{shape}]" for shape in shapes if is_table(shape))
-
-
-def table(rows: dict[str, dict | None]) -> str:
-    """In markdown; a row that was not compiled says so."""
-    lines = [f"| {' | '.join(HEADS)} |", "| --- |" + " ---: |" * (len(HEADS) - 1)]
-    for name, e in rows.items():
-        cells = [e["error"] if e else "not compiled"] if not e or "error" in e else _cells(e)
-        lines.append(f"| {' | '.join([name, *cells])} |" + " |" * (len(HEADS) - 1 - len(cells)))
-    return "\n".join(lines)
-
-
-def _cells(e: dict) -> list[str]:
+def cells(row: tuple, results: dict[str, dict]) -> dict[str, str]:
+    """A line of the table; a row that was not compiled says so."""
+    name, gib = row_name(*row), 2**30
+    e = results.get(name, {"error": "not compiled"})
+    if "error" in e:
+        return {"program": name, "chips": e["error"]}
     state = e["parameter_bytes"] + e["ema_bytes"] + e["optimizer_bytes"]
     parts = e["mesh"]["data"] * e["mesh"]["fsdp"] * e["microbatches"]
-    total = f"{e['total_bytes'] / GIB:.2f} of {e['memory_bytes'] / GIB:.2f}"
-    return [
-        str(e["devices"]),
-        str(e["batch_size"] // parts),
-        f"{state / GIB:.2f}",
-        "" if e["temporary_bytes"] is None else f"{e['temporary_bytes'] / GIB:.2f}",
-        total if e["fits"] else f"{total} (does not fit)",
-        f"{e['flops'] / e['devices'] / 1e12:.2f}",
-        f"{sum(one['bytes'] for one in e['collectives']) / 2**20:,.0f}",
-        f"{e['compile_seconds']:.0f}",
-        f"{e['step_seconds']:.3f}",
-    ]
+    total = f"{e['total_bytes'] / gib:.2f} of {e['memory_bytes'] / gib:.2f}"
+    temporaries = e["temporary_bytes"]
+    return {
+        "program": name,
+        "chips": str(e["devices"]),
+        "rows a chip": str(config_of(*row).train.batch_size // parts),
+        "state GiB": f"{state / gib:.2f}",
+        "temporaries GiB": "" if temporaries is None else f"{temporaries / gib:.2f}",
+        "total of GiB": total if e["fits"] else f"{total} (does not fit)",
+        "TFLOP a chip": f"{e['flops'] / e['devices'] / 1e12:.2f}",
+        "MiB sent a chip": f"{sum(one['bytes'] for one in e['collectives']) / 2**20:,.0f}",
+        "compiled s": f"{e['compile_seconds']:.0f}",
+        "step s at 40 %": f"{e['step_seconds']:.3f}",
+    }
 
 
 if __name__ == "__main__":

@@ -1,31 +1,23 @@
 """The process of one side of a benchmark: does what is called for over a pipe, and times it.
 
-Started by measure.Worker. A line of standard input is {"call": NAME, "arguments": {...}}, a line of
-standard output {"value": ...} or {"error": ..., "trace": ...}; anything else that the frameworks
-print goes to standard error. NAME is one of CALLS, each a function of the side's `program`:
-ours.Ours or original.Original, which have the same methods.
+Started by measure.Worker. Receives (name, arguments) and sends {"value": ...} or {"error": ...}.
+A name is one of CALLS, each a function of the side's `program`, or a method of it: ours.Ours and
+original.Original have the same methods.
 """
 
 import contextlib
-import json
+import importlib
+import math
 import os
 import resource
 import sys
 import time
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-KINDS = {"ours": ("ours", "Ours"), "original": ("original", "Original")}
-
-
-def about(program) -> dict:
-    """The device and the framework."""
-    return program.about()
-
-
-def forward_flops(program, length: int) -> int:
-    """Operations of the matmuls of one network call for one sequence; only ours can count them."""
-    return program.forward_flops(length)
+KINDS = {"ours": "Ours", "original": "Original"}  # modules, and their classes
 
 
 def start_training(program, batch_size: int, length: int) -> dict:
@@ -38,7 +30,10 @@ def start_training(program, batch_size: int, length: int) -> dict:
 
 def train(program, steps: int) -> dict:
     """Times of so many steps, dispatched one after the other and waited for at the end."""
-    return _timed(program, lambda: {"loss": program.train(steps)})
+    times, loss = _timed(program, program.train, steps)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss is {loss}")
+    return times
 
 
 def start_sampling(program, batch_size: int, length: int, steps: int) -> dict:
@@ -51,25 +46,27 @@ def start_sampling(program, batch_size: int, length: int, steps: int) -> dict:
 
 def sample(program, steps: int) -> dict:
     """Times of a whole sample, from all-MASK to clean tokens: steps + 1 network calls."""
-    return _timed(program, lambda: {"masked": program.sample(steps)})
+    times, masked = _timed(program, program.sample, steps)
+    if masked:
+        raise ValueError(f"{masked} tokens are still masked")
+    return times
 
 
-def _timed(program, fn) -> dict:
-    """fn's answer with seconds on the wall and of this process on all cores, and compilations."""
+def _timed(program, run, steps: int) -> tuple[dict, float]:
+    """Seconds on the wall and of this process on all cores, compilations; and run's answer."""
     compiles, wall, cpu = program.compiles, time.perf_counter(), time.process_time()
-    answer = fn()
+    answer = run(steps)
     times = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-    return answer | times | {"compiles": program.compiles - compiles}
+    return times | {"compiles": program.compiles - compiles}, answer
 
 
-def ceilings(program, seconds: float = 0.5) -> dict:
-    """Operations a second of large square matmuls, bytes a second of x += 1."""
-    side, elements = (8192, 2**28) if program.is_accelerator else (1536, 2**26)
-    rates = {}
-    for dtype in ("float32", "bfloat16"):
-        rates[f"matmul {dtype}"] = 2 * side**3 / _fastest(program.matmul(side, dtype), seconds)
-    rates["traffic"] = 2 * 4 * elements / _fastest(program.increment(elements), seconds)
-    return rates
+def matmul_rates(program, seconds: float = 0.5) -> dict:
+    """Operations a second of large square matmuls, by dtype."""
+    side = 8192 if program.is_accelerator else 1536
+    return {
+        dtype: 2 * side**3 / _fastest(program.matmul(side, dtype), seconds)
+        for dtype in ("float32", "bfloat16")
+    }
 
 
 def _fastest(run, least: float) -> float:
@@ -110,30 +107,35 @@ def _status(name: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-CALLS = (about, forward_flops, start_training, train, start_sampling, sample, ceilings, memory)
-CALLS = {fn.__name__: fn for fn in (*CALLS, forget_memory)}
+CALLS = (start_training, train, start_sampling, sample, matmul_rates, memory, forget_memory)
+CALLS = {fn.__name__: fn for fn in CALLS}
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the frameworks print is no answer
-    spec = json.loads(sys.argv[1])
-    if spec["side"]["cores"]:
+def serve(calls: Connection, side: dict[str, Any], size: dict[str, Any]) -> None:
+    """Answers calls until there are no more; side and size are of measure.Side and Size."""
+    os.dup2(2, 1)  # the table alone is written to standard output
+    os.environ.update(side["environment"])
+    if side["cores"]:
         allowed = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, allowed[-spec["side"]["cores"] :])  # both take a thread for each
+        os.sched_setaffinity(0, allowed[-side["cores"] :])  # both take a thread for each
     program = None
-    for line in sys.stdin:
-        request = json.loads(line)
+    while True:
         try:
+            name, arguments = calls.recv()
             if program is None:
-                module, name = KINDS[spec["side"]["kind"]]
-                program = getattr(__import__(module), name)(spec["side"], spec["size"])
+                module = importlib.import_module(side["kind"])
+                program = getattr(module, KINDS[side["kind"]])(side, size)
                 program.after_imports = _status("VmRSS")
                 forget_memory(program)
-            answer = {"value": CALLS[request["call"]](program, **request["arguments"])}
+            if name in CALLS:
+                calls.send({"value": CALLS[name](program, **arguments)})
+            else:
+                calls.send({"value": getattr(program, name)(**arguments)})
+        except (EOFError, BrokenPipeError):
+            return
         except (RuntimeError, ValueError) as error:  # any other ends the process and is shown
-            answer = {"error": _message(error), "trace": traceback.format_exc()[-4000:]}
-        print(json.dumps(answer), file=answers, flush=True)
+            traceback.print_exc()
+            calls.send({"error": _message(error)})
 
 
 def _message(error: Exception) -> str:
@@ -141,7 +143,3 @@ def _message(error: Exception) -> str:
     if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
         return "out of memory"
     return f"{type(error).__name__}: {text}"[:120]
-
-
-if __name__ == "__main__":
-    main()

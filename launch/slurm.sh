@@ -11,7 +11,7 @@
 # gives each process the one GPU of its SLURM_LOCALID. --gpus-per-node leaves all of a node's GPUs
 # visible to each process, which that numbering and NCCL's peer-to-peer copies need.
 #
-# B: in --signal: the batch shell alone is told, 120 s before the end. It must not pass TERM to srun,
+# B: in --signal: the batch shell alone gets the signal, 120 s before the end. It must not pass TERM to srun,
 # which answers by SIGKILL to its tasks; scancel --signal signals the tasks and not this shell.
 # The job is requeued if it was stopped and is still SLURM's to run: after scancel JOB it is not.
 #
@@ -57,30 +57,24 @@ if [[ ! ${SEDD_INSIDE-} ]]; then
 fi
 # shellcheck source=launch/flags/gpu.sh
 source launch/flags/gpu.sh
+# shellcheck source=launch/await.sh
+source launch/await.sh
 step=(srun --kill-on-bad-exit=1 "${VENV:-.venv}/bin/sedd-train" "$@")
 if [[ $dry ]]; then
   SUPERVISE_STOP='' exec bash launch/supervise.sh --dry-run -- "${step[@]}"
 fi
 
-asked=''
+signalled=''
 export SUPERVISE_STOP="scancel --signal=TERM $SLURM_JOB_ID"
-trap 'asked=1; kill -TERM "$supervisor" 2>/dev/null' TERM
+trap 'signalled=1; kill -TERM "$supervisor" 2>/dev/null' TERM
 bash launch/supervise.sh -- "${step[@]}" &
 supervisor=$!
-wait "$supervisor"
-status=$?
-while kill -0 "$supervisor" 2>/dev/null; do # the trap interrupted wait
-  wait "$supervisor"
-  status=$?
-done
-wait "$supervisor" 2>/dev/null
-last=$?
-((last == 127)) || status=$last
+await "$supervisor"
 
 # srun's status is the highest of its tasks', so the 75 of those that were stopped can be hidden
 # behind the 137 of one that --kill-on-bad-exit ended while it was leaving.
 case $status in 0 | 2 | 3) exit "$status" ;; esac
-[[ $asked || $status == 75 ]] || exit "$status"
+[[ $signalled || $status == 75 ]] || exit "$status"
 state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
 if [[ $state != RUNNING ]]; then
   echo "slurm.sh: stopped at status $status; the job is ${state:-unknown to squeue}, so it is not requeued" >&2

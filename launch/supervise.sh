@@ -14,6 +14,8 @@
 # SUPERVISE_STOP (empty)       command that asks the child to stop, in place of a signal to it
 set -uo pipefail
 
+# shellcheck source=launch/await.sh
+source "$(dirname "${BASH_SOURCE[0]}")/await.sh"
 say() { printf '%(%Y-%m-%dT%H:%M:%S%z)T supervise: %s\n' -1 "$*" >&2; }
 refuse() { # a mistake in the arguments or the environment
   say "error: $*"
@@ -66,10 +68,9 @@ named() { if (($1 < 0)); then printf 'none'; else printf '%s' "$1"; fi; }
 # The child has a process group of its own: Ctrl-C in a terminal reaches every process of the group
 # in the foreground, and a second signal ends sedd-train at once, without a checkpoint.
 set -m
-child='' sleeper='' stop='' signals=0
+child='' sleeper='' stop=''
 asked() { # asked TERM|INT
   stop=$1
-  ((signals += 1))
   say "caught SIG$1"
   forward
   [[ $sleeper ]] && kill "$sleeper" 2>/dev/null
@@ -84,20 +85,6 @@ forward() {
 }
 trap 'asked TERM' TERM
 trap 'asked INT' INT
-
-# Sets status. A signal that is caught interrupts wait, which is then asked again; 127 means that its
-# first answer was the child's own.
-await() {
-  local seen found again=''
-  while :; do
-    seen=$signals
-    wait "$1" 2>/dev/null
-    found=$?
-    [[ $again && $found == 127 ]] || status=$found
-    ((signals == seen)) && return
-    again=1
-  done
-}
 
 failures=0 wait_for=$backoff
 while :; do

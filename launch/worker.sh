@@ -25,10 +25,9 @@ case $action in
     # shellcheck disable=SC2016  # for the shell that is started
     setsid nohup bash -c 'folder=$1; shift
       trap "kill -TERM \$child" TERM
+      source launch/await.sh
       bash launch/supervise.sh "$@" & child=$!
-      wait $child; status=$?
-      while kill -0 $child 2>/dev/null; do wait $child; status=$?; done
-      wait $child 2>/dev/null; last=$?; [ $last = 127 ] || status=$last
+      await $child
       echo $status > "$folder/status"' worker "$(cd "$folder" && pwd)" "$@" \
       >>"$folder/log" 2>&1 </dev/null &
     echo $! >"$folder/pid"

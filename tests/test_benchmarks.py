@@ -3,7 +3,7 @@
 The original is no part of the repository, so its side is not run here.
 """
 
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -41,13 +41,11 @@ def run(folder, what: str, *options: str) -> tuple[dict, str]:
     return json.loads(file.read_text()), done.stdout
 
 
-def measure():
+@pytest.fixture
+def measure(monkeypatch):
     """benchmarks/measure.py, which is no package's."""
-    spec = importlib.util.spec_from_file_location("measure", REPOSITORY / "benchmarks/measure.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["measure"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module("measure")
 
 
 def parameters(size) -> int:
@@ -66,20 +64,20 @@ def training_flops(size) -> int:
     return 3 * 2 * size.batch_size * (size.length * a_token + a_row)
 
 
-def test_named_sizes_have_the_parameters_that_they_say():
-    sizes = measure().SIZES
+def test_named_sizes_have_the_parameters_that_they_say(measure):
+    sizes = measure.SIZES
     assert 4.05e6 < parameters(sizes["tiny"]) < 4.15e6
     assert parameters(sizes["small"]) == 169_627_218
     assert 4.2e8 < parameters(sizes["medium"]) < 4.3e8
 
 
-def test_table_puts_numbers_under_their_heads():
+def test_table_puts_numbers_under_their_heads(measure):
     rows = [{"side": "ours", "s": "1.5"}, {"side": "original", "s": "2", "more": "x"}]
-    assert measure().table(rows).split("\n") == [
-        "side        s  more",
-        "--------  ---  ----",
-        "ours      1.5",
-        "original    2     x",
+    assert measure.table(rows).split("\n") == [
+        "| side     |   s | more |",
+        "| -------- | --: | ---: |",
+        "| ours     | 1.5 |      |",
+        "| original |   2 |    x |",
     ]
 
 
@@ -90,27 +88,27 @@ def steps(tmp_path_factory):
     return run(tmp_path_factory.mktemp("steps"), "step", *options)
 
 
-def test_a_step_is_measured_with_config_keys_of_ours(steps):
+def test_a_step_is_measured_with_config_keys_of_ours(measure, steps):
     results, printed = steps
     (ours,) = results["sides"]
     assert ours["name"] == "ours f32" and len(ours["seconds"]) == 2
-    assert ours["to_ours"]["median"] == 1.0 and ours["steps_per_repeat"] >= 1
-    for key in ("tokens_per_second", "flops_per_second", "mfu", "of_roofline", "first_seconds"):
+    assert ours["to_ours"]["median"] == 1.0 and ours["count"] >= 1
+    for key in ("tokens_per_second", "flops_per_second", "mfu", "first_seconds"):
         assert ours[key] > 0.0, key
     assert 0.0 < ours["loss"] < 1000.0  # nats per sequence of 16 tokens
-    assert set(results["ceilings"]["jax"]) == {"matmul float32", "matmul bfloat16", "traffic"}
-    assert ours["parameters"] == parameters(measure().Size(**results["size"]))
+    assert set(results["matmul_rates"]["ours"]) == {"float32", "bfloat16"}
+    assert ours["parameters"] == parameters(measure.Size(**results["size"]))
     # 16 bytes a parameter, and the counters
     assert 0 <= ours["state_bytes"] - 16 * ours["parameters"] < 64
     assert "ours f32" in printed and "tokens/s" in printed
 
 
-def test_flops_of_a_step_are_those_of_the_formula(steps):
+def test_flops_of_a_step_are_those_of_the_formula(measure, steps):
     results, _ = steps
     (ours,) = results["sides"]
     counted = ours["flops_per_second"] * ours["spread"]["median"]
     # The trace has no logits of MASK, 1 of 12 states.
-    assert training_flops(measure().Size(**results["size"])) == pytest.approx(counted, rel=0.1)
+    assert training_flops(measure.Size(**results["size"])) == pytest.approx(counted, rel=0.1)
 
 
 def test_whole_samples_are_drawn_without_compiling_again(tmp_path):
@@ -125,7 +123,7 @@ def test_whole_samples_are_drawn_without_compiling_again(tmp_path):
 def test_the_peak_of_memory_holds_the_state(tmp_path):
     results, printed = run(tmp_path, "memory", "--steps=1")
     train, sample = results["sides"]
-    assert (train["task"], sample["task"]) == ("train", "sample")
+    assert (train["kind"], sample["kind"]) == ("train", "sample")
     assert min(train["first_bytes"], train["later_bytes"]) > train["state_bytes"] > 0
     assert min(sample["first_bytes"], sample["later_bytes"]) > 0
     assert "ours f32" in printed and "state" in printed

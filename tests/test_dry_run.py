@@ -2,15 +2,15 @@
 
 import functools
 import importlib.util
+import math
 import re
 import subprocess
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, says
+from conftest import REPOSITORY, TINY, says
 
 from sedd_jax import experiment
 from sedd_jax.configs import openwebtext_small, quickstart
@@ -19,26 +19,42 @@ from sedd_jax.diffusion.schedules import Geometric, LogLinear
 from sedd_jax.experiment import evaluated_fraction, network_flops
 from sedd_jax.parallel import sharding
 from sedd_jax.parallel.devices import device
-from sedd_jax.training.dry_run import describe, dry_run, hlo, parse_target
+from sedd_jax.training.dry_run import describe, dry_run, parse_target
+from sedd_jax.training.dry_run.collectives import BETWEEN_SLICES, collectives
+from sedd_jax.training.dry_run.hlo import parse
 
 VOCAB = 20
 
 
 def needs(target: str):
-    modules = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "jax_plugins.xla_cuda12")}
-    machine = parse_target(target)
-    for module in modules[machine.platform]:
-        if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{machine.packages} not installed; {machine.command}")
+    if not parse_target(target).is_installed:
+        pytest.skip(f"not installed: {parse_target(target).packages}")
 
 
-def scaling():
+@pytest.fixture
+def scaling(monkeypatch):
     """benchmarks/scaling.py, which belongs to no package."""
-    path = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
-    spec = importlib.util.spec_from_file_location("scaling", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(REPOSITORY / "benchmarks")
+    return importlib.import_module("scaling")
+
+
+def logit_tables(text, vocab_size, hidden_size, positions):
+    """The float32 arrays of a program with a number for every token at every position.
+
+    positions is how many one device has at a time; in any layout. A side may be padded, by at
+    most 256. The embedding and the head, with hidden_size numbers for every token, are none:
+    where positions is hidden_size they look the same, and none is reported.
+    """
+
+    def is_table(shape):
+        sides = [int(n) for n in shape.split(",")]
+        others = [
+            math.prod(sides) // side for side in sides if vocab_size <= side <= vocab_size + 256
+        ]
+        return any(n >= positions and n != hidden_size for n in others)
+
+    shapes = set(re.findall(r"\bf32\[([\d,]+)\]", text))
+    return sorted(f"f32[{shape}]" for shape in shapes if is_table(shape))
 
 
 def meshed(config, data, fsdp, tensor):
@@ -128,6 +144,34 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
+def test_instructions_are_parsed():
+    text = """HloModule step, is_scheduled=true
+
+%fused (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0:T(256)S(1)} parameter(0)
+}
+
+ENTRY %main.1 (x: f32[8]) -> (f32[8], bf16[2,4]) {
+  %x = f32[8]{0} parameter(0), metadata={op_name="x(y)"}
+  %fusion.2 = (f32[8]{0:T(256)S(1)}, /*index=1*/bf16[2,4]{1,0:T(8,128)(2,1)}, pred[], token[]) fusion(f32[8]{0:T(256)} %x, /*index=1*/%x), kind=kLoop, calls=%fused, backend_config={"a":"b(c)"}
+  ROOT %c = f32[8]{0} conditional(%x), true_computation=%fused, false_computation=%other
+}
+"""
+    program = parse(text)
+    assert program.entry == "main.1"
+    (p,), (x, fusion, conditional) = program.computations.values()
+    assert p.is_root and not x.is_root and (p.opcode, p.arguments) == ("parameter", "0")
+    assert (x.name, x.operands, x.attributes) == ("x", [], ', metadata={op_name="x(y)"}')
+    assert (fusion.name, fusion.opcode, fusion.operands) == ("fusion.2", "fusion", ["x", "x"])
+    assert [(str(a), a.bytes) for a in fusion.arrays] == [
+        ("f32[8]", 32),
+        ("bf16[2,4]", 16),
+        ("pred[]", 1),
+        ("token[]", 0),
+    ]
+    assert fusion.called == ["fused"] and conditional.called == ["fused", "other"]
+
+
 @pytest.mark.parametrize(
     "groups, axes",
     [
@@ -145,29 +189,29 @@ MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 )
 def test_groups_are_named_by_the_axes_they_run_along(groups, axes):
     text = TEXT.replace("%GROUPS%", groups).replace("%NOTE%", "")
-    found = {one.kind: one for one in hlo.collectives(text, MESH)}
+    found = {one.kind: one for one in collectives(text, MESH)}
     assert found["all-reduce"].axes == axes
 
 
 def test_collectives_are_counted_by_the_turns_of_their_loop_and_their_bytes():
     text = TEXT.replace("%GROUPS%", "[1,8]<=[8]").replace("%NOTE%", "")
-    found = {one.kind: (one.count, one.bytes, one.is_exact) for one in hlo.collectives(text, MESH)}
+    found = {one.kind: (one.count, one.bytes, one.is_exact) for one in collectives(text, MESH)}
     assert found == {
         "all-reduce": (12, 12 * 8 * 4, True),
         "all-gather": (1, 8 * 8 * 2, True),
         "reduce-scatter": (1, 4 * 2 * 4, True),
     }
     noted = text.replace("body=%turn", 'body=%turn, backend_config={"known_trip_count":{"n":"5"}}')
-    assert {one.count for one in hlo.collectives(noted, MESH)} == {5, 1}
+    assert {one.count for one in collectives(noted, MESH)} == {5, 1}
     unknown = text.replace("direction=LT", "direction=NE")
-    assert [one.is_exact for one in hlo.collectives(unknown, MESH) if one.kind == "all-reduce"] == [
+    assert [one.is_exact for one in collectives(unknown, MESH) if one.kind == "all-reduce"] == [
         False
     ]
 
 
 def test_a_table_of_the_vocabulary_is_found_in_any_layout():
     text = "f32[4,8,100] bf16[4,8,100] f32[101,32] f32[32,128] f32[4,100] f32[8,8,64]"
-    assert scaling().logit_tables(text, 100, 16, 32) == [
+    assert logit_tables(text, 100, 16, 32) == [
         "f32[101,32]",
         "f32[32,128]",
         "f32[4,8,100]",
@@ -175,7 +219,7 @@ def test_a_table_of_the_vocabulary_is_found_in_any_layout():
 
 
 def test_the_embedding_is_no_table_of_logits():
-    assert scaling().logit_tables("f32[100,64] f32[64,4,100]", 100, 64, 32) == ["f32[64,4,100]"]
+    assert logit_tables("f32[100,64] f32[64,4,100]", 100, 64, 32) == ["f32[64,4,100]"]
 
 
 # --- a dry run on CPU
@@ -212,7 +256,7 @@ def compiled(sizes, microbatches):
 )
 def test_only_the_expected_collectives(sizes, microbatches, expected):
     _, made, executable = compiled(sizes, microbatches)
-    found = hlo.collectives(executable.as_text(), made.mesh.shape)
+    found = collectives(executable.as_text(), made.mesh.shape)
     assert {(one.kind, one.axes) for one in found} == expected
     # No device is sent the rows of another: what is gathered is no array of the batch's 16 rows.
     gathered = {shape for one in found for shape in one.shapes if one.kind == "all-gather"}
@@ -308,7 +352,7 @@ def test_a_compiler_that_is_not_installed_is_named(tiny_config, monkeypatch, tar
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda module: None if module in hidden else find(module)
     )
-    with says(name, "not installed; pip install"):
+    with says(f"the compiler for {target} is not installed; it needs", name, "pip install"):
         dry_run(tiny_config, target, vocab_size=VOCAB)
 
 
@@ -363,7 +407,7 @@ def test_fsdp_stays_inside_a_slice_and_gradients_cross():
         config[section][name] = value
     estimate = dry_run(config, "v5e:2x2*2", vocab_size=VOCAB)
     axes = {one.axes for one in estimate.collectives}
-    assert (hlo.BETWEEN_SLICES,) in axes and ("fsdp",) in axes
+    assert (BETWEEN_SLICES,) in axes and ("fsdp",) in axes
     with says("mesh data=1 does not divide over 2 TPU slices"):
         dry_run(meshed(config, 1, 8, 1), "v5e:2x2*2", vocab_size=VOCAB)
 
@@ -401,18 +445,21 @@ WITHIN_SLICES = {("all-gather", "data"), ("reduce-scatter", "data"), ("all-gathe
 @pytest.mark.parametrize(
     "target", ["v5e:4x4", "v5e:16x16", "v5p:4x8x8", "v5e:16x16*2", "a100:8", "a100:16"]
 )
-def test_the_papers_runs_compile_fit_and_send_what_is_expected(size, target):
+def test_the_papers_runs_compile_fit_and_send_what_is_expected(size, target, scaling, tmp_path):
     needs(target)
-    benchmark = scaling()
-    rows = [row for row in benchmark.ROWS if row[0].startswith(f"openwebtext_{size}")]
-    found = benchmark.compile_row(*next(row for row in rows if row[1] == target))
-    assert found.get("fits"), found
-    assert found["tables"] == []
+    rows = [row for row in scaling.ROWS if row[0].startswith(f"openwebtext_{size}")]
+    config = scaling.config_of(*next(row for row in rows if row[1] == target))
+    estimate = dry_run(config, target, text_file=tmp_path / "program.txt")
+    assert estimate.fits, describe(estimate)
+    text = (tmp_path / "program.txt").read_text()
+    rows = config.train.batch_size // config.train.microbatches
+    positions = rows // (estimate.mesh["data"] * estimate.mesh["fsdp"]) * config.data.length
+    assert logit_tables(text, estimate.vocab_size, config.model.hidden_size, positions) == []
     # Within one of several slices a group fills only a part of data; hosts do the rest.
     sent = {
-        (one["kind"], ", ".join(axis for axis in one["axes"] if " of " not in axis))
-        for one in found["collectives"]
-        if one["axes"] != [hlo.BETWEEN_SLICES]
+        (one.kind, ", ".join(axis for axis in one.axes if " of " not in axis))
+        for one in estimate.collectives
+        if one.axes != (BETWEEN_SLICES,)
     }
     expected = EXPECTED | (WITHIN_SLICES if "*" in target else set())
     assert sent <= expected, sent - expected

@@ -55,39 +55,36 @@ def parse_train(name: str, argv: list[str]) -> Request:
     first.set_gnu_getopt(True)
     for flag in ("config", "workdir"):
         flags.DEFINE_string(flag, None, "", flag_values=first)
-    keys = first([name, *argv], known_only=True)[1:]
-    for argument in keys:
-        if argument.startswith("--config."):
-            key = argument[len("--config.") :].split("=")[0]
-            if key not in KEYS:
-                near = difflib.get_close_matches(key, KEYS, n=3) or list(KEYS)
-                raise ValueError(f"unknown config key {key}; did you mean {', '.join(near)}?")
-    values = flags.FlagValues()
-    about = {"flag_values": values, "sys_argv": [name, *keys]}
+    others = first([name, *argv], known_only=True)
+    for key in (other[len("--config.") :] for other in others if other.startswith("--config.")):
+        if (key := key.split("=")[0]) not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, n=3) or list(KEYS)
+            raise ValueError(f"unknown config key {key}; did you mean {', '.join(near)}?")
+    workdir = Path(first.workdir) if first.workdir else None
     config = first.config and _find_config(first.config)
-    saved = saved_config(Path(first.workdir)) if first.workdir and not config else None
+    saved = saved_config(workdir) if workdir and not config else None
+
+    values = flags.FlagValues()
+    about = {"flag_values": values, "sys_argv": others}
     if saved is None:
         config_flags.DEFINE_config_file("config", config, "the experiment", **about)
     else:
         config_flags.DEFINE_config_dict("config", saved, **about)
-    for flag in ("target", "coordinator", "coordinator_bind"):
-        flags.DEFINE_string(flag, None, "", flag_values=values)
-    for flag in ("vocab_size", "process_count", "process_index"):
-        flags.DEFINE_integer(flag, None, "", flag_values=values)
-    for flag in ("join_timeout", "heartbeat"):
-        flags.DEFINE_integer(flag, Cluster._field_defaults[flag], "", flag_values=values)
+    for flag, default in Cluster._field_defaults.items():
+        define = flags.DEFINE_string if "coordinator" in flag else flags.DEFINE_integer
+        define(flag, default, "", flag_values=values)
     flags.DEFINE_integer("requeue_status", 0, "", 0, 255, flag_values=values)
     flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
-    rest = values([name, *keys])[1:]
+    flags.DEFINE_string("target", None, "", flag_values=values)
+    flags.DEFINE_integer("vocab_size", None, "", flag_values=values)
+    rest = values(others)[1:]
     if rest:
         raise ValueError(f"unknown argument {rest[0]!r}; write --config.key=value")
-    dry_run, target = values.dry_run, values.target
-    if dry_run != (target is not None):
+    if values.dry_run != (values.target is not None):
         raise ValueError(
             "--dry_run and --target go together; for example --dry_run --target=v5e:4x4"
         )
-    needed = {"config": config or saved, "workdir": first.workdir or dry_run}
-    for flag, value in needed.items():
+    for flag, value in (("config", config or saved), ("workdir", workdir or values.dry_run)):
         if not value:
             raise ValueError(
                 f"--{flag} is missing; for example {name} --config=configs/quickstart.py "
@@ -95,10 +92,10 @@ def parse_train(name: str, argv: list[str]) -> Request:
             )
     return Request(
         config=values.config,
-        workdir=Path(first.workdir) if first.workdir else None,
+        workdir=workdir,
         cluster=Cluster(**{field: values[field].value for field in Cluster._fields}),
         requeue_status=values.requeue_status,
-        target=target,
+        target=values.target,
         vocab_size=values.vocab_size,
     )
 
@@ -108,15 +105,13 @@ def _find_config(argument: str) -> str:
     path, colon, rest = argument.partition(":")
     if Path(path).is_file():
         return argument
-    shipped = resources.files("sedd_jax.configs") / f"{path}.py"
-    if shipped.is_file():
-        return f"{shipped}{colon}{rest}"
-    known = sorted(
-        Path(file.name).stem
-        for file in resources.files("sedd_jax.configs").iterdir()
-        if file.name.endswith(".py") and not file.name.startswith("_")
+    files = resources.files("sedd_jax.configs").iterdir()
+    shipped = {file.name.removesuffix(".py"): file for file in files if file.name[0] != "_"}
+    if path in shipped:
+        return f"{shipped[path]}{colon}{rest}"
+    raise ValueError(
+        f"no config file {path!r}; give a path, or one of {', '.join(sorted(shipped))}"
     )
-    raise ValueError(f"no config file {path!r}; give a path, or one of {', '.join(known)}")
 
 
 def run(name: str, argv: list[str]) -> int:

@@ -5,8 +5,8 @@ compiler: libtpu for TPU, the CUDA plug-in for GPU, jax itself for CPU. It needs
 and allocates nothing.
 """
 
+from sedd_jax.training.dry_run.collectives import Collective
 from sedd_jax.training.dry_run.estimate import Estimate, Parameter, describe
-from sedd_jax.training.dry_run.hlo import Collective
 from sedd_jax.training.dry_run.launch import dry_run
 from sedd_jax.training.dry_run.targets import parse_target
 

@@ -21,7 +21,7 @@ from sedd_jax import config as configuration
 from sedd_jax import experiment
 from sedd_jax.parallel import sharding
 from sedd_jax.parallel.devices import program_bytes
-from sedd_jax.training.dry_run import hlo
+from sedd_jax.training.dry_run.collectives import collectives
 from sedd_jax.training.dry_run.targets import Target, parse_target
 
 UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -72,9 +72,10 @@ def measure(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
+        answer |= _out_of_memory(str(error))
+        return answer
+    finally:
         answer["compile_seconds"] = time.perf_counter() - began
-        return answer | _out_of_memory(str(error))
-    answer["compile_seconds"] = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if text_file is not None:
         text_file.write_text(text, encoding="utf-8")
@@ -83,7 +84,7 @@ def measure(
         "total_bytes": program_bytes(memory),
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
-        "collectives": [vars(one) for one in hlo.collectives(text, mesh.shape)],
+        "collectives": [vars(one) for one in collectives(text, mesh.shape)],
     }
 
 
@@ -94,7 +95,7 @@ def _topology(target: Target):
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"cannot compile for {target.name!r}: {reason or type(error).__name__}; it needs "
-            f"{target.packages}: {target.command}"
+            f"{target.packages}"
         ) from error
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from sedd_jax.parallel.devices import Device, device, format_bytes
-from sedd_jax.training.dry_run.hlo import Collective
+from sedd_jax.training.dry_run.collectives import Collective
 
 MFU = 0.4  # the share of peak FLOP/s that hours assume
 

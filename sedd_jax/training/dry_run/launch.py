@@ -1,6 +1,5 @@
 """Starts the child process that compiles, and reads its answer."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,8 +11,8 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax import data
+from sedd_jax.training.dry_run.collectives import Collective
 from sedd_jax.training.dry_run.estimate import Estimate, Parameter
-from sedd_jax.training.dry_run.hlo import Collective
 from sedd_jax.training.dry_run.targets import Target, parse_target
 
 # Of the tokenizers as published; the others depend on the corpus.
@@ -40,7 +39,8 @@ def dry_run(
     vocab_size = _vocab_size(config) if vocab_size is None else vocab_size
     if vocab_size < 2:
         raise ValueError(f"vocab_size {vocab_size} is no vocabulary; it must be at least 2")
-    _check_installed(machine)
+    if not machine.is_installed:
+        raise ValueError(f"the compiler for {target} is not installed; it needs {machine.packages}")
     request = {
         "config": config.to_dict(),
         "vocab_size": vocab_size,
@@ -82,31 +82,12 @@ def _vocab_size(config: ConfigDict) -> int:
     )
 
 
-def _check_installed(target: Target) -> None:
-    modules = {"tpu": ("libtpu",), "cuda": ("jax_cuda12_plugin", "nvidia.cuda_nvcc"), "cpu": ()}
-    if not all(_is_installed(module) for module in modules[target.platform]):
-        raise ValueError(
-            f"compiling for {target.name} needs {target.packages}, which is not installed; "
-            f"{target.command}"
-        )
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package above it
-        return False
-
-
 def _run_child(target: Target, request: dict[str, Any]) -> dict[str, Any]:
     """The child's answer; ValueError in one line if it has none."""
-    environment = {**os.environ, **target.environment}
-    if target.platform == "cpu":
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {environment['XLA_FLAGS']}"
     run = subprocess.run(
         [sys.executable, "-m", f"{__package__}.child"],
         input=json.dumps(request),
-        env=environment,
+        env=os.environ | target.environment,
         capture_output=True,
         text=True,
         check=False,

@@ -1,7 +1,9 @@
 """Machines to compile for that need not be present: v5e:4x4, a100:16, cpu:8."""
 
 import dataclasses
+import importlib.util
 import math
+import os
 import re
 from importlib import metadata, resources
 from typing import Any
@@ -22,25 +24,22 @@ class Generation:
     @property
     def rule(self) -> str:
         """The rule for a shape."""
-        listed = ", ".join(self.shapes)
-        if self.max_chips <= 256:
-            return f"one of {listed}"
-        return (
-            f"one of {listed}, or AxBxC with A <= B <= C, each a multiple of 4, and at most "
-            f"{self.max_chips} chips"
-        )
+        listed = f"one of {', '.join(self.shapes)}"
+        if not self.is_torus:
+            return listed
+        cubes = "AxBxC with A <= B <= C, each a multiple of 4, and at most"
+        return f"{listed}, or {cubes} {self.max_chips} chips"
+
+    @property
+    def is_torus(self) -> bool:
+        return self.max_chips > 256
 
     def has(self, shape: str) -> bool:
         """Whether there is a slice of this shape."""
         sides = [int(side) for side in shape.split("x")]
-        cubes = (
-            self.max_chips > 256
-            and len(sides) == 3
-            and sides == sorted(sides)
-            and all(side and side % 4 == 0 for side in sides)
-            and math.prod(sides) <= self.max_chips
-        )
-        return shape in self.shapes or cubes
+        is_cubes = len(sides) == 3 and sides == sorted(sides) and all(n % 4 == 0 for n in sides)
+        large = self.is_torus and is_cubes and math.prod(sides) <= self.max_chips
+        return shape in self.shapes or large
 
 
 _PLANE = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -67,14 +66,9 @@ class Target:
     slices: int = 1
 
     def topology(self):
-        """jax's description of it; what the compiler lacks to give it is a ValueError.
-
-        Only in a process that was started with `environment`.
-        """
+        """jax's description of it, in a process that was started with `environment`."""
         from jax.experimental import topologies
 
-        if self.platform == "cpu":
-            raise AssertionError("a CPU describes itself: jax.devices()")
         if self.platform == "cuda":
             text = (resources.files(__package__) / "targets" / GPUS[self.kind]).read_text()
             options = {"target_config": text, "topology": self.shape}
@@ -90,8 +84,9 @@ class Target:
     @property
     def environment(self) -> dict[str, str]:
         """What must be set before jax starts: no accelerator is looked for, none is needed."""
+        cpus = f"--xla_force_host_platform_device_count={self.count}"
         by_platform = {
-            "cpu": {"XLA_FLAGS": f"--xla_force_host_platform_device_count={self.count}"},
+            "cpu": {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {cpus}"},
             "cuda": {"TF_CPP_MIN_LOG_LEVEL": "3"},
             "tpu": {
                 "TPU_SKIP_MDS_QUERY": "1",
@@ -107,19 +102,24 @@ class Target:
         return {"JAX_PLATFORMS": "cpu"} | by_platform[self.platform]
 
     @property
-    def packages(self) -> str:
-        """What compiling for it needs beside jax; empty for the CPU."""
-        gpu = "jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12"
-        return {"cpu": "", "tpu": "libtpu", "cuda": gpu}[self.platform]
+    def is_installed(self) -> bool:
+        """Whether the packages are, which need not mean that they work."""
+        tpu, gpu = ("libtpu",), ("jax_cuda12_plugin", "nvidia.cuda_nvcc")
+        try:
+            modules = {"cpu": (), "tpu": tpu, "cuda": gpu}[self.platform]
+            return all(map(importlib.util.find_spec, modules))
+        except ModuleNotFoundError:  # the package above a module
+            return False
 
     @property
-    def command(self) -> str:
-        """How to get them, in the version that fits jax; works without the accelerator."""
+    def packages(self) -> str:
+        """What compiling for it needs beside jax, and how to get it; it needs no accelerator."""
         version = metadata.version("jax")
         return {
-            "cpu": "",
-            "tpu": f'pip install "jax[tpu]=={version}"',
-            "cuda": f"pip install jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} "
+            "cpu": "jax",
+            "tpu": f'libtpu: pip install "jax[tpu]=={version}"',
+            "cuda": "jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12: "
+            f"pip install jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} "
             "nvidia-cuda-nvcc-cu12",
         }[self.platform]
 
