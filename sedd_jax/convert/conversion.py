@@ -94,7 +94,7 @@ def convert(
         run = workdir.open_workdir(source if form == "original" else target)
         config, vocab_size = run.config, run.tokenizer.vocab_size
         step = workdir.newest_step(run)
-    expected = names.expected_tensors(names.sizes_of(config, vocab_size))
+    expected = names.expected_tensors(config, vocab_size)
     return Conversion(
         read=FORMS[read].words,
         wrote=FORMS[form].words,

@@ -5,7 +5,7 @@ checkpoints/. What moves: parameters, their moving average, AdamW's moments and 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,7 @@ def _open(source: Path) -> tuple[Path, dict, FromOriginal]:
                 f"no {str(file)!r}; give the folder of a run of the original code, or a .pth file "
                 "in its checkpoints or checkpoints-meta"
             )
-    theirs = original_config.read_config(folder / YAML)
-    return checkpoint, theirs, original_config.from_original_config(theirs, str(folder / YAML))
-
-
-def _read(checkpoint: Path, sizes: names.Sizes, parts: Sequence[str]):
-    expected, optional = names.expected_tensors(sizes), names.buffer_shape(sizes)
-    return torch_files.read(checkpoint, expected, optional=optional, parts=parts)
+    return checkpoint, *original_config.open_config(folder / YAML)
 
 
 def _count(facts: Mapping[str, Any], name: str) -> int:
@@ -63,11 +57,11 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
 def read_run(source: Path, weights: str) -> Pretrained:
     """The model of a run: the moving average "ema" of its checkpoint, or the "raw" parameters."""
     checkpoint, theirs, (config, vocab_size, notices) = _open(source)
-    sizes = names.sizes_of(config, vocab_size)
     part = {"ema": "ema", "raw": "model"}[weights]
-    with _read(checkpoint, sizes, (part,)) as read:
-        step = _count(read.facts, "step")
-        params = names.from_original(read.part(part), sizes.heads)
+    expected = names.expected_tensors(config, vocab_size)
+    with torch_files.read(checkpoint, expected, (part,)) as (tensors, facts):
+        step = _count(facts, "step")
+        params = names.from_original(tensors.part(part), config.model.heads)
     about = {"weights": weights}
     return Pretrained(config, vocab_size, params, None, step, notices, about, theirs)
 
@@ -94,38 +88,39 @@ def import_run(
         config, {"data.tokenizer": tokenizer.name, **(changes or {})}
     )
     check_tokenizer(tokenizer, vocab_size, source)
-    sizes = names.sizes_of(config, vocab_size)
-
     parts = torch_files.PARTS if optimizer else ("model", "ema")
-    with _read(checkpoint, sizes, parts) as read:
-        facts = read.facts
+    expected = names.expected_tensors(config, vocab_size)
+    with torch_files.read(checkpoint, expected, parts) as (tensors, facts):
         if not facts:
             raise ValueError(
                 f"{str(checkpoint)!r} holds parameters only; give a checkpoint of the original"
             )
-        step = _count(facts, "step")
-
-        def tree(part: str) -> dict:
-            return names.from_original(read.part(part), sizes.heads)
-
-        names.check_buffer(read.part("model"), sizes, repr(str(checkpoint)))
-        moments = None
-        if facts["moments"]:
-            moments = experiment.Moments(
-                _count(facts, "count"), tree("exp_avg"), tree("exp_avg_sq")
+        if len(facts["counts"]) > 1:
+            raise ValueError(
+                f"the optimizer has made from {facts['counts'][0]} to {facts['counts'][-1]} steps, "
+                "not the same for every parameter; add --fresh_optimizer"
             )
+        step = _count(facts, "step")
+        trees = {
+            part: names.from_original(tensors.part(part), config.model.heads)
+            for part in parts[: 4 if facts["counts"] else 2]
+        }
+        moments = None
+        if facts["counts"]:
+            count = _count({"count": facts["counts"][0]}, "count")
+            moments = experiment.Moments(count, trees["exp_avg"], trees["exp_avg_sq"])
         else:
             notices.append("AdamW's moments and the warm-up of the learning rate begin again")
-        train_state = experiment.imported_state(
-            config,
-            vocab_size,
-            params=tree("model"),
-            ema=tree("ema"),
-            step=step,
-            ema_updates=_count(facts, "ema_updates"),
-            moments=moments,
-            schedule_count=0 if moments is None else step,
-        )
+    train_state = experiment.imported_state(
+        config,
+        vocab_size,
+        params=trees["model"],
+        ema=trees["ema"],
+        step=step,
+        ema_updates=_count(facts, "ema_updates"),
+        moments=moments,
+        schedule_count=0 if moments is None else step,
+    )
     if facts["ema_decay"] != config.optimizer.ema_decay:
         notices.append(
             f"the checkpoint's ema decay {facts['ema_decay']} is not the config's "
@@ -159,7 +154,7 @@ def export_run(source: Path, out: Path) -> int:
     o, step = config.optimizer, int(train_state.step)
     facts = {
         "step": step,
-        "count": moments.count,
+        "counts": [moments.count] if moments.count else [],
         "ema_decay": o.ema_decay,
         "ema_updates": int(train_state.ema_updates),
         "optimizer": {
@@ -169,7 +164,10 @@ def export_run(source: Path, out: Path) -> int:
             "weight_decay": o.weight_decay,
         },
     }
-    parts = {"ema": names.to_original(train_state.ema)}
+    parts = {
+        "model": names.state_dict(train_state.params),
+        "ema": names.to_original(train_state.ema),
+    }
     if moments.count:
         # First moments may be bfloat16 here; the original's are not.
         mu = jax.tree.map(lambda a: np.asarray(a, np.float32), moments.mu)
@@ -181,15 +179,5 @@ def export_run(source: Path, out: Path) -> int:
         text = yaml.safe_dump(json.loads(json.dumps(theirs)), sort_keys=False)
         (part / YAML).write_text(text, encoding="utf-8")
         (part / YAML).with_name("hydra.yaml").write_text("hydra: {}\n", encoding="utf-8")
-        model = names.to_original(train_state.params)
-        model = _with_buffer(model, names.buffer(names.sizes_of(config, vocab_size)))
-        torch_files.write(part / NEWEST, model, parts, facts)
+        torch_files.write(part / NEWEST, parts, facts)
     return step
-
-
-def _with_buffer(tensors: dict, buffer: dict) -> dict:
-    """The state dict in the original's order: its buffer stands before the blocks."""
-    before = {
-        name: a for name, a in tensors.items() if name.startswith(("vocab_embed", "sigma_map"))
-    }
-    return before | buffer | tensors
