@@ -231,8 +231,7 @@ def exported(request, tmp_path):
         "numbers": [{"name": "a|b", "value": "1.5", "how": "counted\nby hand"}],
         "license": "mit",
     }
-    convert.write_folder(
-        folder,
+    model = convert.Pretrained(
         config=config,
         vocab_size=vocab_size,
         params=params,
@@ -241,6 +240,7 @@ def exported(request, tmp_path):
         original=config_of(request.param),
         about=about,
     )
+    convert.write_folder(folder, model)
     return folder, config, vocab_size, params
 
 
@@ -267,8 +267,7 @@ def test_what_is_told_holds_and_is_told_once(tmp_path, caplog):
     config, vocab_size, params = model_of("absorb")
     config.data.corpus = "pydoc"
     caplog.set_level("INFO")
-    model = {"config": config, "vocab_size": vocab_size, "params": params, "step": None}
-    convert.write_folder(tmp_path / "a", **model, tokenizer=None)
+    convert.write_folder(tmp_path / "a", convert.Pretrained(config, vocab_size, params))
     done = convert.convert(tmp_path / "a", tmp_path / "b")
     (tmp_path / "a/sedd_jax.json").unlink()
     bare = convert.convert(tmp_path / "a", tmp_path / "c", tokenizer=TOKENIZER)
@@ -442,10 +441,9 @@ def test_another_rotary_embedding_is_refused(exported):
         convert.read_folder(folder)
 
 
-def write_again(exported, **changes):
-    folder, config, vocab_size, params = exported
-    what = {"config": config, "vocab_size": vocab_size, "params": params, "tokenizer": None}
-    convert.write_folder(folder, **{**what, "step": 8, **changes})
+def write_again(exported, name=None, **changes):
+    folder, *model = exported
+    convert.write_folder(folder, convert.Pretrained(*model, step=8)._replace(**changes), name=name)
 
 
 def test_an_export_is_replaced_and_nothing_else_is(exported):

@@ -269,7 +269,7 @@ def torch():
 
 def read(file, **options):
     with torch_files.read(file, {"w": (2,)}, **options) as (tensors, _):
-        return dict(tensors)
+        return {f"{part}/{n}": a for part in tensors for n, a in tensors[part].items()}
 
 
 def test_a_state_dict_is_read_from_a_pth_file(tmp_path, torch):

@@ -39,14 +39,14 @@ _SIGMAS = ("schedule.sigma_min", "schedule.sigma_max")
 class Pretrained(NamedTuple):
     """A model as a folder holds it."""
 
-    config: ConfigDict
+    config: ConfigDict | Mapping[str, Any]
     vocab_size: int  # clean tokens
-    params: dict  # our tree, numpy float32
-    tokenizer: Tokenizer | None
-    step: int | None
-    notices: tuple[str, ...]  # what the reader had to assume
-    about: dict
-    original: dict | None  # the config that it came with
+    params: dict  # our tree, float32
+    tokenizer: Tokenizer | None = None
+    step: int | None = None
+    notices: tuple[str, ...] = ()  # what the reader had to assume
+    about: Mapping[str, Any] = {}
+    original: dict | None = None  # the config that it came with
 
 
 def read_folder(folder: Path) -> Pretrained:
@@ -79,12 +79,14 @@ def read_folder(folder: Path) -> Pretrained:
         params = names.from_original(weights.open_tensors(file, expected), heads)
     else:
         with torch_files.read(file, expected, ("model",)) as (tensors, _):
-            params = names.from_original(tensors.part("model"), heads)
+            params = names.from_original(tensors["model"], heads)
     return Pretrained(config, vocab_size, params, tokenizer, step, notices, about, theirs)
 
 
-def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> None:
-    """ValueError unless the tokenizer has as many tokens as the model in `where`."""
+def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int, where: str | Path) -> None:
+    """ValueError unless there is a tokenizer with as many tokens as the model in `where`."""
+    if tokenizer is None:
+        raise ValueError("a workdir needs the model's tokenizer; add --tokenizer=gpt2, or its own")
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model in "
@@ -143,49 +145,37 @@ def _check_agreement(folder: Path, theirs: tuple, ours: tuple) -> None:
             )
 
 
-def write_folder(
-    folder: Path,
-    *,
-    config: Mapping[str, Any],
-    vocab_size: int,
-    params: Mapping,
-    tokenizer: Tokenizer | None,
-    step: int | None,
-    name: str | None = None,
-    original: dict | None = None,
-    about: dict | None = None,
-) -> None:
+def write_folder(folder: Path, model: Pretrained, *, name: str | None = None) -> None:
     """Write the model as a folder that the original's from_pretrained and `read_folder` read.
 
-    params is our tree, float32; original the config.json that the model came with, if it did.
     name is the card's title and what it says to load, the folder's name by default. about goes
     into sedd_jax.json, and what `card.model_card` knows of it into the card. The folder appears
     whole: written beside and renamed. ValueError if it is there and is no such export.
     """
-    folder, config = Path(folder), ConfigDict(config)
     check_replaceable(folder)
-    about, name = about or {}, name or os.path.basename(os.path.abspath(folder))
-    tensors = names.to_original(params)
+    config, vocab_size, tokenizer = ConfigDict(model.config), model.vocab_size, model.tokenizer
+    name = name or os.path.basename(os.path.abspath(folder))
+    tensors = names.to_original(model.params)
     shapes = {name: array.shape for name, array in tensors.items()}
     weights.compare(shapes, names.expected_tensors(config, vocab_size), "the parameter tree")
     for fault in original_config.cannot_say(config):
         log.warning("config.json cannot say %s", fault)
-    theirs = original_config.to_original_config(config, vocab_size, original)
+    theirs = original_config.to_original_config(config, vocab_size, model.original)
     ours = {
         "format": FORMAT,
         "config": config.to_dict(),
         "vocab_size": vocab_size,
         "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
-        "step": step,
-        "about": about,
+        "step": model.step,
+        "about": model.about,
     }
     count = sum(array.size for array in tensors.values())
     with appearing(folder) as part:
         _write_json(part / CONFIG, theirs, sort_keys=True)
         _write_json(part / OURS, ours)
-        card = model_card(name, config, vocab_size, tokenizer, step, count, about)
+        card = model_card(name, config, vocab_size, tokenizer, model.step, count, model.about)
         (part / CARD).write_text(card, encoding="utf-8")
-        weights.write_tensors(part / WEIGHTS, names.state_dict(params))
+        weights.write_tensors(part / WEIGHTS, names.state_dict(model.params))
 
 
 def _write_json(file: Path, value: Any, *, sort_keys: bool = False) -> None:

@@ -95,21 +95,14 @@ def buffer(head_dim: int) -> np.ndarray:
 
 
 def from_original(tensors: Mapping[str, np.ndarray], heads: int) -> dict:
-    """Our parameter tree from the original's state dict; the buffer is checked, but not needed.
+    """Our parameter tree from the original's state dict, whose names and shapes are checked.
 
     tensors may read an array at its use: each is used once, and one is held beside the result.
-    ValueError if a name is missing, before any array is read, or if the rotary embedding is
-    another one than this network's.
+    The buffer is not needed; ValueError if there is one, of another rotary embedding.
     """
     count = 0
     while f"blocks.{count}.norm1.weight" in tensors:
         count += 1
-    missing = [name for name, *_ in _rows(count) if name not in tensors]
-    if missing or not count:
-        raise ValueError(
-            f"the state lacks {', '.join(missing) or 'blocks.0'}; it must be a SEDD model's, with "
-            "the names of the original code"
-        )
     flat: dict[str, np.ndarray] = {}
     for name, ours, layout, _, block in _rows(count):
         array = _LAYOUTS[layout][0](np.asarray(tensors[name]), heads)

@@ -32,7 +32,7 @@ _HELDOUT = {
 
 
 _BASE = dict(configuration.flatten(base.get_config()))
-_TEXT = Constraint(lambda x: isinstance(x, str), "text")
+TEXT = Constraint(lambda x: isinstance(x, str), "text")
 
 
 def _one_of(*values: Any) -> Constraint:
@@ -62,7 +62,7 @@ _FIELDS = {
     ),
     "noise.sigma_min": _Field("schedule.sigma_min", 1e-4),
     "noise.sigma_max": _Field("schedule.sigma_max", 20),
-    "model.name": _Field(default="sedd_jax", rule=_TEXT),
+    "model.name": _Field(default="sedd_jax", rule=TEXT),
     "model.type": _Field(default="ddit", rule=_one_of("ddit")),
     "model.hidden_size": _Field("model.hidden_size", rule=_size(1, 2**16)),
     "model.cond_dim": _Field("model.cond_dim", rule=_size(1, 2**16)),
@@ -71,7 +71,7 @@ _FIELDS = {
     "model.n_heads": _Field("model.heads", rule=_size(1, 2**10)),
     "model.scale_by_sigma": _Field("graph.scale_by_sigma"),
     "model.dropout": _Field("model.dropout", 0.1),
-    "data.train": _Field(default="openwebtext", rule=_TEXT),
+    "data.train": _Field(default="openwebtext", rule=TEXT),
     "optim.optimizer": _Field(default="AdamW", rule=_one_of("AdamW", "Adam")),
     "optim.lr": _Field("optimizer.learning_rate", 3e-4),
     "optim.beta1": _Field("optimizer.b1", 0.9),

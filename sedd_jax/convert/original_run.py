@@ -5,7 +5,7 @@ checkpoints/. What moves: parameters, their moving average, AdamW's moments and 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,15 @@ import jax
 import numpy as np
 import yaml
 
-from sedd_jax import config as configuration
 from sedd_jax import experiment
 from sedd_jax.convert import names, original_config, torch_files
-from sedd_jax.convert.folder import Pretrained, check_tokenizer
-from sedd_jax.convert.original_config import FromOriginal
-from sedd_jax.data import Tokenizer
+from sedd_jax.convert.folder import Pretrained
 from sedd_jax.files import appearing, check_new
 from sedd_jax.runs import workdir
 
 YAML = Path(".hydra/config.yaml")
 NEWEST = Path("checkpoints-meta/checkpoint.pth")
 _MAX_COUNT = 2**31 - 1  # our counters are int32
-
-
-def _open(source: Path) -> tuple[Path, dict, FromOriginal]:
-    """(checkpoint, the original's config, ours) of a run's folder or one of its .pth files.
-
-    ValueError if files are missing.
-    """
-    source = Path(source)
-    folder = source.absolute().parents[1] if source.is_file() else source
-    checkpoint = source if source.is_file() else source / NEWEST
-    for file in (folder / YAML, checkpoint):
-        if not file.is_file():
-            raise ValueError(
-                f"no {str(file)!r}; give the folder of a run of the original code, or a .pth file "
-                "in its checkpoints or checkpoints-meta"
-            )
-    return checkpoint, *original_config.open_config(folder / YAML)
 
 
 def _count(facts: Mapping[str, Any], name: str) -> int:
@@ -54,82 +34,67 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def read_run(source: Path, weights: str) -> Pretrained:
-    """The model of a run: the moving average "ema" of its checkpoint, or the "raw" parameters."""
-    checkpoint, theirs, (config, vocab_size, notices) = _open(source)
-    part = {"ema": "ema", "raw": "model"}[weights]
-    expected = names.expected_tensors(config, vocab_size)
-    with torch_files.read(checkpoint, expected, (part,)) as (tensors, facts):
-        step = _count(facts, "step")
-        params = names.from_original(tensors.part(part), config.model.heads)
-    about = {"weights": weights}
-    return Pretrained(config, vocab_size, params, None, step, notices, about, theirs)
-
-
-def import_run(
-    source: Path,
-    target: Path,
-    *,
-    tokenizer: Tokenizer,
-    optimizer: bool = True,
-    changes: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Write target, a new workdir from which sedd-train goes on where the original stopped.
-
-    source is the original's run folder or one of its .pth files. With optimizer, AdamW's moments
-    and the warm-up go on too; without, both begin again. changes are keys of our config to set,
-    such as {"data.records": DIR, "model.dtype": "bfloat16"}. Returns notices; ValueError for
-    whatever is missing or wrong.
-    """
-    check_new(Path(target))
-    checkpoint, theirs, (config, vocab_size, notices) = _open(source)
-    notices = list(notices)
-    config = configuration.with_values(
-        config, {"data.tokenizer": tokenizer.name, **(changes or {})}
-    )
-    check_tokenizer(tokenizer, vocab_size, source)
-    parts = torch_files.PARTS if optimizer else ("model", "ema")
+def _read(source: Path, parts: Sequence[str]) -> tuple[Pretrained, dict[str, dict], dict]:
+    """(the model without weights, our tree by part, the checkpoint's facts) of a run."""
+    folder = source.absolute().parents[1] if source.is_file() else source
+    checkpoint = source if source.is_file() else source / NEWEST
+    for file in (folder / YAML, checkpoint):
+        if not file.is_file():
+            raise ValueError(
+                f"no {str(file)!r}; give the folder of a run of the original code, or a .pth file "
+                "in its checkpoints or checkpoints-meta"
+            )
+    theirs, (config, vocab_size, notices) = original_config.open_config(folder / YAML)
     expected = names.expected_tensors(config, vocab_size)
     with torch_files.read(checkpoint, expected, parts) as (tensors, facts):
-        if not facts:
-            raise ValueError(
-                f"{str(checkpoint)!r} holds parameters only; give a checkpoint of the original"
-            )
-        if len(facts["counts"]) > 1:
-            raise ValueError(
-                f"the optimizer has made from {facts['counts'][0]} to {facts['counts'][-1]} steps, "
-                "not the same for every parameter; add --fresh_optimizer"
-            )
         step = _count(facts, "step")
-        trees = {
-            part: names.from_original(tensors.part(part), config.model.heads)
-            for part in parts[: 4 if facts["counts"] else 2]
-        }
-        moments = None
-        if facts["counts"]:
-            count = _count({"count": facts["counts"][0]}, "count")
-            moments = experiment.Moments(count, trees["exp_avg"], trees["exp_avg_sq"])
-        else:
-            notices.append("AdamW's moments and the warm-up of the learning rate begin again")
-    train_state = experiment.imported_state(
-        config,
-        vocab_size,
-        params=trees["model"],
-        ema=trees["ema"],
-        step=step,
-        ema_updates=_count(facts, "ema_updates"),
-        moments=moments,
-        schedule_count=0 if moments is None else step,
-    )
-    if facts["ema_decay"] != config.optimizer.ema_decay:
-        notices.append(
-            f"the checkpoint's ema decay {facts['ema_decay']} is not the config's "
-            f"{config.optimizer.ema_decay}, which is used"
+        heads = config.model.heads
+        trees = {part: names.from_original(tensors[part], heads) for part in tensors}
+    return Pretrained(config, vocab_size, None, None, step, notices, {}, theirs), trees, facts
+
+
+def read_run(source: Path, weights: str) -> Pretrained:
+    """The model of a run: the moving average "ema" of its checkpoint, or the "raw" parameters.
+
+    source is the original's run folder or one of its .pth files, here and below. ValueError for
+    whatever is missing or wrong.
+    """
+    part = {"ema": "ema", "raw": "model"}[weights]
+    model, trees, _ = _read(source, (part,))
+    return model._replace(params=trees[part], about={"weights": weights})
+
+
+def read_training(source: Path, *, optimizer: bool) -> tuple[Pretrained, dict[str, Any]]:
+    """(the model, arguments of `experiment.imported_state`) to go on where the original stopped.
+
+    With optimizer, AdamW's moments and the warm-up go on too; without, both begin again.
+    """
+    parts = torch_files.PARTS if optimizer else ("model", "ema")
+    model, trees, facts = _read(source, parts)
+    counts, notices, decay = facts["counts"], [*model.notices], model.config.optimizer.ema_decay
+    if len(counts) > 1:
+        raise ValueError(
+            f"the optimizer has made from {counts[0]} to {counts[-1]} steps, not the same for "
+            "every parameter; add --fresh_optimizer"
         )
-    workdir.write_workdir(
-        target, config=config, tokenizer=tokenizer, train_state=train_state, original=theirs
-    )
-    return notices
+    state = {
+        "params": trees["model"],
+        "ema": trees["ema"],
+        "step": model.step,
+        "ema_updates": _count(facts, "ema_updates"),
+    }
+    if counts:
+        count = _count({"count": counts[0]}, "count")
+        moments = experiment.Moments(count, trees["exp_avg"], trees["exp_avg_sq"])
+        state |= {"moments": moments, "schedule_count": model.step}
+    else:
+        notices.append("AdamW's moments and the warm-up of the learning rate begin again")
+    if facts["ema_decay"] != decay:
+        notices.append(
+            f"the checkpoint's ema decay {facts['ema_decay']} is not the config's {decay}, which "
+            "is used"
+        )
+    return model._replace(params=trees["ema"], notices=tuple(notices)), state
 
 
 def export_run(source: Path, out: Path) -> int:

@@ -36,13 +36,13 @@ _ENVIRONMENT = (
 @contextlib.contextmanager
 def read(
     file: Path, expected: Shapes, parts: Sequence[str] = PARTS, *, seconds: float = SECONDS
-) -> Iterator[tuple[Tensors, dict[str, Any]]]:
-    """(tensors, facts) of a checkpoint of the original, while the with statement lasts.
+) -> Iterator[tuple[dict[str, Tensors], dict[str, Any]]]:
+    """(tensors by part, facts) of a checkpoint of the original, while the with statement lasts.
 
     expected is name -> shape in the order of the original's parameters; parts are those that are
-    read, whatever the others hold. The tensors are called part/name, the facts are step,
-    ema_decay, ema_updates and counts, of AdamW's updates. A state dict alone has the part "model"
-    and no facts. ValueError if torch >= 2.10 is absent, or the file is too large, is not torch's,
+    read, whatever the others hold. The facts are step, ema_decay, ema_updates and counts, of
+    AdamW's updates: without any, there are no moments. A state dict alone has the part "model" and
+    no facts. ValueError if torch >= 2.10 is absent, or the file is too large, is not torch's,
     holds anything but such tensors, or takes too long. TMPDIR must hold a copy of the file.
     """
     _check_archive(file)
@@ -55,7 +55,8 @@ def read(
         elif not facts["counts"]:
             parts = [part for part in parts if part in ("model", "ema")]
         shapes = {f"{part}/{name}": expected[name] for part in parts for name in expected}
-        yield open_tensors(tensors, shapes), facts
+        opened = open_tensors(tensors, shapes)
+        yield {part: opened.part(part) for part in parts}, facts
 
 
 def write(file: Path, parts: Mapping[str, Mapping[str, np.ndarray]], facts: dict) -> None:

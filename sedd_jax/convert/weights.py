@@ -47,7 +47,8 @@ class Tensors(Mapping[str, np.ndarray]):
             array = opened.get_tensor(self.stored[name]).astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             raise ValueError(
-                f"{name} in {str(self.file)!r} holds values that are not finite; get it again"
+                f"{self.stored[name]} in {str(self.file)!r} holds values that are not finite; "
+                "get it again"
             )
         return array
 
