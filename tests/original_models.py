@@ -34,13 +34,12 @@ def config_of(graph: str) -> dict:
 def model_of(graph: str, seed: int = 0):
     """(our config, vocab_size, our parameters float32): the golden sizes, random numbers."""
     config, vocab_size, _ = from_original_config(config_of(graph))
-    sizes = names.sizes_of(config, vocab_size)
     random = np.random.default_rng(seed)
     tensors = {
         name: random.normal(size=shape).astype(np.float32)
-        for name, shape in names.expected_tensors(sizes).items()
+        for name, shape in names.expected_tensors(config, vocab_size).items()
     }
-    return config, vocab_size, names.from_original(tensors, sizes.heads)
+    return config, vocab_size, names.from_original(tensors, config.model.heads)
 
 
 def assert_same(one, other) -> None:

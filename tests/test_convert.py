@@ -48,7 +48,7 @@ def safetensors_header(file) -> dict:
 @both_graphs
 def test_expected_names_are_the_originals_in_its_order(graph):
     config, vocab_size, _ = original_config.from_original_config(config_of(graph))
-    expected = names.expected_tensors(names.sizes_of(config, vocab_size))
+    expected = names.expected_tensors(config, vocab_size)
     stored = arrays("model.npz")
     assert list(expected) == list(stored[f"{graph}/param_order"])
     assert {n: stored[f"{graph}/param/{n}"].shape for n in expected} == expected
@@ -65,7 +65,7 @@ def test_expected_shapes_are_those_of_the_network():
 def test_published_sizes_have_the_published_counts(size, tensors, parameters):
     from sedd_jax.configs import base
 
-    expected = names.expected_tensors(names.sizes_of(base.get_config(), 50257))
+    expected = names.expected_tensors(base.get_config(), 50257)
     assert len(expected) + 1 == tensors
     assert sum(np.prod(shape) for shape in expected.values()) == parameters
 
@@ -74,8 +74,8 @@ def test_published_sizes_have_the_published_counts(size, tensors, parameters):
 def test_published_models_have_the_originals_tensors(size):
     stored = json.loads(golden(f"params_{size}.json").read_text())
     config, vocab_size, _ = original_config.from_original_config(stored["config"])
-    sizes = names.sizes_of(config, vocab_size)
-    ours = names.expected_tensors(sizes) | names.buffer_shape(sizes)
+    frequencies = names.buffer(config.model.hidden_size // config.model.heads)
+    ours = names.expected_tensors(config, vocab_size) | {names.BUFFER: frequencies.shape}
     theirs = {row["name"]: tuple(row["shape"]) for row in stored["state_dict"]}
     assert ours == theirs and {row["dtype"] for row in stored["state_dict"]} == {"float32"}
 
@@ -180,6 +180,7 @@ def test_missing_fields_are_told_in_one_notice():
         ("data.train", ["text8"], ["data.train ['text8']", "is not text"]),
         ("sampling.noise_removal", "yes", ["noise_removal 'yes'", "one of True, False"]),
         ("model", "tiny", ["model.hidden_size is missing"]),
+        ("model.name", 7, ["model.name 7 in config.json is not text"]),
     ],
 )
 def test_a_config_of_something_else_is_refused(place, value, words):
@@ -230,8 +231,7 @@ def exported(request, tmp_path):
         "numbers": [{"name": "a|b", "value": "1.5", "how": "counted\nby hand"}],
         "license": "mit",
     }
-    convert.write_folder(
-        folder,
+    model = convert.Pretrained(
         config=config,
         vocab_size=vocab_size,
         params=params,
@@ -240,6 +240,7 @@ def exported(request, tmp_path):
         original=config_of(request.param),
         about=about,
     )
+    convert.write_folder(folder, model)
     return folder, config, vocab_size, params
 
 
@@ -266,8 +267,7 @@ def test_what_is_told_holds_and_is_told_once(tmp_path, caplog):
     config, vocab_size, params = model_of("absorb")
     config.data.corpus = "pydoc"
     caplog.set_level("INFO")
-    model = {"config": config, "vocab_size": vocab_size, "params": params, "step": None}
-    convert.write_folder(tmp_path / "a", **model, tokenizer=None)
+    convert.write_folder(tmp_path / "a", convert.Pretrained(config, vocab_size, params))
     done = convert.convert(tmp_path / "a", tmp_path / "b")
     (tmp_path / "a/sedd_jax.json").unlink()
     bare = convert.convert(tmp_path / "a", tmp_path / "c", tokenizer=TOKENIZER)
@@ -345,6 +345,17 @@ def test_reading_holds_one_copy_and_the_largest_tensor(exported):
     assert peak < sum(leaves) + 1.3 * max(leaves) + 400_000  # the header, the config
 
 
+def test_writing_holds_the_largest_tensor_and_no_copy_of_the_others(exported):
+    _, _, _, params = exported
+    write_again(exported)  # what is imported and cached does not count
+    leaves = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+    tracemalloc.start()
+    write_again(exported)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.1 * max(leaves) + 100_000 < sum(leaves)  # the header, the card
+
+
 def test_contradictory_folder_is_refused(exported):
     folder, *_ = exported
     other = {"hidden_size": 32, "n_blocks": 2, "n_heads": 2, "cond_dim": 16, "length": 25}
@@ -415,10 +426,7 @@ def test_newer_config_keys_are_taken_from_base_and_told(exported):
 def test_missing_weights_are_named(exported):
     folder, *_ = exported
     (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
-    with says("model.safetensors.index.json", "cuts the model into several files"):
-        convert.read_folder(folder)
-    (folder / "model.safetensors.index.json").unlink()
-    with says("neither model.safetensors nor pytorch_model.bin"):
+    with says("no model.safetensors or pytorch_model.bin in", "with the weights in one file"):
         convert.read_folder(folder)
     with says(f"no config.json in {str(folder / 'nowhere')!r}"):
         convert.read_folder(folder / "nowhere")
@@ -433,10 +441,9 @@ def test_another_rotary_embedding_is_refused(exported):
         convert.read_folder(folder)
 
 
-def write_again(exported, **changes):
-    folder, config, vocab_size, params = exported
-    what = {"config": config, "vocab_size": vocab_size, "params": params, "tokenizer": None}
-    convert.write_folder(folder, **{**what, "step": 8, **changes})
+def write_again(exported, name=None, **changes):
+    folder, *model = exported
+    convert.write_folder(folder, convert.Pretrained(*model, step=8)._replace(**changes), name=name)
 
 
 def test_an_export_is_replaced_and_nothing_else_is(exported):

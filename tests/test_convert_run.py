@@ -61,6 +61,10 @@ def read(folder):
     return workdir.read_state(workdir.open_workdir(folder))
 
 
+def import_run(source, target, **options):
+    return convert.convert(source, target, form="workdir", tokenizer=TOKENIZER, **options)
+
+
 def loaded(folder):
     return torch.load(folder / "checkpoints-meta/checkpoint.pth", weights_only=True)
 
@@ -82,7 +86,7 @@ def carried(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     ours(folder / "one", request.param)
     assert original_run.export_run(folder / "one", folder / "theirs") == STEP
-    original_run.import_run(folder / "theirs", folder / "two", tokenizer=TOKENIZER)
+    import_run(folder / "theirs", folder / "two")
     return folder
 
 
@@ -99,8 +103,7 @@ def test_state_survives_the_way_there_and_back(carried):
 @both_graphs
 def test_imported_state_is_the_originals_leaf_by_leaf(tmp_path, graph):
     source = the_originals_run(tmp_path / "theirs", graph)
-    notices = original_run.import_run(source, tmp_path / "ours", tokenizer=TOKENIZER)
-    assert notices == []
+    assert import_run(source, tmp_path / "ours").notices == ()
     ours = read(tmp_path / "ours")
     theirs = torch.load(golden(f"checkpoint_{graph}.pth"), weights_only=False)
     order = [name for name in theirs["model"] if name != names.BUFFER]
@@ -221,9 +224,7 @@ def theirs(tmp_path_factory):
 
 
 def test_a_fresh_optimizer_keeps_the_step_and_begins_the_moments(theirs, tmp_path):
-    notices = original_run.import_run(
-        theirs, tmp_path / "two", tokenizer=TOKENIZER, optimizer=False
-    )
+    notices = import_run(theirs, tmp_path / "two", optimizer=False).notices
     assert any("begin again" in notice for notice in notices)
     after = read(tmp_path / "two")
     found = experiment.moments(after.opt_state)
@@ -242,20 +243,20 @@ def test_what_is_not_wanted_of_a_checkpoint_may_be_odd(theirs, tmp_path):
     file = odd / "checkpoints-meta/checkpoint.pth"
     torch.save(checkpoint, file)
     with says("from 1 to 2 steps", "add --fresh_optimizer"):
-        original_run.import_run(odd, tmp_path / "two", tokenizer=TOKENIZER)
-    original_run.import_run(odd, tmp_path / "two", tokenizer=TOKENIZER, optimizer=False)
+        import_run(odd, tmp_path / "two")
+    import_run(odd, tmp_path / "two", optimizer=False)
     assert read(tmp_path / "two").step == STEP
     del state[0]
     torch.save(checkpoint, file)
-    with says("moments of"):
-        original_run.import_run(odd, tmp_path / "three", tokenizer=TOKENIZER)
+    with says("exp_avg of 39 parameters, its config gives 40"):
+        import_run(odd, tmp_path / "three")
     convert.convert(odd, tmp_path / "hub", weights="raw")
     params = convert.read_folder(tmp_path / "hub").params
     assert_same(params, random_state("absorb")[1].params)
 
 
 def test_a_target_that_is_there_is_refused_before_weights_are_read(theirs, tmp_path, monkeypatch):
-    monkeypatch.setattr(workdir, "read_average", lambda ours: pytest.fail("read"))
+    monkeypatch.setattr(workdir, "read_average", lambda *_: pytest.fail("read"))
     monkeypatch.setattr("sedd_jax.convert.folder.read_folder", lambda folder: pytest.fail("read"))
     (tmp_path / "notes.txt").write_text("mine")
     with says("is there and is no export"):
@@ -293,7 +294,7 @@ def test_a_run_before_its_first_step_has_no_moments(tmp_path):
     original_run.export_run(tmp_path / "one", tmp_path / "theirs")
     checkpoint = loaded(tmp_path / "theirs")
     assert (checkpoint["step"], checkpoint["optimizer"]["state"]) == (0, {})
-    original_run.import_run(tmp_path / "theirs", tmp_path / "two", tokenizer=TOKENIZER)
+    import_run(tmp_path / "theirs", tmp_path / "two")
     assert read(tmp_path / "two").step == 0
 
 
@@ -304,7 +305,7 @@ def test_what_cannot_be_converted_is_said(theirs, tmp_path):
         return convert.convert(theirs, two, **{"form": "workdir", **options})
 
     with says("no", ".hydra/config.yaml", "give the folder of a run of the original code"):
-        original_run.import_run(one, two, tokenizer=TOKENIZER)
+        original_run.read_run(one, "ema")
     with says("is there and is not empty"):
         original_run.export_run(one, theirs)
     with says("tokenizer 'bytes' has 256 tokens, the model in", "37"):

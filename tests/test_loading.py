@@ -99,7 +99,7 @@ def test_a_source_that_is_nothing_says_what_was_looked_for(tmp_path, alone):
         ("runs/nowhere", "no folder at 'runs/nowhere', and as a hub id"),
         ("x" * 300, "and it is no hub id owner/name"),
         (tmp_path / "none", "and it is no hub id owner/name; give the workdir of a sedd-train"),
-        (tmp_path, "neither a training run (config.json, tokenizer.json, checkpoints missing)"),
+        (tmp_path, "holds no model: it is no .pth file of a run, and no folder with"),
         ("a/b@main", "no folder at 'a/b@main', and as a hub id"),
     ):
         with says(words):
@@ -145,14 +145,8 @@ def test_a_model_of_sedd_smalls_size_is_loaded_and_sampled_within_3_gib(tmp_path
     graph = experiment.make_graph(config, 50257)
     network = experiment.make_model(config, graph)
     params = experiment.init_params(config, network, jax.random.key(0))
-    convert.write_folder(
-        tmp_path / "small",
-        config=config,
-        vocab_size=50257,
-        params=jax.device_get(params),
-        tokenizer=None,
-        step=None,
-    )
+    model = convert.Pretrained(config, 50257, jax.device_get(params))
+    convert.write_folder(tmp_path / "small", model)
     code = (
         "import resource, sedd_jax; "
         f"model = sedd_jax.load({str(tmp_path / 'small')!r}, tokenizer='ids:50257', "

@@ -6,7 +6,15 @@ conversion. Nothing is unpickled in this process: .pth files are read and writte
 process of its own and the only module that imports torch.
 """
 
-from sedd_jax.convert.conversion import convert
-from sedd_jax.convert.folder import check_tokenizer, read_folder, write_folder
+from sedd_jax.convert.conversion import convert, read_workdir, recognise
+from sedd_jax.convert.folder import Pretrained, check_tokenizer, read_folder, write_folder
 
-__all__ = ["check_tokenizer", "convert", "read_folder", "write_folder"]
+__all__ = [
+    "Pretrained",
+    "check_tokenizer",
+    "convert",
+    "read_folder",
+    "read_workdir",
+    "recognise",
+    "write_folder",
+]

@@ -2,17 +2,27 @@
 
 import json
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from ml_collections import ConfigDict
 
+from sedd_jax.config import Constraint
+from sedd_jax.convert.original_config import TEXT
 from sedd_jax.data import Tokenizer
 
 log = logging.getLogger(__name__)
 
 PAPER = "https://arxiv.org/abs/2310.16834"
 _NUMBER = ("name", "value", "how")
+_ABOUT = {
+    **dict.fromkeys(("license", "corpus", "weights"), TEXT),
+    "numbers": Constraint(
+        lambda rows: isinstance(rows, list) and all(map(_is_number, rows)),
+        f"list of objects with the texts {', '.join(_NUMBER)}",
+    ),
+}
 _WEIGHTS = {"ema": "moving average (EMA)", "raw": "raw, without the moving average"}
 
 
@@ -31,8 +41,8 @@ def model_card(
     {"name", "value", "how"}, all texts; what is not so is left out, with a warning.
     """
     about = _checked(about)
-    sizes, schedule, corpus = config.model, config.schedule, about.get("corpus")
-    corpus, weights = corpus or config.data.corpus, about.get("weights")
+    sizes, schedule, weights = config.model, config.schedule, about.get("weights")
+    corpus = about.get("corpus") or config.data.corpus
     noise = f"{schedule.name}, eps {schedule.eps:g}"
     if schedule.name == "geometric":
         noise = f"geometric, {schedule.sigma_min:g} to {schedule.sigma_max:g}"
@@ -78,27 +88,15 @@ def model_card(
 
 def _checked(about: dict[str, Any]) -> dict[str, Any]:
     """The entries of about that are of their type; a warning for each other."""
-
-    def are_numbers(rows: Any) -> bool:
-        return isinstance(rows, list) and all(
-            isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _NUMBER)
-            for row in rows
-        )
-
-    checked = {}
-    for key in ("license", "corpus", "weights", "numbers"):
-        value, kind = about.get(key), "text"
-        is_right = isinstance(value, str)
-        if key == "numbers":
-            is_right, kind = (
-                are_numbers(value),
-                f"list of objects with the texts {', '.join(_NUMBER)}",
-            )
-        if is_right:
-            checked[key] = value
-        elif value is not None:
-            log.warning("about.%s is left out of the card: it is no %s", key, kind)
+    checked = {key: about[key] for key in _ABOUT if _ABOUT[key].holds(about.get(key))}
+    for key, rule in _ABOUT.items():
+        if key not in checked and about.get(key) is not None:
+            log.warning("about.%s is left out of the card: it is no %s", key, rule.words)
     return checked
+
+
+def _is_number(row: Any) -> bool:
+    return isinstance(row, dict) and all(isinstance(row.get(key), str) for key in _NUMBER)
 
 
 def _plain(text: Any) -> str:
@@ -107,8 +105,6 @@ def _plain(text: Any) -> str:
     return line.encode("utf-8", "replace").decode()
 
 
-def _table(head: tuple, rows) -> list[str]:
-    def line(cells) -> str:
-        return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
-
-    return [line(head), "|" + "---|" * len(head), *(line(row) for row in rows)]
+def _table(head: tuple, rows: Iterable) -> list[str]:
+    lines = ["| " + " | ".join(map(_plain, cells)) + " |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from sedd_jax import config as configuration
 from sedd_jax import experiment
 from sedd_jax.convert import folder as hub
@@ -65,36 +67,37 @@ def convert(
     changes: keys of our config to set in a workdir.
     """
     source, target, changes = Path(source), Path(target), changes or {}
-    for name, value, known in (("form", form, FORMS), ("weights", weights, ("ema", "raw"))):
-        if value not in known:
-            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
     read = recognise(source)
     _check_options(str(source), read, form, weights, optimizer, tokenizer, changes)
     (hub.check_replaceable if form == "hub" else check_new)(target)  # before the weights are read
     if form == "original":
-        original_run.export_run(source, target)
-        notices = ()
-    elif (read, form) == ("original", "workdir"):
-        options = {"optimizer": optimizer, "changes": changes}
-        notices = original_run.import_run(source, target, tokenizer=_needed(tokenizer), **options)
-    else:
-        model = _READERS[read](source, weights)
-        model = model._replace(tokenizer=tokenizer or model.tokenizer)
-        notices = [*model.notices, *_tokenizer_notices(model, source)]
-        if form == "workdir":
-            _start(model, target, changes)
-            notices.append("training starts at step 0: a hub folder holds no optimizer")
-        else:
-            values = model._asdict()
-            del values["notices"]
-            hub.write_folder(target, **values)
-    if form == "hub":
-        config, vocab_size, step = model.config, model.vocab_size, model.step
-    else:
-        run = workdir.open_workdir(source if form == "original" else target)
+        step, notices = original_run.export_run(source, target), ()
+        run = workdir.open_workdir(source)
         config, vocab_size = run.config, run.tokenizer.vocab_size
-        step = workdir.newest_step(run)
-    expected = names.expected_tensors(names.sizes_of(config, vocab_size))
+    else:
+        model, state = _read(source, read, form, weights, optimizer)
+        model = model._replace(tokenizer=tokenizer or model.tokenizer)
+        config, vocab_size = model.config, model.vocab_size
+        step, notices = model.step, model.notices
+        if model.tokenizer is not None or form == "workdir":
+            hub.check_tokenizer(model.tokenizer, vocab_size, source)
+        # Without a tokenizer, load takes that of GPT-2.
+        elif original_config.TOKENIZERS.get(vocab_size) != "gpt2":
+            lack = f"no tokenizer is known for {vocab_size} tokens; add --tokenizer"
+            notices = (*notices, lack)
+    if form == "workdir":
+        name, step = model.tokenizer.name, state.get("step", 0)
+        config = configuration.with_values(config, {"data.tokenizer": name, **changes})
+        workdir.write_workdir(
+            target,
+            config=config,
+            tokenizer=model.tokenizer,
+            train_state=experiment.imported_state(config, vocab_size, **state),
+            original=model.original,
+        )
+    elif form == "hub":
+        hub.write_folder(target, model)
+    expected = names.expected_tensors(config, vocab_size)
     return Conversion(
         read=FORMS[read].words,
         wrote=FORMS[form].words,
@@ -102,20 +105,23 @@ def convert(
         parameters=sum(math.prod(shape) for shape in expected.values()),
         tensors=len(expected) + 1,
         step=step,
-        notices=tuple(notices),
+        notices=notices,
         next=FORMS[form].next.format(target=target.absolute() if form == "original" else target),
     )
 
 
 def recognise(source: Path) -> str:
     """One of FORMS; ValueError, with what was looked for, if it is none."""
-    if (source.suffix == ".pth" and source.is_file()) or (source / original_run.YAML).is_file():
+    is_pth = source.suffix == ".pth" and source.is_file()
+    if is_pth or (source / original_run.YAML.parent).is_dir():
         return "original"
     if (source / workdir.CONFIG).is_file():
-        return "workdir" if (source / workdir.CHECKPOINTS).is_dir() else "hub"
+        is_run = any((source / n).exists() for n in (workdir.TOKENIZER, workdir.CHECKPOINTS))
+        return "workdir" if is_run else "hub"
     raise ValueError(
-        f"{str(source)!r} is no .pth file of a run, and no folder with {original_run.YAML} or "
-        f"{hub.CONFIG}; give a hub folder, a run of the original, or a workdir"
+        f"{str(source)!r} holds no model: it is no .pth file of a run, and no folder with "
+        f"{original_run.YAML} or {hub.CONFIG}; give a hub folder, a run of the original, or a "
+        "workdir"
     )
 
 
@@ -129,72 +135,62 @@ def _check_options(
     changes: Mapping[str, Any],
 ) -> None:
     """ValueError for a conversion that is none, or an option that would have no effect."""
+    for name, value, known in (("form", form, FORMS), ("weights", weights, ("ema", "raw"))):
+        if value not in known:
+            raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
     # The original loads a hub folder as it is.
     if form != "hub" and (form == read or (read, form) == ("hub", "original")):
         raise ValueError(
             f"{source!r} is a {FORMS[read].words}, which needs no conversion to form {form!r}; "
             f"choose another --form of {', '.join(FORMS)}"
         )
-    if changes and form != "workdir":
-        raise ValueError(f"config.{next(iter(changes))} can be set with --form=workdir only")
-    fault = None
-    if weights != "ema" and (read == "hub" or form != "hub"):
-        fault = f"--weights={weights} is for a run or a workdir, to --form=hub"
-    elif not optimizer and (read, form) != ("original", "workdir"):
-        fault = "--fresh_optimizer is for a run of the original, to --form=workdir"
-    elif tokenizer is not None and form == "original":
-        fault = "--tokenizer is for --form=hub or workdir: a run of the original holds none"
-    if fault:
-        raise ValueError(f"{fault}; leave it out")
+    for has_no_effect, fault in (
+        (
+            changes and form != "workdir",
+            f"config.{next(iter(changes), '')} can be set with --form=workdir only",
+        ),
+        (
+            weights != "ema" and (read == "hub" or form != "hub"),
+            f"--weights={weights} is for a run or a workdir, to --form=hub",
+        ),
+        (
+            not optimizer and (read, form) != ("original", "workdir"),
+            "--fresh_optimizer is for a run of the original, to --form=workdir",
+        ),
+        (
+            tokenizer is not None and form == "original",
+            "--tokenizer is for --form=hub or workdir: a run of the original holds none",
+        ),
+    ):
+        if has_no_effect:
+            raise ValueError(f"{fault}; leave it out")
     for key, value in changes.items():
         configuration.check_value(key, value)
 
 
-def _needed(tokenizer: Tokenizer | None) -> Tokenizer:
-    if tokenizer is None:
-        raise ValueError("a workdir needs the model's tokenizer; add --tokenizer=gpt2, or its own")
-    return tokenizer
-
-
-def _tokenizer_notices(model: Pretrained, source: Path) -> list[str]:
-    """What `load` will lack; ValueError if the tokenizer is not the model's."""
-    if model.tokenizer is not None:
-        hub.check_tokenizer(model.tokenizer, model.vocab_size, source)
-    # Without a tokenizer, load takes that of GPT-2.
-    elif original_config.TOKENIZERS.get(model.vocab_size) != "gpt2":
-        return [f"no tokenizer is known for {model.vocab_size} tokens; add --tokenizer"]
-    return []
-
-
-def _from_workdir(source: Path, weights: str) -> Pretrained:
-    ours = workdir.open_workdir(source)
-    if weights == "ema":  # whose numbers sedd-report has written
-        (step, params), about = workdir.read_average(ours), workdir.about(ours)
+def _read(
+    source: Path, read: str, form: str, weights: str, optimizer: bool
+) -> tuple[Pretrained, dict[str, Any]]:
+    """(the model, arguments of `experiment.imported_state` to train it further)."""
+    if (read, form) == ("original", "workdir"):
+        return original_run.read_training(source, optimizer=optimizer)
+    if read == "original":
+        model = original_run.read_run(source, weights)
     else:
-        train_state, about = workdir.read_state(ours), {"weights": weights}
+        model = hub.read_folder(source) if read == "hub" else read_workdir(source, weights)
+    if form == "workdir":
+        fresh = "training starts at step 0: a hub folder holds no optimizer"
+        model = model._replace(notices=(*model.notices, fresh))
+    return model, {"params": model.params, "ema": model.params}
+
+
+def read_workdir(source: Path, weights: str = "ema", *, mesh: Mesh | None = None) -> Pretrained:
+    """The model of a training run: its moving average, or on one device its "raw" parameters."""
+    run = workdir.open_workdir(source)
+    if weights == "ema":  # whose numbers sedd-report has written
+        (step, params), about = workdir.read_average(run, mesh), workdir.about(run)
+    else:
+        train_state, about = workdir.read_state(run), {"weights": weights}
         step, params = int(train_state.step), train_state.params
-    vocab_size = ours.tokenizer.vocab_size
-    return Pretrained(
-        ours.config, vocab_size, params, ours.tokenizer, step, (), about, ours.original
-    )
-
-
-_READERS = {
-    "hub": lambda source, weights: hub.read_folder(source),
-    "original": original_run.read_run,
-    "workdir": _from_workdir,
-}
-
-
-def _start(model: Pretrained, target: Path, changes: Mapping[str, Any]) -> None:
-    """Write a workdir at step 0 whose parameters are the model's: training it further."""
-    tokenizer, params = _needed(model.tokenizer), model.params
-    config = configuration.with_values(model.config, {"data.tokenizer": tokenizer.name, **changes})
-    train_state = experiment.imported_state(config, model.vocab_size, params=params, ema=params)
-    workdir.write_workdir(
-        target,
-        config=config,
-        tokenizer=tokenizer,
-        train_state=train_state,
-        original=model.original,
-    )
+    vocab_size = run.tokenizer.vocab_size
+    return Pretrained(run.config, vocab_size, params, run.tokenizer, step, (), about, run.original)

@@ -27,29 +27,26 @@ CONFIG, WEIGHTS, OURS, CARD = "config.json", "model.safetensors", "sedd_jax.json
 PICKLED = "pytorch_model.bin"
 FORMAT = 1
 MAX_OURS = 1 << 27  # bytes of sedd_jax.json: it holds the tokenizer
-# What fixes the function that the weights stand for, the schedule included, and its length.
+# What fixes the function that the weights stand for, and its length. The original has no field
+# for schedule.eps, and the sigmas mean something to the geometric schedule alone.
 _SHAPING = (
-    "data.length",
-    "graph.",
-    "schedule.",
-    "model.hidden_size",
-    "model.blocks",
-    "model.heads",
-    "model.cond_dim",
-)
+    "vocab_size", "data.length", "graph.name", "graph.scale_by_sigma", "schedule.name",
+    "model.hidden_size", "model.blocks", "model.heads", "model.cond_dim",
+)  # fmt: skip
+_SIGMAS = ("schedule.sigma_min", "schedule.sigma_max")
 
 
 class Pretrained(NamedTuple):
     """A model as a folder holds it."""
 
-    config: ConfigDict
+    config: ConfigDict | Mapping[str, Any]
     vocab_size: int  # clean tokens
-    params: dict  # our tree, numpy float32
-    tokenizer: Tokenizer | None
-    step: int | None
-    notices: tuple[str, ...]  # what the reader had to assume
-    about: dict
-    original: dict | None  # the config that it came with
+    params: dict  # our tree, float32
+    tokenizer: Tokenizer | None = None
+    step: int | None = None
+    notices: tuple[str, ...] = ()  # what the reader had to assume
+    about: Mapping[str, Any] = {}
+    original: dict | None = None  # the config that it came with
 
 
 def read_folder(folder: Path) -> Pretrained:
@@ -59,60 +56,42 @@ def read_folder(folder: Path) -> Pretrained:
     and their largest tensor. ValueError for whatever is missing, damaged or contradictory.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"no {CONFIG} in {str(folder)!r}; give a folder that the original's save_pretrained or "
-            "sedd-convert has written"
-        )
-    theirs = original_config.read_config(folder / CONFIG)
-    config, vocab_size, notices = original_config.from_original_config(theirs, str(folder / CONFIG))
+    file = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / PICKLED
+    for name in (CONFIG, file.name):
+        if not (folder / name).is_file():
+            name = f"{WEIGHTS} or {PICKLED}" if name == PICKLED else name
+            raise ValueError(
+                f"no {name} in {str(folder)!r}; give a folder that the original's save_pretrained "
+                "or sedd-convert has written, with the weights in one file"
+            )
+    theirs, (config, vocab_size, notices) = original_config.open_config(folder / CONFIG)
     tokenizer, step, about = None, None, {}
     if (folder / OURS).exists():
         ours = _read_ours(folder / OURS)
         step, about = ours["step"], ours["about"] or {}
         if ours["tokenizer"] is not None:
             tokenizer = tokenizer_from_dict(ours["tokenizer"])
-        written, lacking = _config(ours["config"], str(folder / OURS))
+        written, notices = _config(ours["config"], str(folder / OURS))
         _check_agreement(folder, (config, vocab_size), (written, ours["vocab_size"]))
-        config, notices = written, lacking
-    sizes = names.sizes_of(config, vocab_size)
-    params = _read_weights(folder, sizes)
+        config = written
+    expected, heads = names.expected_tensors(config, vocab_size), config.model.heads
+    if file.name == WEIGHTS:
+        params = names.from_original(weights.open_tensors(file, expected), heads)
+    else:
+        with torch_files.read(file, expected, ("model",)) as (tensors, _):
+            params = names.from_original(tensors["model"], heads)
     return Pretrained(config, vocab_size, params, tokenizer, step, notices, about, theirs)
 
 
-def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, where: str | Path) -> None:
-    """ValueError unless the tokenizer has as many tokens as the model in `where`."""
+def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int, where: str | Path) -> None:
+    """ValueError unless there is a tokenizer with as many tokens as the model in `where`."""
+    if tokenizer is None:
+        raise ValueError("a workdir needs the model's tokenizer; add --tokenizer=gpt2, or its own")
     if tokenizer.vocab_size != vocab_size:
         raise ValueError(
             f"tokenizer {tokenizer.name!r} has {tokenizer.vocab_size} tokens, the model in "
             f"{str(where)!r} {vocab_size}; give the tokenizer that it was trained with"
         )
-
-
-def _read_weights(folder: Path, sizes: names.Sizes) -> dict:
-    expected, optional = names.expected_tensors(sizes), names.buffer_shape(sizes)
-    file = folder / WEIGHTS
-    if file.is_file():
-        return _tree(weights.open_tensors(file, expected, optional=optional), sizes, file)
-    index = folder / f"{WEIGHTS}.index.json"
-    if index.exists():
-        raise ValueError(
-            f"{str(index)!r} cuts the model into several files, which is not read; save it as one "
-            f"{WEIGHTS}"
-        )
-    file = folder / PICKLED
-    if not file.is_file():
-        raise ValueError(
-            f"neither {WEIGHTS} nor {PICKLED} in {str(folder)!r}; give a folder that the "
-            "original's save_pretrained or sedd-convert has written"
-        )
-    with torch_files.read(file, expected, optional=optional, parts=("model",)) as read:
-        return _tree(read.part("model"), sizes, file)
-
-
-def _tree(tensors: Mapping, sizes: names.Sizes, file: Path) -> dict:
-    names.check_buffer(tensors, sizes, repr(str(file)))
-    return names.from_original(tensors, sizes.heads)
 
 
 def _read_ours(file: Path) -> dict[str, Any]:
@@ -154,69 +133,49 @@ def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[st
 
 def _check_agreement(folder: Path, theirs: tuple, ours: tuple) -> None:
     """ValueError if the two (config, vocab_size) are of two models."""
-
-    def shaping(config: ConfigDict, vocab_size: int) -> dict[str, Any]:
-        values = {k: v for k, v in configuration.flatten(config) if k.startswith(_SHAPING)}
-        # The original has no field for eps, and none of the sigmas where they mean nothing.
-        geometric = config.schedule.name == "geometric"
-        unused = {"schedule.eps"}
-        if not geometric:
-            unused |= {"schedule.sigma_min", "schedule.sigma_max"}
-        return {"vocab_size": vocab_size} | {k: v for k, v in values.items() if k not in unused}
-
-    one, other = shaping(*theirs), shaping(*ours)
-    for key in one:
-        if one[key] != other.get(key):
+    one, other = (
+        {**dict(configuration.flatten(config)), "vocab_size": vocab_size}
+        for config, vocab_size in (theirs, ours)
+    )
+    for key in _SHAPING + (_SIGMAS if one["schedule.name"] == "geometric" else ()):
+        if one[key] != other[key]:
             raise ValueError(
-                f"{key} in {str(folder)!r} is {one[key]!r} by {CONFIG} and {other.get(key)!r} by "
+                f"{key} in {str(folder)!r} is {one[key]!r} by {CONFIG} and {other[key]!r} by "
                 f"{OURS}; get both again, or delete {OURS}"
             )
 
 
-def write_folder(
-    folder: Path,
-    *,
-    config: Mapping[str, Any],
-    vocab_size: int,
-    params: Mapping,
-    tokenizer: Tokenizer | None,
-    step: int | None,
-    name: str | None = None,
-    original: dict | None = None,
-    about: dict | None = None,
-) -> None:
+def write_folder(folder: Path, model: Pretrained, *, name: str | None = None) -> None:
     """Write the model as a folder that the original's from_pretrained and `read_folder` read.
 
-    params is our tree, float32; original the config.json that the model came with, if it did.
     name is the card's title and what it says to load, the folder's name by default. about goes
     into sedd_jax.json, and what `card.model_card` knows of it into the card. The folder appears
     whole: written beside and renamed. ValueError if it is there and is no such export.
     """
-    folder, config = Path(folder), ConfigDict(config)
     check_replaceable(folder)
-    about, name = about or {}, name or os.path.basename(os.path.abspath(folder))
-    sizes = names.sizes_of(config, vocab_size)
-    tensors = names.to_original(params)
+    config, vocab_size, tokenizer = ConfigDict(model.config), model.vocab_size, model.tokenizer
+    name = name or os.path.basename(os.path.abspath(folder))
+    tensors = names.to_original(model.params)
     shapes = {name: array.shape for name, array in tensors.items()}
-    weights.compare(shapes, names.expected_tensors(sizes), {}, "the parameter tree")
+    weights.compare(shapes, names.expected_tensors(config, vocab_size), "the parameter tree")
     for fault in original_config.cannot_say(config):
         log.warning("config.json cannot say %s", fault)
-    theirs = original_config.to_original_config(config, vocab_size, original)
+    theirs = original_config.to_original_config(config, vocab_size, model.original)
     ours = {
         "format": FORMAT,
         "config": config.to_dict(),
         "vocab_size": vocab_size,
         "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
-        "step": step,
-        "about": about,
+        "step": model.step,
+        "about": model.about,
     }
     count = sum(array.size for array in tensors.values())
     with appearing(folder) as part:
         _write_json(part / CONFIG, theirs, sort_keys=True)
         _write_json(part / OURS, ours)
-        card = model_card(name, config, vocab_size, tokenizer, step, count, about)
+        card = model_card(name, config, vocab_size, tokenizer, model.step, count, model.about)
         (part / CARD).write_text(card, encoding="utf-8")
-        weights.write_tensors(part / WEIGHTS, {**tensors, **names.buffer(sizes)})
+        weights.write_tensors(part / WEIGHTS, names.state_dict(model.params))
 
 
 def _write_json(file: Path, value: Any, *, sort_keys: bool = False) -> None:

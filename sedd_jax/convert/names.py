@@ -5,16 +5,14 @@ The original keeps a linear layer as [out, in] and its blocks one by one; here a
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 import flax.traverse_util
 import numpy as np
 from ml_collections import ConfigDict
 
 from sedd_jax import experiment
+from sedd_jax.convert.weights import BUFFER
 from sedd_jax.models.transformer import FREQUENCIES, MLP_RATIO, ROTARY_BASE
-
-BUFFER = "rotary_emb.inv_freq"  # of the original's model; it follows from the sizes
 
 # (original's name, ours, layout, original's shape), in the order of the original's parameters,
 # which is that of its optimizer and of its moving average. "{}" is the block's number.
@@ -60,23 +58,6 @@ _LAYOUTS = {
 }
 
 
-class Sizes(NamedTuple):
-    """What fixes every shape of a model."""
-
-    dim: int  # states: the clean tokens, and MASK where the graph has one
-    hidden_size: int
-    blocks: int
-    heads: int
-    cond_dim: int
-
-
-def sizes_of(config: ConfigDict, vocab_size: int) -> Sizes:
-    """The sizes of the config's model over vocab_size clean tokens."""
-    model = config.model
-    dim = experiment.make_graph(config, vocab_size).dim
-    return Sizes(dim, model.hidden_size, model.blocks, model.heads, model.cond_dim)
-
-
 def _rows(blocks: int) -> Iterator[tuple[str, str, str, str, int | None]]:
     """(original's name, ours, layout, shape, block) of every parameter, in the original's order."""
     for row in _FIRST:
@@ -88,60 +69,40 @@ def _rows(blocks: int) -> Iterator[tuple[str, str, str, str, int | None]]:
         yield *row, None
 
 
-def expected_tensors(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter by the original's name, in the original's order; no buffer."""
+def expected_tensors(config: ConfigDict, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a model over vocab_size clean tokens; no buffer.
+
+    By the original's name, in the original's order.
+    """
     letters = {
-        "D": sizes.dim,
-        "C": sizes.hidden_size,
-        "E": sizes.cond_dim,
+        "D": experiment.make_graph(config, vocab_size).dim,
+        "C": config.model.hidden_size,
+        "E": config.model.cond_dim,
         "F": FREQUENCIES,
-        "M": MLP_RATIO * sizes.hidden_size,
+        "M": MLP_RATIO * config.model.hidden_size,
     }
 
     def shape(words: str) -> tuple[int, ...]:
         return tuple(int(word[:-1] or 1) * letters[word[-1]] for word in words.split())
 
-    return {name: shape(words) for name, _, _, words, _ in _rows(sizes.blocks)}
+    return {name: shape(words) for name, _, _, words, _ in _rows(config.model.blocks)}
 
 
-def buffer(sizes: Sizes) -> dict[str, np.ndarray]:
+def buffer(head_dim: int) -> np.ndarray:
     """The original's one buffer: the inverse frequencies of the rotary embedding, [K / 2]."""
-    size = sizes.hidden_size // sizes.heads
-    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    return {BUFFER: (np.float32(1.0) / np.float32(ROTARY_BASE) ** exponents).astype(np.float32)}
-
-
-def buffer_shape(sizes: Sizes) -> dict[str, tuple[int, ...]]:
-    """The shape of `buffer`, for files that may hold it."""
-    return {name: array.shape for name, array in buffer(sizes).items()}
-
-
-def check_buffer(tensors: Mapping[str, np.ndarray], sizes: Sizes, where: str) -> None:
-    """ValueError if the file has a rotary embedding other than the one that is computed here."""
-    if BUFFER not in tensors:
-        return
-    if not np.allclose(tensors[BUFFER], buffer(sizes)[BUFFER], rtol=1e-2, atol=0.0):
-        raise ValueError(
-            f"{where} has {BUFFER} of another base than {ROTARY_BASE:.0f}, all that this network "
-            "computes; give a model of the original code"
-        )
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return (np.float32(1.0) / np.float32(ROTARY_BASE) ** exponents).astype(np.float32)
 
 
 def from_original(tensors: Mapping[str, np.ndarray], heads: int) -> dict:
-    """Our parameter tree from the original's state dict; the buffer is not needed.
+    """Our parameter tree from the original's state dict, whose names and shapes are checked.
 
     tensors may read an array at its use: each is used once, and one is held beside the result.
-    ValueError, before any is read, if a name is missing.
+    The buffer is not needed; ValueError if there is one, of another rotary embedding.
     """
     count = 0
     while f"blocks.{count}.norm1.weight" in tensors:
         count += 1
-    missing = [name for name, *_ in _rows(count) if name not in tensors]
-    if missing or not count:
-        raise ValueError(
-            f"the state lacks {', '.join(missing) or 'blocks.0'}; it must be a SEDD model's, with "
-            "the names of the original code"
-        )
     flat: dict[str, np.ndarray] = {}
     for name, ours, layout, _, block in _rows(count):
         array = _LAYOUTS[layout][0](np.asarray(tensors[name]), heads)
@@ -151,6 +112,13 @@ def from_original(tensors: Mapping[str, np.ndarray], heads: int) -> dict:
         if block == 0:
             flat[ours] = np.empty((count, *array.shape), array.dtype)
         flat[ours][block] = array
+    frequencies = buffer(flat["blocks/qkv/kernel"].shape[-1])
+    stored = tensors.get(BUFFER, frequencies)
+    if stored.shape != frequencies.shape or not np.allclose(stored, frequencies, 1e-2, atol=0.0):
+        raise ValueError(
+            f"the state has {BUFFER} of another base than {ROTARY_BASE:.0f}, all that this network "
+            "computes; give a model of the original code"
+        )
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -162,3 +130,10 @@ def to_original(params: Mapping) -> dict[str, np.ndarray]:
         name: _LAYOUTS[layout][1](flat[ours] if block is None else flat[ours][block])
         for name, ours, layout, _, block in _rows(len(flat["blocks/norm_1/scale"]))
     }
+
+
+def state_dict(params: Mapping) -> dict[str, np.ndarray]:
+    """The original's state dict from our tree: its buffer stands before the blocks."""
+    first = dict.fromkeys(name for name, *_ in _FIRST)
+    tensors = to_original(params)
+    return first | {BUFFER: buffer(params["blocks"]["qkv"]["kernel"].shape[-1])} | tensors

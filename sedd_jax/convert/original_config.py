@@ -14,6 +14,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
+from sedd_jax.config import Constraint
 from sedd_jax.configs import base
 from sedd_jax.data import CORPORA
 from sedd_jax.files import load_json, shown
@@ -30,30 +31,48 @@ _HELDOUT = {
 }
 
 
-class _Field(NamedTuple):
-    """A field of the original; config.KEYS says what ours may hold."""
+_BASE = dict(configuration.flatten(base.get_config()))
+TEXT = Constraint(lambda x: isinstance(x, str), "text")
 
-    ours: str
+
+def _one_of(*values: Any) -> Constraint:
+    return Constraint(lambda x: x in values, f"one of {', '.join(map(str, values))}")
+
+
+def _size(low: int, high: int) -> Constraint:
+    """high is far above any model's: names and shapes are listed before a file is read."""
+    words = f"a whole number in [{low}, {high}]"
+    return Constraint(lambda x: type(x) is int and low <= x <= high, words)  # True is no number
+
+
+class _Field(NamedTuple):
+    """A field of the original that its programs read and that is checked."""
+
+    ours: str | None = None  # the key of our config, where there is one
     default: Any = None  # what the original's own configs have; None where it must be there
-    words: Mapping[str, str] | None = None  # the original's -> ours
-    # Far above any model's size: names and shapes are listed from them before a file is read.
-    largest: int | None = None
+    words: Mapping[str, str] = {}  # the original's -> ours
+    rule: Constraint | None = None  # what it may hold, where that is not config.KEYS' rule
 
 
 _FIELDS = {
+    "tokens": _Field(rule=_size(2, 2**24)),
     "graph.type": _Field("graph.name", words={"absorb": "absorbing", "uniform": "uniform"}),
     "noise.type": _Field(
         "schedule.name", words={"loglinear": "log_linear", "geometric": "geometric"}
     ),
     "noise.sigma_min": _Field("schedule.sigma_min", 1e-4),
     "noise.sigma_max": _Field("schedule.sigma_max", 20),
-    "model.hidden_size": _Field("model.hidden_size", largest=2**16),
-    "model.cond_dim": _Field("model.cond_dim", largest=2**16),
-    "model.length": _Field("data.length", 1024, largest=2**24),
-    "model.n_blocks": _Field("model.blocks", largest=2**10),
-    "model.n_heads": _Field("model.heads", largest=2**10),
+    "model.name": _Field(default="sedd_jax", rule=TEXT),
+    "model.type": _Field(default="ddit", rule=_one_of("ddit")),
+    "model.hidden_size": _Field("model.hidden_size", rule=_size(1, 2**16)),
+    "model.cond_dim": _Field("model.cond_dim", rule=_size(1, 2**16)),
+    "model.length": _Field("data.length", 1024, rule=_size(1, 2**24)),
+    "model.n_blocks": _Field("model.blocks", rule=_size(1, 2**10)),
+    "model.n_heads": _Field("model.heads", rule=_size(1, 2**10)),
     "model.scale_by_sigma": _Field("graph.scale_by_sigma"),
     "model.dropout": _Field("model.dropout", 0.1),
+    "data.train": _Field(default="openwebtext", rule=TEXT),
+    "optim.optimizer": _Field(default="AdamW", rule=_one_of("AdamW", "Adam")),
     "optim.lr": _Field("optimizer.learning_rate", 3e-4),
     "optim.beta1": _Field("optimizer.b1", 0.9),
     "optim.beta2": _Field("optimizer.b2", 0.999),
@@ -69,22 +88,13 @@ _FIELDS = {
     "training.snapshot_freq_for_preemption": _Field("checkpoint.every", 10_000),
     "training.ema": _Field("optimizer.ema_decay", 0.9999),
     "sampling.predictor": _Field(
-        "sample.predictor",
-        "euler",
-        words={"analytic": "tweedie", "euler": "euler", "none": "none"},
+        "sample.predictor", "euler", {"analytic": "tweedie", "euler": "euler", "none": "none"}
     ),
     "sampling.steps": _Field("sample.steps", 128),
-}
-_KNOWN = {
-    "model.type": ("ddit",),
-    "optim.optimizer": ("AdamW", "Adam"),
-    "sampling.noise_removal": (True, False),
+    "sampling.noise_removal": _Field(default=True, rule=_one_of(True, False)),
 }
 # Fields that the original's programs read, or its configs have, and that mean nothing here.
 _THEIRS_ALONE = {
-    "model.type": "ddit",
-    "optim.optimizer": "AdamW",
-    "sampling.noise_removal": True,
     "ngpus": 1,
     "training.snapshot_freq": 50_000,
     "training.eval_freq": 100,
@@ -114,59 +124,29 @@ def from_original_config(theirs: Mapping[str, Any], where: str = "config.json") 
     is taken as the original's own configs have it, and named in one notice. ValueError, naming
     `where` and the field, for anything that is not a model of the original code.
     """
-
-    def refuse(field: str, value: Any, words: str) -> ValueError:
-        return ValueError(
-            f"{field} {shown(repr(value))} in {where} is not {words}; give a config of the "
-            "original code"
-        )
-
-    config, missing, values = base.get_config(), [], {}
-    defaults = dict(configuration.flatten(config))
-    for field, (ours, default, words, largest) in _FIELDS.items():
-        written, rule = _get(theirs, field), configuration.KEYS[ours]
+    remedy = "give a config of the original code"
+    read, missing = {}, []  # read: by the original's fields, in our words
+    for field, (ours, default, words, rule) in _FIELDS.items():
+        written = _get(theirs, field)
         if written is None and default is None:
-            raise ValueError(f"{field} is missing in {where}; give a config of the original code")
+            raise ValueError(f"{field} is missing in {where}; {remedy}")
         if written is None:
             written = default
             missing.append(f"{field} {default}")
-        value = _to_ours(field, written, defaults[ours])
-        if not rule.holds(value):
-            raise refuse(field, written, f"one of {', '.join(words)}" if words else rule.words)
-        if largest and value > largest:
-            raise refuse(field, written, f"{rule.words}, and at most {largest}")
-        values[ours] = float(value) if isinstance(defaults[ours], float) else value
-    tokens = _get(theirs, "tokens")
-    if type(tokens) is not int or not 2 <= tokens <= 2**24:
-        raise refuse("tokens", tokens, f"a whole number in [2, {2**24}]")
-    for field, known in _KNOWN.items():
-        value = _get(theirs, field)
-        if value is not None and value not in known:
-            raise refuse(field, value, f"one of {', '.join(map(str, known))}")
-    if not isinstance(_get(theirs, "data.train"), (str, type(None))):
-        raise refuse("data.train", _get(theirs, "data.train"), "text")
-    hidden_size, heads = values["model.hidden_size"], values["model.heads"]
+        read[field], rule = _to_ours(field, written), rule or configuration.KEYS[ours]
+        if not rule.holds(read[field]):
+            known = f"one of {', '.join(words)}" if words else rule.words
+            raise ValueError(f"{field} {shown(repr(written))} in {where} is not {known}; {remedy}")
+    hidden_size, heads = read["model.hidden_size"], read["model.n_heads"]
     if hidden_size % heads:
         raise ValueError(
             f"model.hidden_size {hidden_size} in {where} is not divisible by model.n_heads "
-            f"{heads}; give a config of the original code"
+            f"{heads}; {remedy}"
         )
-    notices = _complete(values, theirs, tokens, missing)
-    if missing:
-        notices.insert(0, f"{where} lacks these, taken as {', '.join(missing)}")
-    return FromOriginal(configuration.with_values(config, values), tokens, tuple(notices))
-
-
-def _complete(
-    values: dict[str, Any], theirs: Mapping[str, Any], tokens: int, missing: list[str]
-) -> list[str]:
-    """Set our keys that have no field of their own; returns what the user should know."""
-    notices = []
+    values = {row.ours: read[field] for field, row in _FIELDS.items() if row.ours}
     values |= {"model.dtype": "float32", "schedule.eps": EPS}
-    corpus = _get(theirs, "data.train")
-    if corpus is None:
-        corpus = "openwebtext"
-        missing.append(f"data.train {corpus}")
+    notices = [f"{where} lacks these, taken as {', '.join(missing)}"] if missing else []
+    corpus, tokens = read["data.train"], read["tokens"]
     if corpus in _SHARED_CORPORA:
         values |= {"data.corpus": corpus, **_HELDOUT.get(corpus, {})}
     else:
@@ -176,11 +156,12 @@ def _complete(
         )
     if tokens in TOKENIZERS:
         values["data.tokenizer"] = TOKENIZERS[tokens]
-    if _get(theirs, "optim.optimizer") == "Adam" and values["optimizer.weight_decay"]:
+    if read["optim.optimizer"] == "Adam" and read["optim.weight_decay"]:
         notices.append("Adam with weight decay is trained on as AdamW, whose decay is decoupled")
-    if _get(theirs, "sampling.noise_removal") is False:
+    if not read["sampling.noise_removal"]:
         notices.append("sampling.noise_removal false is not kept: samples end with the denoiser")
-    return notices
+    config = configuration.with_values(base.get_config(), values)
+    return FromOriginal(config, tokens, tuple(notices))
 
 
 def to_original_config(
@@ -194,6 +175,7 @@ def to_original_config(
     theirs, values = copy.deepcopy(dict(original or {})), dict(configuration.flatten(config))
     corpus, sizes = config.data.corpus, (config.model.hidden_size, config.model.blocks)
     fallback = {
+        **{field: row.default for field, row in _FIELDS.items() if not row.ours},
         **_THEIRS_ALONE,
         "model.name": {(768, 12): "small", (1024, 24): "medium"}.get(sizes, "sedd_jax"),
         "data.train": corpus,
@@ -204,9 +186,9 @@ def to_original_config(
         if _get(theirs, field) is None:
             _put(theirs, field, value)
     for field, (ours, _, words, _) in _FIELDS.items():
-        value, there = values[ours], _get(theirs, field)
+        there, value = _get(theirs, field), values.get(ours)
         # 20 means 20.0, and 1e-4 without a point is text to YAML 1.1.
-        if there is None or _to_ours(field, there, value) != value:
+        if ours and (there is None or _to_ours(field, there) != value):
             if words:
                 value = next(word for word in words if words[word] == value)
             elif field == "optim.grad_clip" and value == NO_CLIP:
@@ -220,69 +202,66 @@ def to_original_config(
 
 def cannot_say(config: ConfigDict) -> list[str]:
     """What of our config the original has no field for, so that it would do something else."""
-    faults = []
-    if config.schedule.name == "log_linear" and config.schedule.eps != EPS:
-        faults.append(f"schedule.eps {config.schedule.eps}: the original's is {EPS}")
-    if config.objective.t_min != 1e-3:
-        faults.append(f"objective.t_min {config.objective.t_min}: the original's is 0.001")
-    if config.data.form != "packed":
-        faults.append(f"data.form {config.data.form}: the original packs its documents")
-    return faults
+    only = {"objective.t_min": 1e-3, "data.form": "packed"}
+    if config.schedule.name == "log_linear":
+        only["schedule.eps"] = EPS
+    values = dict(configuration.flatten(config))
+    return [f"{k} {values[k]}: the original's is {only[k]}" for k in only if values[k] != only[k]]
 
 
-def _to_ours(field: str, value: Any, ours: Any) -> Any:
-    """What the original's value means here; ours, any value of our field, tells the type."""
-    if words := _FIELDS[field].words:
+def _to_ours(field: str, value: Any) -> Any:
+    """What the original's value means here, not checked yet."""
+    ours, _, words, _ = _FIELDS[field]
+    if words:
         return words.get(value) if isinstance(value, str) else None
-    if isinstance(value, str) and len(value) < 40 and isinstance(ours, float):
+    if isinstance(_BASE.get(ours), float) and type(value) in (int, float, str):
         try:  # YAML 1.1 reads 1e-4 as text; the original's reader takes it for a number
             value = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return value
-    is_negative = type(value) in (int, float) and value < 0
-    return NO_CLIP if field == "optim.grad_clip" and is_negative else value
+        if field == "optim.grad_clip" and value < 0:
+            return NO_CLIP
+    return value
 
 
 def _get(tree: Any, path: str) -> Any:
     """The value at "model.length"; None where it, or its section, is missing."""
     for key in path.split("."):
-        if not isinstance(tree, Mapping) or key not in tree:
-            return None
-        tree = tree[key]
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
 
 
 def _put(tree: dict, path: str, value: Any) -> None:
-    *sections, last = path.split(".")
-    for key in sections:
-        if not isinstance(tree.get(key), dict):
-            tree[key] = {}
-        tree = tree[key]
-    tree[last] = value
+    section, _, name = path.rpartition(".")
+    if section and not isinstance(tree.get(section), dict):
+        tree[section] = {}
+    (tree[section] if section else tree)[name] = value
+
+
+def open_config(file: Path) -> tuple[dict[str, Any], FromOriginal]:
+    """(the original's dict, ours) of a config.json or config.yaml; ValueError if it is none."""
+    theirs = read_config(file)
+    return theirs, from_original_config(theirs, str(file))
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """The dict of a config.json or config.yaml; ValueError if it is none."""
+    where = repr(str(file))
     try:
         if file.stat().st_size > MAX_FILE:
-            raise ValueError(f"{str(file)!r} has over {MAX_FILE} bytes; give a config")
+            raise ValueError(f"{where} has over {MAX_FILE} bytes; give a config")
         text = file.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {str(file)!r}: {error.strerror}; give a config") from error
-    if file.suffix == ".json":
-        return load_json(text, repr(str(file)))
-    try:
-        # An alias can make a short file enormous, and the original's files have none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has aliases")
-        theirs = yaml.safe_load(text)
-        json.dumps(theirs)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ValueError(
-            f"{str(file)!r} is no config of the original code: {reason}; get it again"
-        ) from error
-    kind = type(theirs).__name__
-    if kind != "dict":
-        raise ValueError(f"{str(file)!r} holds a {kind}; give a config of the original code")
-    return theirs
+        raise ValueError(f"cannot read {where}: {error.strerror}; give a config") from error
+    if file.suffix != ".json":
+        try:
+            # An alias can make a short file enormous, and the original's files have none.
+            if any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, yaml.SafeLoader)):
+                raise ValueError("it has aliases")
+            text = json.dumps(yaml.safe_load(text))
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(
+                f"{where} is no config of the original code: {reason}; get it again"
+            ) from error
+    return load_json(text, where)

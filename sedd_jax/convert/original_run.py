@@ -14,41 +14,15 @@ import numpy as np
 import optax
 import yaml
 
-from sedd_jax import config as configuration
 from sedd_jax import experiment
 from sedd_jax.convert import names, original_config, torch_files
-from sedd_jax.convert.folder import Pretrained, check_tokenizer
-from sedd_jax.convert.original_config import FromOriginal
-from sedd_jax.data import Tokenizer
+from sedd_jax.convert.folder import Pretrained
 from sedd_jax.files import appearing, check_new
 from sedd_jax.runs import workdir
 
 YAML = Path(".hydra/config.yaml")
 NEWEST = Path("checkpoints-meta/checkpoint.pth")
 _MAX_COUNT = 2**31 - 1  # our counters are int32
-
-
-def _open(source: Path) -> tuple[Path, dict, FromOriginal]:
-    """(checkpoint, the original's config, ours) of a run's folder or one of its .pth files.
-
-    ValueError if files are missing.
-    """
-    source = Path(source)
-    folder = source.absolute().parents[1] if source.is_file() else source
-    checkpoint = source if source.is_file() else source / NEWEST
-    for file in (folder / YAML, checkpoint):
-        if not file.is_file():
-            raise ValueError(
-                f"no {str(file)!r}; give the folder of a run of the original code, or a .pth file "
-                "in its checkpoints or checkpoints-meta"
-            )
-    theirs = original_config.read_config(folder / YAML)
-    return checkpoint, theirs, original_config.from_original_config(theirs, str(folder / YAML))
-
-
-def _read(checkpoint: Path, sizes: names.Sizes, parts: Sequence[str]):
-    expected, optional = names.expected_tensors(sizes), names.buffer_shape(sizes)
-    return torch_files.read(checkpoint, expected, optional=optional, parts=parts)
 
 
 def _count(facts: Mapping[str, Any], name: str) -> int:
@@ -61,79 +35,66 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _read(source: Path, parts: Sequence[str]) -> tuple[Pretrained, dict[str, dict], dict]:
+    """(the model without weights, our tree by part, the checkpoint's facts) of a run."""
+    folder = source.absolute().parents[1] if source.is_file() else source
+    checkpoint = source if source.is_file() else source / NEWEST
+    for file in (folder / YAML, checkpoint):
+        if not file.is_file():
+            raise ValueError(
+                f"no {str(file)!r}; give the folder of a run of the original code, or a .pth file "
+                "in its checkpoints or checkpoints-meta"
+            )
+    theirs, (config, vocab_size, notices) = original_config.open_config(folder / YAML)
+    expected = names.expected_tensors(config, vocab_size)
+    with torch_files.read(checkpoint, expected, parts) as (tensors, facts):
+        step = _count(facts, "step")
+        heads = config.model.heads
+        trees = {part: names.from_original(tensors[part], heads) for part in tensors}
+    return Pretrained(config, vocab_size, None, None, step, notices, {}, theirs), trees, facts
+
+
 def read_run(source: Path, weights: str) -> Pretrained:
-    """The model of a run: the moving average "ema" of its checkpoint, or the "raw" parameters."""
-    checkpoint, theirs, (config, vocab_size, notices) = _open(source)
-    sizes = names.sizes_of(config, vocab_size)
-    part = {"ema": "ema", "raw": "model"}[weights]
-    with _read(checkpoint, sizes, (part,)) as read:
-        step = _count(read.facts, "step")
-        params = names.from_original(read.part(part), sizes.heads)
-    about = {"weights": weights}
-    return Pretrained(config, vocab_size, params, None, step, notices, about, theirs)
+    """The model of a run: the moving average "ema" of its checkpoint, or the "raw" parameters.
 
-
-def import_run(
-    source: Path,
-    target: Path,
-    *,
-    tokenizer: Tokenizer,
-    optimizer: bool = True,
-    changes: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """Write target, a new workdir from which sedd-train goes on where the original stopped.
-
-    source is the original's run folder or one of its .pth files. With optimizer, AdamW's moments
-    and the warm-up go on too; without, both begin again. changes are keys of our config to set,
-    such as {"data.records": DIR, "model.dtype": "bfloat16"}. Returns notices; ValueError for
+    source is the original's run folder or one of its .pth files, here and below. ValueError for
     whatever is missing or wrong.
     """
-    check_new(Path(target))
-    checkpoint, theirs, (config, vocab_size, notices) = _open(source)
-    notices = list(notices)
-    config = configuration.with_values(
-        config, {"data.tokenizer": tokenizer.name, **(changes or {})}
-    )
-    check_tokenizer(tokenizer, vocab_size, source)
-    sizes = names.sizes_of(config, vocab_size)
+    part = {"ema": "ema", "raw": "model"}[weights]
+    model, trees, _ = _read(source, (part,))
+    return model._replace(params=trees[part], about={"weights": weights})
 
+
+def read_training(source: Path, *, optimizer: bool) -> tuple[Pretrained, dict[str, Any]]:
+    """(the model, arguments of `experiment.imported_state`) to go on where the original stopped.
+
+    With optimizer, AdamW's moments and the warm-up go on too; without, both begin again.
+    """
     parts = torch_files.PARTS if optimizer else ("model", "ema")
-    with _read(checkpoint, sizes, parts) as read:
-        facts = read.facts
-        if not facts:
-            raise ValueError(
-                f"{str(checkpoint)!r} holds parameters only; give a checkpoint of the original"
-            )
-        step = _count(facts, "step")
-
-        def tree(part: str) -> dict:
-            return names.from_original(read.part(part), sizes.heads)
-
-        names.check_buffer(read.part("model"), sizes, repr(str(checkpoint)))
-        moments = None
-        if facts["moments"]:
-            count = _count(facts, "count")
-            moments = optax.ScaleByAdamState(count, tree("exp_avg"), tree("exp_avg_sq"))
-        else:
-            notices.append("AdamW's moments and the warm-up of the learning rate begin again")
-        train_state = experiment.imported_state(
-            config,
-            vocab_size,
-            params=tree("model"),
-            ema=tree("ema"),
-            step=step,
-            ema_updates=_count(facts, "ema_updates"),
-            moments=moments,
+    model, trees, facts = _read(source, parts)
+    counts, notices, decay = facts["counts"], [*model.notices], model.config.optimizer.ema_decay
+    if len(counts) > 1:
+        raise ValueError(
+            f"the optimizer has made from {counts[0]} to {counts[-1]} steps, not the same for "
+            "every parameter; add --fresh_optimizer"
         )
-    if facts["ema_decay"] != config.optimizer.ema_decay:
+    state = {
+        "params": trees["model"],
+        "ema": trees["ema"],
+        "step": model.step,
+        "ema_updates": _count(facts, "ema_updates"),
+    }
+    if counts:
+        count = _count({"count": counts[0]}, "count")
+        state["moments"] = optax.ScaleByAdamState(count, trees["exp_avg"], trees["exp_avg_sq"])
+    else:
+        notices.append("AdamW's moments and the warm-up of the learning rate begin again")
+    if facts["ema_decay"] != decay:
         notices.append(
-            f"the checkpoint's ema decay {facts['ema_decay']} is not the config's "
-            f"{config.optimizer.ema_decay}, which is used"
+            f"the checkpoint's ema decay {facts['ema_decay']} is not the config's {decay}, which "
+            "is used"
         )
-    workdir.write_workdir(
-        target, config=config, tokenizer=tokenizer, train_state=train_state, original=theirs
-    )
-    return notices
+    return model._replace(params=trees["ema"], notices=tuple(notices)), state
 
 
 def export_run(source: Path, out: Path) -> int:
@@ -158,7 +119,7 @@ def export_run(source: Path, out: Path) -> int:
     o, step = config.optimizer, int(train_state.step)
     facts = {
         "step": step,
-        "count": int(moments.count),
+        "counts": [int(moments.count)] if moments.count else [],
         "ema_decay": o.ema_decay,
         "ema_updates": int(train_state.ema_updates),
         "optimizer": {
@@ -168,7 +129,10 @@ def export_run(source: Path, out: Path) -> int:
             "weight_decay": o.weight_decay,
         },
     }
-    parts = {"ema": names.to_original(train_state.ema)}
+    parts = {
+        "model": names.state_dict(train_state.params),
+        "ema": names.to_original(train_state.ema),
+    }
     if moments.count:
         # First moments may be bfloat16 here; the original's are not.
         mu = jax.tree.map(lambda a: np.asarray(a, np.float32), moments.mu)
@@ -180,15 +144,5 @@ def export_run(source: Path, out: Path) -> int:
         text = yaml.safe_dump(json.loads(json.dumps(theirs)), sort_keys=False)
         (part / YAML).write_text(text, encoding="utf-8")
         (part / YAML).with_name("hydra.yaml").write_text("hydra: {}\n", encoding="utf-8")
-        model = names.to_original(train_state.params)
-        model = _with_buffer(model, names.buffer(names.sizes_of(config, vocab_size)))
-        torch_files.write(part / NEWEST, model, parts, facts)
+        torch_files.write(part / NEWEST, parts, facts)
     return step
-
-
-def _with_buffer(tensors: dict, buffer: dict) -> dict:
-    """The state dict in the original's order: its buffer stands before the blocks."""
-    before = {
-        name: a for name, a in tensors.items() if name.startswith(("vocab_embed", "sigma_map"))
-    }
-    return before | buffer | tensors

@@ -3,12 +3,14 @@
 Run as a script, it imports nothing of the package. One JSON object from stdin is the request, the
 last line of stdout the answer; numbers travel in a safetensors file in a folder private to both:
 
-    {"work": "read", "file": FILE, "tensors": FILE, "parts": [...]} -> {"facts": {...}}
-    {"work": "write", "file": FILE, "tensors": FILE, "facts": {...}} -> {"facts": {}}
+    {"work": "read", "file": FILE, "tensors": FILE, "names": [...], "parts": [...]}
+    {"work": "write", "file": FILE, "tensors": FILE, "names": [...], "facts": {...}}
+    -> {"facts": {...}}, or {"error": one line}
 
-What went wrong is the answer's "error". parts are those of a checkpoint that are needed ("model",
-"ema", "exp_avg", "exp_avg_sq"): nothing is said about others. A file is read with weights_only: no
-global but those that the original's checkpoints need is ever looked up, so nothing in it is run.
+names are the model's parameters in the original's order. A tensor is called part/name, with the
+parts "model", "ema", "exp_avg" and "exp_avg_sq"; of those that are not requested nothing is said.
+A file is read with weights_only: no global but those that the original's checkpoints need is ever
+looked up, so nothing in it is run.
 """
 
 import json
@@ -33,22 +35,18 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_torch() -> None:
-    install = "run pip install 'sedd_jax[torch]'"
     try:
         from torch import __version__ as version
-    except ImportError as error:
-        fault = f".pth and .bin files need torch, which is not installed; {install}"
-        raise ValueError(fault) from error
+    except ImportError:
+        version = "none"
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < TORCH:
         raise ValueError(
-            f"torch {version} is too old to read files safely, at least "
-            f"{'.'.join(map(str, TORCH))} is needed; {install}"
+            f".pth and .bin files need torch >= {'.'.join(map(str, TORCH))}, which reads them "
+            f"safely; {version} is installed; run pip install 'sedd_jax[torch]'"
         )
 
 
 def _load(file: str) -> Any:
-    import pickle
-
     import numpy as np
     import torch
 
@@ -58,48 +56,39 @@ def _load(file: str) -> Any:
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{file!r} wants the global {refused[1]}, which no checkpoint of the original "
-                f"needs: it was not run; {_REMEDY}"
-            ) from error
-        raise ValueError(f"{file!r} holds what is not allowed; {_REMEDY}") from error
     except Exception as error:  # whatever a broken pickle or archive makes torch raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it wants the global {refused[1]}, which none needs: it was not run"
         raise ValueError(f"cannot read {file!r}: {reason}; {_REMEDY}") from error
 
 
-def _read(file: str, tensors: str, parts: list[str]) -> dict[str, Any]:
+def _read(file: str, tensors: str, names: list[str], parts: list[str]) -> dict[str, Any]:
     """Write the file's parts to `tensors`, as float32; returns the facts beside them."""
+    import torch
     from safetensors.numpy import save_file
 
     state = _load(file)
-    kind = type(state).__name__
-    if kind not in ("dict", "OrderedDict"):
-        raise ValueError(f"{file!r} holds a {kind}, not a dict; {_REMEDY}")
-    is_checkpoint = "model" in state and "ema" in state
-    arrays, facts = _checkpoint(state, parts) if is_checkpoint else (_model(state), {})
+    try:
+        arrays, facts = _checkpoint(state, names, parts) if "ema" in state else (_model(state), {})
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"{file!r} holds a {type(state).__name__} that is not as the original saves it "
+            f"({type(error).__name__}: {error}); {_REMEDY}"
+        ) from error
+    floats = (torch.float32, torch.float16, torch.bfloat16)
     for name, tensor in arrays.items():
-        _check_tensor(name, tensor)
+        kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        if kind not in floats or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise ValueError(
+                f"{name[:60]!r} is {kind}, no tensor in memory of float32, float16 or bfloat16; "
+                f"{_REMEDY}"
+            )
     # Many names, or strides of 0, over one small piece of the file.
     if sum(t.numel() * t.element_size() for t in arrays.values()) > os.path.getsize(file):
         raise ValueError(f"the tensors of {file!r} are larger than it is; {_REMEDY}")
     save_file({n: t.detach().float().contiguous().numpy() for n, t in arrays.items()}, tensors)
     return facts
-
-
-def _check_tensor(name: str, tensor: Any) -> None:
-    import torch
-
-    shown = name[:60] if name.isprintable() else repr(name)[:60]
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{shown} is a {type(tensor).__name__}, not a tensor; {_REMEDY}")  # noqa: TRY004
-    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"{shown} is {tensor.dtype}; known: float32, float16, bfloat16")
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise ValueError(f"{shown} is not a plain tensor in memory; {_REMEDY}")
 
 
 def _model(state: dict) -> dict[str, Any]:
@@ -108,64 +97,47 @@ def _model(state: dict) -> dict[str, Any]:
     return {f"model/{str(name).removeprefix(prefix)}": value for name, value in state.items()}
 
 
-def _checkpoint(state: dict, parts: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _checkpoint(state: dict, names: list[str], parts: list[str]) -> tuple[dict, dict[str, Any]]:
     """(tensors, facts) of what the original's save_checkpoint writes."""
-    try:
-        ema = state["ema"]
-        average = list(ema["shadow_params"])
-        moments = _moments(state["optimizer"]) if "exp_avg" in parts else {}
-        counts = {int(row["step"]) for row in moments.values()}
-        tensors = _model(state["model"])
-        tensors |= {f"ema/{i}": value for i, value in enumerate(average)}
-        for part in ("exp_avg", "exp_avg_sq"):
-            tensors |= {f"{part}/{i}": row[part] for i, row in moments.items()}
-        facts = {
-            "step": int(state["step"]),
-            "ema_decay": float(ema["decay"]),
-            "ema_updates": None if ema["num_updates"] is None else int(ema["num_updates"]),
-            "averages": len(average),
-            "moments": len(moments),
-            "count": max(counts, default=0),
-        }
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise ValueError(
-            f"the checkpoint is not as the original saves it ({type(error).__name__}: {error}); "
-            f"{_REMEDY}"
-        ) from error
-    if len(counts) > 1:
-        raise ValueError(
-            f"the optimizer has made from {min(counts)} to {max(counts)} steps, not the same for "
-            "every parameter; add --fresh_optimizer"
-        )
+    ema, tensors = state["ema"], _model(state["model"])
+    columns = {"ema": list(ema["shadow_params"])} if "ema" in parts else {}
+    rows = []
+    if "exp_avg" in parts and (by_key := state["optimizer"]["state"]):
+        # The keys are torch's to choose; the group has the parameters in their order.
+        (group,) = state["optimizer"]["param_groups"]
+        rows = [by_key[key] for key in group["params"] if key in by_key]
+        columns |= {part: [row[part] for row in rows] for part in ("exp_avg", "exp_avg_sq")}
+    for part, values in columns.items():
+        if len(values) != len(names):
+            raise ValueError(f"{part} of {len(values)} parameters, its config gives {len(names)}")
+        tensors |= {f"{part}/{name}": value for name, value in zip(names, values)}
+    facts = {
+        "step": int(state["step"]),
+        "ema_decay": float(ema["decay"]),
+        "ema_updates": None if ema["num_updates"] is None else int(ema["num_updates"]),
+        "counts": sorted({int(row["step"]) for row in rows}),  # AdamW's updates; [] without moments
+    }
     return {name: t for name, t in tensors.items() if name.split("/")[0] in parts}, facts
 
 
-def _moments(optimizer: dict) -> dict[int, dict]:
-    """Position in the group -> state: the indices themselves are torch's to choose."""
-    (group,) = optimizer["param_groups"]
-    state = optimizer["state"]
-    return {i: state[key] for i, key in enumerate(group["params"]) if key in state}
-
-
-def _write(file: str, tensors: str, facts: dict[str, Any]) -> dict[str, Any]:
+def _write(file: str, tensors: str, names: list[str], facts: dict[str, Any]) -> dict[str, Any]:
     """Write the tensors and facts as the original's save_checkpoint would."""
     import torch
     from safetensors.numpy import load_file
 
     stored = {name: torch.from_numpy(array) for name, array in load_file(tensors).items()}
-    order, count = range(facts["averages"]), facts["count"]
     # One parameter more than the model has: that of the original's noise, which never moves.
-    parameters = [torch.zeros(()) for _ in range(len(order) + 1)]
+    parameters = [torch.zeros(()) for _ in range(len(names) + 1)]
     settings = {**facts["optimizer"], "betas": tuple(facts["optimizer"]["betas"])}
     optimizer = torch.optim.AdamW(parameters, **settings).state_dict()
-    if count:
+    for count in facts["counts"]:
         optimizer["state"] = {
             i: {
                 "step": torch.tensor(float(count)),
-                "exp_avg": stored[f"exp_avg/{i}"],
-                "exp_avg_sq": stored[f"exp_avg_sq/{i}"],
+                "exp_avg": stored[f"exp_avg/{name}"],
+                "exp_avg_sq": stored[f"exp_avg_sq/{name}"],
             }
-            for i in order
+            for i, name in enumerate(names)
         }
     state = {
         "optimizer": optimizer,
@@ -173,7 +145,7 @@ def _write(file: str, tensors: str, facts: dict[str, Any]) -> dict[str, Any]:
         "ema": {
             "decay": facts["ema_decay"],
             "num_updates": facts["ema_updates"],
-            "shadow_params": [stored[f"ema/{i}"] for i in order],
+            "shadow_params": [stored[f"ema/{name}"] for name in names],
         },
         "step": facts["step"],
     }

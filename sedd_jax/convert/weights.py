@@ -5,6 +5,7 @@ tensors of whatever names and shapes, so these are compared before a byte of a t
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,12 +13,13 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
 
 from sedd_jax.files import load_json, shown
 
 DIGEST = "sedd_jax.sha256"  # in the metadata of our own files
 DTYPES = ("F32", "F16", "BF16")
+# Of the original's state dict; it follows from the sizes, and a file may lack it.
+BUFFER = "rotary_emb.inv_freq"
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -45,17 +47,20 @@ class Tensors(Mapping[str, np.ndarray]):
             array = opened.get_tensor(self.stored[name]).astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             raise ValueError(
-                f"{name} in {str(self.file)!r} holds values that are not finite; get it again"
+                f"{self.stored[name]} in {str(self.file)!r} holds values that are not finite; "
+                "get it again"
             )
         return array
 
-    def renamed(self, names: Mapping[str, str]) -> "Tensors":
-        """Those tensors whose names here are the values, under the keys."""
-        return Tensors(self.file, {new: self.stored[old] for new, old in names.items()})
+    def part(self, name: str) -> "Tensors":
+        """Those tensors whose name begins with "name/", without it."""
+        prefix = f"{name}/"
+        stored = {n.removeprefix(prefix): self.stored[n] for n in self if n.startswith(prefix)}
+        return Tensors(self.file, stored)
 
 
-def open_tensors(file: Path, expected: Shapes, *, optional: Shapes | None = None) -> Tensors:
-    """The tensors of a file that holds exactly `expected` and perhaps `optional`: name -> shape.
+def open_tensors(file: Path, expected: Shapes) -> Tensors:
+    """The tensors of a file that holds exactly `expected`, name -> shape, and perhaps BUFFER.
 
     F32 is read as it is, F16 and BF16 are widened, which is exact. A prefix "module." of every
     name, as DistributedDataParallel saves them, is left out. A file written here holds the sha256
@@ -63,17 +68,19 @@ def open_tensors(file: Path, expected: Shapes, *, optional: Shapes | None = None
     flipped bit that leaves a finite number cannot be. ValueError, before anything large is
     allocated, for whatever is wrong.
     """
-    file, optional = Path(file), optional or {}
+    file = Path(file)
     where = repr(str(file))
     try:
         # Far more than the expected names need: a longer header cannot be theirs.
-        _check_header(file, 2**16 + 1024 * (len(expected) + len(optional)))
+        _check_header(file, 2**16 + 1024 * len(expected))
         with safetensors.safe_open(file, "numpy") as opened:
             names = opened.offset_keys()
             is_wrapped = all(name.startswith("module.") for name in names)
             stored = {name.removeprefix("module.") if is_wrapped else name: name for name in names}
             slices = {name: opened.get_slice(old) for name, old in stored.items()}
-            compare({n: s.get_shape() for n, s in slices.items()}, expected, optional, where)
+            shapes = {name: tensor.get_shape() for name, tensor in slices.items()}
+            shapes = {name: shapes[name] for name in shapes if not name.endswith(BUFFER)}
+            compare(shapes, expected, where)
             for name, tensor in slices.items():
                 if tensor.get_dtype() not in DTYPES:
                     raise ValueError(
@@ -114,19 +121,18 @@ def _check_header(file: Path, max_bytes: int) -> None:
             )
 
 
-def compare(
-    actual: Shapes, expected: Shapes, optional: Shapes, where: str, *, model: str = "SEDD"
-) -> None:
+def compare(actual: Shapes, expected: Shapes, where: str, *, model: str = "SEDD") -> None:
     """ValueError if names or shapes are not the expected ones of a `model`."""
     rule = f"weights and config must be of one {model}"
-    missing = [name for name in expected if name not in actual]
-    extra = [name for name in actual if name not in expected and name not in optional]
-    for fault, wrong in (("lacks", missing), ("has a tensor too many:", extra)):
+    for fault, wrong in (
+        ("lacks", [name for name in expected if name not in actual]),
+        ("has a tensor too many:", [name for name in actual if name not in expected]),
+    ):
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise ValueError(f"{where} {fault} {shown(wrong[0])}{more}; {rule}")
-    for name, shape in {**expected, **optional}.items():
-        if name in actual and tuple(actual[name]) != tuple(shape):
+    for name, shape in expected.items():
+        if tuple(actual[name]) != tuple(shape):
             raise ValueError(
                 f"{name} in {where} has shape {shown(str(list(actual[name])))}, not "
                 f"{list(shape)}; {rule}"
@@ -136,19 +142,28 @@ def compare(
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write float32 tensors by name, with the sha256 that `open_tensors` checks.
 
-    Transposed views are copied, so that memory holds the weights twice. The file is on disk when
-    this returns; the caller writes it into a temporary folder, so that it appears whole.
+    One at a time, where the library's writer would copy all of them, most of which are transposed
+    views. The file is on disk when this returns; the caller writes it into a temporary folder, so
+    that it appears whole.
     """
-    arrays = {name: np.asarray(tensors[name], np.float32, order="C") for name in sorted(tensors)}
-    file.touch()
-    mode = file.stat().st_mode  # the library's writer leaves a file that only its owner may read
-    try:
-        save_file(arrays, file, {"format": "pt", DIGEST: _digest(arrays.items())})
-    except safetensors.SafetensorError as error:  # such as a full disk
-        raise OSError(f"cannot write {str(file)!r}: {error}") from error
-    with open(file, "rb+") as written:
-        os.fsync(written.fileno())
-    file.chmod(mode)
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        return (
+            (name, np.asarray(tensors[name], np.float32, order="C")) for name in sorted(tensors)
+        )
+
+    header, end = {"__metadata__": {"format": "pt", DIGEST: _digest(arrays())}}, 0
+    for name in sorted(tensors):
+        begin, end = end, end + 4 * tensors[name].size
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the data
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.writelines(array.data for _, array in arrays())
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def _digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:

@@ -330,9 +330,7 @@ class SEDD:
         the whole config) and README.md, a model card, in which the model is called `name`, the
         folder's by default. ValueError if folder holds anything else.
         """
-        convert.write_folder(
-            Path(folder),
-            name=name,
+        model = convert.Pretrained(
             config=self.experiment,
             vocab_size=self.graph.vocab_size,
             params=jax.device_get(self.params),
@@ -341,6 +339,7 @@ class SEDD:
             original=self.original,
             about=dict(self.about),
         )
+        convert.write_folder(Path(folder), model, name=name)
 
     def push_to_hub(
         self,

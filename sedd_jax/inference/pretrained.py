@@ -2,21 +2,18 @@
 
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from sedd_jax import config as configuration
 from sedd_jax import convert, data, experiment, hub
-from sedd_jax.convert.folder import CONFIG, OURS, PICKLED, WEIGHTS
+from sedd_jax.convert.folder import CONFIG, OURS, PICKLED, WEIGHTS, Pretrained
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import sharding
-from sedd_jax.runs import workdir as runs
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +53,17 @@ def load(
         folder = _download(str(source), revision)
     elif revision is not None:
         raise ValueError(f"{str(source)!r} is a folder: revision {revision!r} is for hub ids")
-    read = _reader(folder)
-    return read(folder, dtype=dtype, mesh=mesh, tokenizer=tokenizer)
+    form = convert.recognise(folder)
+    if form == "original":
+        raise ValueError(
+            f"{str(folder)!r} is a run of the original code; turn it into a folder first: "
+            f"sedd-convert --from={folder} --to=FOLDER"
+        )
+    if form == "hub":
+        return _assemble(_read_folder(folder, tokenizer, mesh), dtype, mesh)
+    if tokenizer is not None:
+        raise ValueError(f"{str(folder)!r} has its own tokenizer; leave tokenizer out")
+    return _assemble(convert.read_workdir(folder, mesh=mesh), dtype, mesh)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -79,75 +85,40 @@ def _download(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _reader(folder: Path) -> Callable[..., SEDD]:
-    """How to read the folder; ValueError, with what is missing, if it holds no model."""
-    missing = runs.missing_files(folder)
-    if not missing:
-        return _load_run
-    if (folder / CONFIG).is_file() and any((folder / n).is_file() for n in (WEIGHTS, PICKLED)):
-        return _load_folder
-    if (folder / ".hydra").is_dir() or folder.suffix == ".pth":
-        raise ValueError(
-            f"{str(folder)!r} is a run of the original code; turn it into a folder first: "
-            f"sedd-convert --from={folder} --to=FOLDER"
-        )
-    raise ValueError(
-        f"{str(folder)!r} holds no model: neither a training run ({', '.join(missing)} missing) "
-        f"nor {CONFIG} with {WEIGHTS} or {PICKLED}; {SOURCES}"
-    )
-
-
-def _load_run(
-    workdir: Path, *, dtype: str | None, mesh: Mesh | None, tokenizer: Tokenizer | str | None
-) -> SEDD:
-    if tokenizer is not None:
-        raise ValueError(f"{str(workdir)!r} has its own tokenizer; leave tokenizer out")
-    run = runs.open_workdir(workdir)
-    step, params = runs.read_average(run, mesh)
-    rest = {"step": step, "about": runs.about(run), "original": run.original}
-    return _assemble(run.config, params, run.tokenizer, dtype, mesh=mesh, **rest)
-
-
-def _load_folder(
-    folder: Path, *, dtype: str | None, mesh: Mesh | None, tokenizer: Tokenizer | str | None
-) -> SEDD:
-    read = convert.read_folder(folder)
-    for notice in read.notices:
+def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | None) -> Pretrained:
+    model = convert.read_folder(folder)
+    for notice in model.notices:
         log.info("%s", notice)
-    tokenizer = _make_tokenizer(tokenizer or read.tokenizer, read.vocab_size)
-    convert.check_tokenizer(tokenizer, read.vocab_size, folder)
-    params = jax.device_put(read.params, sharding.tree_shardings(read.params, mesh))
-    rest = {"step": read.step, "about": read.about, "original": read.original}
-    return _assemble(read.config, params, tokenizer, dtype, mesh=mesh, **rest)
+    tokenizer = tokenizer or model.tokenizer
+    if tokenizer is None and model.vocab_size != GPT2_TOKENS:
+        raise ValueError(
+            f"the folder names no tokenizer for its {model.vocab_size} tokens; pass tokenizer="
+            f'"name" or "name:path", or "ids:{model.vocab_size}" to read and write ids as numbers'
+        )
+    if not isinstance(tokenizer, Tokenizer):
+        tokenizer = data.named_tokenizer(tokenizer or "gpt2")  # the only one of the original code
+    convert.check_tokenizer(tokenizer, model.vocab_size, folder)
+    params = jax.device_put(model.params, sharding.tree_shardings(model.params, mesh))
+    return model._replace(params=params, tokenizer=tokenizer)
 
 
-def _make_tokenizer(tokenizer: Tokenizer | str | None, vocab_size: int) -> Tokenizer:
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if tokenizer is None:
-        if vocab_size != GPT2_TOKENS:
-            raise ValueError(
-                f"the folder names no tokenizer for its {vocab_size} tokens; pass tokenizer="
-                f'"name" or "name:path", or "ids:{vocab_size}" to read and write ids as numbers'
-            )
-        tokenizer = "gpt2"  # the only one of the original code
-    return data.named_tokenizer(tokenizer)
-
-
-def _assemble(config, params, tokenizer: Tokenizer, dtype: str | None, **rest: Any) -> SEDD:
+def _assemble(model: Pretrained, dtype: str | None, mesh: Mesh | None) -> SEDD:
+    config = model.config
     if dtype is not None:
-        config = config.copy_and_resolve_references()
-        config.model.dtype = dtype
-    graph = experiment.make_graph(config, tokenizer.vocab_size)
+        config = configuration.with_values(config, {"model.dtype": dtype})
+    graph = experiment.make_graph(config, model.vocab_size)
     return SEDD(
-        network=experiment.make_model(config, graph, rest.get("mesh")),
-        params=params,
+        network=experiment.make_model(config, graph, mesh),
+        params=model.params,
         graph=graph,
         schedule=experiment.make_schedule(config),
-        tokenizer=tokenizer,
+        tokenizer=model.tokenizer,
         length=config.data.length,
         sampling=Sampling.of(config.sample),
         t_min=config.objective.t_min,
         experiment=config.to_dict(),
-        **rest,
+        mesh=mesh,
+        step=model.step,
+        about=model.about,
+        original=model.original,
     )

@@ -200,12 +200,6 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer_from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def newest_step(workdir: Workdir) -> int | None:
-    """The newest checkpoint's step."""
-    with _checkpoints(workdir) as checkpoints:
-        return checkpoints.newest()
-
-
 def read_state(workdir: Workdir) -> TrainState:
     """The newest checkpoint's whole train state, on one device."""
     with _checkpoints(workdir) as checkpoints:
