@@ -286,15 +286,11 @@ def describe_mauve(result: dict[str, Any]) -> str:
 
 def pareto_picture(path: Path, results: list[dict[str, Any]]) -> None:
     """Generative perplexity and entropy against network calls, as PNG; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would open a window
 
     calls = [r["nfe"] for r in results]
-    figure, (upper, lower) = plt.subplots(
-        2, 1, figsize=(7, 7), sharex=True, height_ratios=[2, 1], constrained_layout=True
-    )
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     for key, style in (("mean_of_exp", "o-"), ("token_mean", "s--")):
         values = [r["generative_perplexity"][key] for r in results]
         upper.plot(calls, values, style, label=key.replace("_", " "))
@@ -307,4 +303,3 @@ def pareto_picture(path: Path, results: list[dict[str, Any]]) -> None:
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
