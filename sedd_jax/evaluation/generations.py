@@ -17,6 +17,7 @@ from sedd_jax import data
 from sedd_jax.evaluation import mauve
 from sedd_jax.evaluation.scorer import Scorer, check_token_rows
 from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.sampling import Sampling
 
 MIN_REFERENCES = 500  # below, MAUVE says little
 
@@ -83,9 +84,10 @@ def generative_perplexity(
     """Samples of `length` tokens (the model's, by default), and their numbers under the scorer.
 
     sampling: steps, predictor, draw, grid and t_min, as SEDD.sample_tokens takes them; what is
-    missing is the config's.
+    missing or None is model.sampling's.
     """
-    sampling = with_defaults(model, sampling)
+    chosen = model.sampling.replaced(**sampling)
+    sampling = dataclasses.asdict(chosen)
     batching = {"length": length, "batch_size": batch_size, "seed": seed}
     _compile(model, num_samples, **batching, **sampling)
     began = time.perf_counter()
@@ -95,7 +97,7 @@ def generative_perplexity(
     nats = scorer.nats(rows, batch_size=batch_size, progress=progress)
     nats[np.arange(nats.shape[1]) >= lengths[:, None] - 1] = np.nan
     return {
-        **made_with(model, scorer, seed, sampling),
+        **made_with(model, scorer, seed, chosen),
         "num_samples": num_samples,
         "length": tokens.shape[1],
         "seconds_a_sample": seconds / num_samples,
@@ -142,7 +144,8 @@ def conditional_mauve(
     References are the first 100 tokens of the split's blocks; see mauve.known_tokens for which of
     them the sampler knows. `repeats` completions of each are scored apart.
     """
-    sampling = with_defaults(model, sampling)
+    chosen = model.sampling.replaced(**sampling)
+    sampling = dataclasses.asdict(chosen)
     mauve.check(form, references, repeats, seed=seed, buckets=buckets)
     texts = _read_references(records, split, references, model.length)
     batching = {"batch_size": batch_size, "progress": progress}
@@ -159,7 +162,7 @@ def conditional_mauve(
 
     completed = [features(complete(repeat)) for repeat in range(repeats)]
     return {
-        **made_with(model, scorer, seed, sampling),
+        **made_with(model, scorer, seed, chosen),
         "form": form,
         "references": references,
         "repeats": repeats,
@@ -191,19 +194,12 @@ def _read_references(
     return texts
 
 
-def with_defaults(model: SEDD, sampling: dict[str, Any]) -> dict[str, Any]:
-    """Sampling options, those that are None or missing as model.sampling has them."""
-    chosen = {key: value for key, value in sampling.items() if value is not None}
-    return {**dataclasses.asdict(model.sampling), **chosen}
-
-
-def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
+def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: Sampling) -> dict[str, Any]:
     """What must stand beside a number of generated text."""
     return {
         "step": model.step,
-        **sampling,
-        # The denoiser is the last call, and the only one without a predictor.
-        "nfe": 1 if sampling["predictor"] == "none" else sampling["steps"] + 1,
+        **dataclasses.asdict(sampling),
+        "nfe": sampling.nfe,
         "seed": seed,
         "dtype": model.dtype,
         "scorer": scorer.name,
