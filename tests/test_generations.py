@@ -31,8 +31,7 @@ def test_generative_perplexity_says_what_it_was_made_with(
     assert f"{result['generative_perplexity']['mean_of_exp']:.2f}" in capsys.readouterr().out
     # By hand: the same tokens, decoded, encoded in the scorer's tokens and scored one by one.
     model, scorer = load(tiny_run), load_scorer(str(scorer_folder))
-    sampling = generations.with_defaults(model, {"steps": 4})
-    tokens = model.sample_tokens(5, length=20, batch_size=4, seed=3, **sampling)
+    tokens = model.sample_tokens(5, length=20, batch_size=4, seed=3, steps=4)
     assert len(np.unique(tokens, axis=0)) == 5
     nats = [scorer.nats(scorer.tokenizer.encode(t)[None])[0] for t in model.decode(tokens)]
     means = [row.mean(dtype=np.float64) for row in nats]

@@ -23,6 +23,10 @@ def add_workdir(parser: argparse.ArgumentParser, about: str) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help=about)
 
 
+def add_steps(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """--predictor, --draw and --grid: None where the model's config decides."""
     add = parser.add_argument
@@ -32,8 +36,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scorer(parser: argparse.ArgumentParser) -> None:
-    """The scorer and how the texts that it scores are sampled."""
+    """The model, the scorer and how the texts that it scores are sampled."""
     add = parser.add_argument
+    add_workdir(parser, MODEL)
     add("--scorer", default="gpt2-large", help="gpt2 .. gpt2-xl, a folder, or a hub id@commit")
     add("--scorer_dtype", default="float32", help="float32 or bfloat16")
     add_sampling(parser)
@@ -48,7 +53,9 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
 
 def add_records(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--records", type=Path, help="records of sedd-prepare (default: the run's own)")
+    add(
+        "--records", type=Path, help="records of sedd-prepare (default: the run's own; else needed)"
+    )
     add("--split", help="of the records (default: the run's heldout_split, test with --records)")
 
 
@@ -64,6 +71,13 @@ def output_file(text: str) -> Path:
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is in no folder; make it or give another path")
     return path
+
+
+def new_file(text: str) -> Path:
+    """An argparse type, an output_file that is not there yet."""
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text!r} exists already; move it or give another path")
+    return output_file(text)
 
 
 def check_run(source: Path, remedy: str) -> None:

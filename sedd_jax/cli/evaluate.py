@@ -3,9 +3,8 @@
 import argparse
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sedd_jax.cli.arguments import (
     MODEL,
@@ -13,7 +12,7 @@ from sedd_jax.cli.arguments import (
     add_records,
     add_samples,
     add_scorer,
-    add_workdir,
+    add_steps,
     check_matplotlib,
     check_run,
     make_parser,
@@ -21,18 +20,17 @@ from sedd_jax.cli.arguments import (
     run_records,
 )
 
-WITH_RECORDS = "(the last two need --records)"
 NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
 
 
 def run(name: str, argv: list[str]) -> None:
     if argv and argv[0] in EVALUATIONS:
-        evaluation = EVALUATIONS[argv[0]]
-        evaluation.run(make_parser(f"{name} {argv[0]}", evaluation.about), argv[1:])
+        evaluate = EVALUATIONS[argv[0]]
+        evaluate(make_parser(f"{name} {argv[0]}", evaluate.__doc__), argv[1:])
     elif {"-h", "--help"} & set(argv[:1]):
         print(f"usage: {name} {{{','.join(EVALUATIONS)}}} --workdir=DIR ...\n")
-        for kind, evaluation in EVALUATIONS.items():
-            print(f"  {kind:<23}{evaluation.about}")
+        for kind, evaluate in EVALUATIONS.items():
+            print(f"  {kind:<23}{evaluate.__doc__}")
         print(f"\nexample: {name} likelihood --workdir=runs/quickstart --json=result.json")
         print(f"{name} likelihood --help lists its arguments")
     else:
@@ -41,8 +39,9 @@ def run(name: str, argv: list[str]) -> None:
 
 
 def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """An upper bound on -log p of a split, in every unit."""
     add = parser.add_argument
-    add("--workdir", type=Path, help=f"{MODEL} {WITH_RECORDS}")
+    add("--workdir", type=Path, help=MODEL)
     add("--gpt2", help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id")
     add_records(parser)
     add("--blocks", type=int, help="score this many blocks (default: all)")
@@ -76,8 +75,7 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from sedd_jax.evaluation.likelihood import likelihood_table
 
     result = _bound(options) if options.gpt2 is None else _gpt2(options)
-    print(likelihood_table(result))
-    _write_json(options.json, result)
+    _show(likelihood_table(result), result, options.json)
 
 
 def _bound(options: argparse.Namespace) -> dict[str, Any]:
@@ -88,8 +86,8 @@ def _bound(options: argparse.Namespace) -> dict[str, Any]:
     records, split = _records(options)
     train = None
     if options.baselines:
-        own, names = run_records(options.workdir)
-        train = (own, names.train_split)
+        run, names = run_records(options.workdir)
+        train = (run, names.train_split)
     keys = ("blocks", "passes", "batch_size", "seed", "target_standard_error", "max_passes")
     chosen = {key: getattr(options, key) for key in keys}
     return evaluate_split(model, records, split, train=train, progress=True, **chosen)
@@ -105,10 +103,9 @@ def _gpt2(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generative_perplexity(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    add = parser.add_argument
-    add_workdir(parser, MODEL)
+    """Perplexity of the model's samples under GPT-2, with their entropy."""
     add_scorer(parser)
-    add("--steps", type=int, help="reverse steps (default: the config's)")
+    add_steps(parser)
     add_samples(parser)
     add_json(parser)
     options = parser.parse_args(argv)
@@ -117,15 +114,14 @@ def _generative_perplexity(parser: argparse.ArgumentParser, argv: list[str]) -> 
     result = generations.generative_perplexity(
         *_model_and_scorer(options), **_sampling(options, "num_samples", "length", "steps")
     )
-    print(generations.perplexity_table([result]))
-    _write_json(options.json, result)
+    _show(generations.perplexity_table([result]), result, options.json)
 
 
 def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """MAUVE of completions of 100-token texts, 50 tokens given."""
     add = parser.add_argument
-    add_workdir(parser, f"{MODEL} {WITH_RECORDS}")
     add_scorer(parser)
-    add("--steps", type=int, help="reverse steps (default: the config's)")
+    add_steps(parser)
     add("--form", default="prefix", help="prefix: the first 50 given; infill: 25 at each end")
     add_records(parser)
     add("--references", type=int, default=1000)
@@ -144,13 +140,12 @@ def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     likelihood.check_records(model, records)
     chosen = _sampling(options, "form", "references", "repeats", "buckets", "steps")
     result = generations.conditional_mauve(model, scorer, records, split, **chosen)
-    print(generations.describe_mauve(result))
-    _write_json(options.json, result)
+    _show(generations.describe_mauve(result), result, options.json)
 
 
 def _pareto(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Generative perplexity against network calls: table and picture."""
     add = parser.add_argument
-    add_workdir(parser, MODEL)
     add_scorer(parser)
     add("--steps", default="32,64,128,256,512,1024,2048", help="numbers of steps, commas between")
     add_samples(parser)
@@ -167,29 +162,17 @@ def _pareto(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     results = generations.pareto(
         *_model_and_scorer(options), steps, **_sampling(options, "num_samples", "length")
     )
-    print(generations.perplexity_table(results))
-    _write_json(options.json, results)
+    _show(generations.perplexity_table(results), results, options.json)
     if options.picture:
         generations.pareto_picture(options.picture, results)
 
 
-class Evaluation(NamedTuple):
-    """What --help says of an evaluation, and what takes its parser and arguments."""
-
-    about: str
-    run: Callable[[argparse.ArgumentParser, list[str]], None]
-
-
+# What --help says of each is its docstring.
 EVALUATIONS = {
-    "likelihood": Evaluation("An upper bound on -log p of a split, in every unit.", _likelihood),
-    "generative_perplexity": Evaluation(
-        "Perplexity of the model's samples under GPT-2, with their entropy.",
-        _generative_perplexity,
-    ),
-    "mauve": Evaluation("MAUVE of completions of 100-token texts, 50 tokens given.", _mauve),
-    "pareto": Evaluation(
-        "Generative perplexity against network calls: table and picture.", _pareto
-    ),
+    "likelihood": _likelihood,
+    "generative_perplexity": _generative_perplexity,
+    "mauve": _mauve,
+    "pareto": _pareto,
 }
 
 
@@ -217,6 +200,8 @@ def _sampling(options: argparse.Namespace, *more: str) -> dict[str, Any]:
     return {"progress": True, **{name: getattr(options, name) for name in names}}
 
 
-def _write_json(path: Path | None, result: Any) -> None:
+def _show(text: str, result: Any, path: Path | None) -> None:
+    """Prints the text; writes the result as JSON where there is a path."""
+    print(text)
     if path is not None:
         path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

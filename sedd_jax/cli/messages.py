@@ -1,7 +1,9 @@
 """What the commands say on standard error."""
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 
 def say(name: str, error: Exception, status: int) -> int:
@@ -9,24 +11,15 @@ def say(name: str, error: Exception, status: int) -> int:
     return status
 
 
-class _ToStandardError(logging.StreamHandler):
-    """Writes to what sys.stderr is when the message comes: a notebook or a test may replace it."""
-
-    @property
-    def stream(self):
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _):
-        pass
-
-
-def log_plainly() -> None:
-    """The package's own messages as plain lines on standard error."""
+@contextlib.contextmanager
+def plain_log() -> Iterator[None]:
+    """Within it, the package's own messages are plain lines on standard error."""
     logger = logging.getLogger("sedd_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    if not logger.handlers:
-        handler = _ToStandardError()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+    handler = logging.StreamHandler()  # for each command: a notebook or a test replaces sys.stderr
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sedd_jax.cli.arguments import add_sampling, make_parser
+from sedd_jax.cli.arguments import add_sampling, make_parser, new_file
 from sedd_jax.files import replacing
 
 OPTIONS = ("steps", "predictor", "draw", "grid")  # the config's, where the command names none
@@ -27,10 +27,8 @@ def run(name: str, argv: list[str]) -> None:
     if options.template is None and (options.prefix or options.suffix):
         length = model.length if length is None else length
         known = data.prefix_suffix(options.prefix, options.suffix, model.tokenizer, length)
-    chosen = {
-        key: getattr(model.sampling if getattr(options, key) is None else options, key)
-        for key in OPTIONS
-    }
+    sampling = model.sampling.replaced(**{key: getattr(options, key) for key in OPTIONS})
+    chosen = {key: getattr(sampling, key) for key in OPTIONS}
     is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
     states = model.stream(
         options.template,
@@ -40,16 +38,16 @@ def run(name: str, argv: list[str]) -> None:
         updates=64 if options.html or is_live else 20,
         batch_size=options.batch_size,
         seed=options.seed,
+        progress=not is_live and sys.stderr.isatty(),
         **chosen,
     )
     texts = {flag: getattr(options, flag) for flag in ("template", "prefix", "suffix")}
     about = {"seed": options.seed, **chosen, **{flag: text for flag, text in texts.items() if text}}
-    total = -(-options.num_samples // options.batch_size) * chosen["steps"]
     seen = []
 
     def samples() -> Iterator[dict[str, Any]]:
         index = itertools.count()
-        for state in _watched(states, total, is_live):
+        for state in _watched(states, is_live):
             if options.html:
                 seen.append(state)
             if state.step == state.steps:
@@ -78,8 +76,8 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     add("--num_samples", type=int, default=1)
     add("--batch_size", type=int, default=16, help="samples at once")
     add("--format", default="text", help="text, or jsonl: an object a line, batch by batch")
-    add("--out", type=Path, help="write to this new file (default: standard output)")
-    add("--html", type=Path, help="also write a page that plays the sampling to this new file")
+    add("--out", type=new_file, help="write to this new file (default: standard output)")
+    add("--html", type=new_file, help="also write a page that plays the sampling to this new file")
     add("--live", action="store_true", help="show the first sample in the terminal as it comes")
     options = parser.parse_args(argv)
     if (options.workdir is None) == (options.model is None):
@@ -89,30 +87,17 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
             raise ValueError(f"--template cannot go with --{flag}; write it into the template")
     if options.format not in FORMATS:
         raise ValueError(f"unknown format {options.format!r}; known: {', '.join(FORMATS)}")
-    for flag in ("out", "html"):
-        _check_new(flag, getattr(options, flag))
     if options.out is not None and options.out == options.html:
         raise ValueError(f"--out and --html are both {str(options.out)!r}; give two paths")
     return options
 
 
-def _check_new(flag: str, path: Path | None) -> None:
-    """ValueError, before the work, unless a file can be made at path."""
-    if path is None:
-        return
-    if path.exists():
-        raise ValueError(f"--{flag} {str(path)!r} exists already; move it or give another path")
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"--{flag} {str(path)!r} is in no folder; make it or give another path")
-
-
-def _watched(states: Iterable, total: int, is_live: bool) -> Iterator:
-    """The states as they come, with a bar or with the first text itself in the terminal."""
+def _watched(states: Iterable, is_live: bool) -> Iterator:
+    """The states as they come, with the first text in the terminal if it is live."""
     from sedd_jax.cli.terminal import TerminalView
-    from sedd_jax.inference.trajectory import with_bar
 
     view = TerminalView(sys.stdout) if is_live else None
-    for state in with_bar(states, total, disable=is_live or not sys.stderr.isatty()):
+    for state in states:
         if view is not None:
             view.draw(state)
             if state.step == state.steps:  # the first batch is drawn: no other is shown

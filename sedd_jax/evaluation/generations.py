@@ -17,6 +17,7 @@ from sedd_jax import data
 from sedd_jax.evaluation import mauve
 from sedd_jax.evaluation.scorer import Scorer, check_token_rows
 from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.sampling import Sampling
 
 MIN_REFERENCES = 500  # below, MAUVE says little
 
@@ -83,9 +84,10 @@ def generative_perplexity(
     """Samples of `length` tokens (the model's, by default), and their numbers under the scorer.
 
     sampling: steps, predictor, draw, grid and t_min, as SEDD.sample_tokens takes them; what is
-    missing is the config's.
+    missing or None is model.sampling's.
     """
-    sampling = with_defaults(model, sampling)
+    chosen = model.sampling.replaced(**sampling)
+    sampling = dataclasses.asdict(chosen)
     batching = {"length": length, "batch_size": batch_size, "seed": seed}
     _compile(model, num_samples, **batching, **sampling)
     began = time.perf_counter()
@@ -95,7 +97,7 @@ def generative_perplexity(
     nats = scorer.nats(rows, batch_size=batch_size, progress=progress)
     nats[np.arange(nats.shape[1]) >= lengths[:, None] - 1] = np.nan
     return {
-        **made_with(model, scorer, seed, sampling),
+        **made_with(model, scorer, seed, chosen),
         "num_samples": num_samples,
         "length": tokens.shape[1],
         "seconds_a_sample": seconds / num_samples,
@@ -142,7 +144,8 @@ def conditional_mauve(
     References are the first 100 tokens of the split's blocks; see mauve.known_tokens for which of
     them the sampler knows. `repeats` completions of each are scored apart.
     """
-    sampling = with_defaults(model, sampling)
+    chosen = model.sampling.replaced(**sampling)
+    sampling = dataclasses.asdict(chosen)
     mauve.check(form, references, repeats, seed=seed, buckets=buckets)
     texts = _read_references(records, split, references, model.length)
     batching = {"batch_size": batch_size, "progress": progress}
@@ -159,7 +162,7 @@ def conditional_mauve(
 
     completed = [features(complete(repeat)) for repeat in range(repeats)]
     return {
-        **made_with(model, scorer, seed, sampling),
+        **made_with(model, scorer, seed, chosen),
         "form": form,
         "references": references,
         "repeats": repeats,
@@ -191,19 +194,12 @@ def _read_references(
     return texts
 
 
-def with_defaults(model: SEDD, sampling: dict[str, Any]) -> dict[str, Any]:
-    """Sampling options, those that are None or missing as model.sampling has them."""
-    chosen = {key: value for key, value in sampling.items() if value is not None}
-    return {**dataclasses.asdict(model.sampling), **chosen}
-
-
-def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: dict[str, Any]) -> dict[str, Any]:
+def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: Sampling) -> dict[str, Any]:
     """What must stand beside a number of generated text."""
     return {
         "step": model.step,
-        **sampling,
-        # The denoiser is the last call, and the only one without a predictor.
-        "nfe": 1 if sampling["predictor"] == "none" else sampling["steps"] + 1,
+        **dataclasses.asdict(sampling),
+        "nfe": sampling.nfe,
         "seed": seed,
         "dtype": model.dtype,
         "scorer": scorer.name,
@@ -286,15 +282,11 @@ def describe_mauve(result: dict[str, Any]) -> str:
 
 def pareto_picture(path: Path, results: list[dict[str, Any]]) -> None:
     """Generative perplexity and entropy against network calls, as PNG; needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which would open a window
 
     calls = [r["nfe"] for r in results]
-    figure, (upper, lower) = plt.subplots(
-        2, 1, figsize=(7, 7), sharex=True, height_ratios=[2, 1], constrained_layout=True
-    )
+    figure = Figure(figsize=(7, 7), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     for key, style in (("mean_of_exp", "o-"), ("token_mean", "s--")):
         values = [r["generative_perplexity"][key] for r in results]
         upper.plot(calls, values, style, label=key.replace("_", " "))
@@ -307,4 +299,3 @@ def pareto_picture(path: Path, results: list[dict[str, Any]]) -> None:
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

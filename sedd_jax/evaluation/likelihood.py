@@ -3,10 +3,11 @@
 Every result holds the same units, so that two of them can stand in one table.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import scipy.sparse
 
 from sedd_jax import data
 from sedd_jax.evaluation.scorer import Scorer
@@ -56,10 +57,7 @@ def evaluate_split(
         progress=progress,
     )
     sizes = _sizes(records, split, heldout)
-    values = bounds.in_units(total, **sizes)
-    for name, nats in ngrams.items():
-        for unit, value in bounds.one_in_units(nats, **sizes).items():
-            values[unit][name] = value
+    values = bounds.in_units({**total.sums, **ngrams}, **sizes)
     target = {}
     if target_standard_error is not None:
         error = values["nats_per_token"]["bound_standard_error"]
@@ -107,7 +105,7 @@ def evaluate_gpt2(
     is_scored = np.ones(nats.shape, bool) if scored.is_token is None else scored.is_token[:, 1:]
     fraction = int(is_scored.sum()) / scored.count
     sizes = {name: round(size * fraction) for name, size in _sizes(records, split, scored).items()}
-    units = bounds.one_in_units(float(nats[is_scored].sum(dtype=np.float64)), **sizes)
+    total = float(nats[is_scored].sum(dtype=np.float64))
     return {
         "scorer": scorer.name,
         "dtype": np.dtype(scorer.network.dtype).name,
@@ -115,7 +113,7 @@ def evaluate_gpt2(
         "blocks": len(scored.tokens),
         **sizes,
         "data": _provenance(records, split),
-        **{unit: {"gpt2": value} for unit, value in units.items()},
+        **bounds.in_units({"gpt2": total}, **sizes),
     }
 
 
@@ -144,10 +142,9 @@ def _sizes(records: data.Records, split: str, blocks: data.Blocks) -> dict[str, 
     """
     counts = records.counts(split)
     words = counts["words"] + counts["documents"]
-    tokens = blocks.tokens[... if blocks.is_token is None else blocks.is_token]
     return {
         "tokens": blocks.count,
-        "characters": records.tokenizer.count_characters(tokens.reshape(-1)),
+        "characters": records.tokenizer.count_characters(stream_of(blocks)),
         "words": blocks.count * words / counts["tokens"],
     }
 
@@ -194,16 +191,28 @@ def likelihood_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def stream_of(blocks: data.Blocks) -> np.ndarray:
+    """The tokens of the blocks one after the other, int32 [tokens], without padding."""
+    return blocks.tokens[... if blocks.is_token is None else blocks.is_token].reshape(-1)
+
+
+def read_parts(records: data.Records, split: str) -> Iterator[data.Blocks]:
+    """The split's blocks, 1024 at a time: memory does not hold the corpus."""
+    source = records.source(split)
+    for start in range(0, len(source), 1024):
+        rows = [records.parse(source[i]) for i in range(start, min(start + 1024, len(source)))]
+        yield records.blocks(np.stack(rows))
+
+
 # --- n-gram models
 
 
 def _ngram_nats(records: data.Records, split: str, heldout: data.Blocks) -> dict[str, float]:
     """-log p of the held-out blocks under n-gram models of the split, nats."""
-    source = records.source(split)
     if heldout.is_token is not None:
         raise ValueError("n-gram models need packed records; leave --baselines out")
-    blocks = (records.parse(source[i]) for i in range(len(source)))
-    bigram = Bigram(blocks, records.tokenizer.vocab_size)
+    parts = (part.tokens for part in read_parts(records, split))
+    bigram = Bigram(parts, records.tokenizer.vocab_size)
     return {
         "unigram": bigram.unigram_nats(heldout.tokens),
         "bigram": bigram.bigram_nats(heldout.tokens),
@@ -211,41 +220,24 @@ def _ngram_nats(records: data.Records, split: str, heldout: data.Blocks) -> dict
 
 
 class Bigram:
-    """Unigram and interpolated bigram models of a token stream, fitted by counting.
+    """Unigram and interpolated bigram models of blocks, int [..., L] a part, fitted by counting.
 
     The unigram adds one to every count. The bigram mixes in the unigram by Witten and Bell's rule
     (1991): p(y | x) = (count(x, y) + kinds(x) unigram(y)) / (count(x) + kinds(x)), kinds(x) the
     number of different tokens seen after x.
     """
 
-    def __init__(self, blocks: Iterable[np.ndarray], vocab_size: int):
-        self.vocab_size = vocab_size
+    def __init__(self, parts: Iterable[np.ndarray], vocab_size: int):
         singles = np.ones(vocab_size)
-        self.pairs, self.counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        pending: list[np.ndarray] = []
-
-        def merge():
-            # A part at a time: memory holds the different pairs, not the corpus.
-            pairs, counts = np.unique(np.concatenate(pending), return_counts=True)
-            pending.clear()
-            self.pairs, where = np.unique(np.concatenate([self.pairs, pairs]), return_inverse=True)
-            counts = np.concatenate([self.counts, counts])
-            self.counts = np.bincount(where, weights=counts).astype(np.int64)
-
-        for block in blocks:  # int [L]
-            singles += np.bincount(block, minlength=vocab_size)
-            pending.append(self._pair(block[:-1], block[1:]))
-            if len(pending) * len(block) > 2**20:
-                merge()
-        if pending:
-            merge()
+        shape = vocab_size, vocab_size
+        self.counts = scipy.sparse.csr_array(shape, dtype=np.int64)  # of (x, y): y came after x
+        for part in parts:
+            singles += np.bincount(part.ravel(), minlength=vocab_size)
+            x, y = part[..., :-1].ravel(), part[..., 1:].ravel()
+            self.counts += scipy.sparse.csr_array((np.ones_like(x, np.int64), (x, y)), shape)
         self.unigram = singles / singles.sum()
-        first = self.pairs // vocab_size
-        self.totals = np.bincount(first, weights=self.counts, minlength=vocab_size)
-        self.kinds = np.bincount(first, minlength=vocab_size)
-
-    def _pair(self, x, y):
-        return x.astype(np.int64) * self.vocab_size + y
+        self.totals = self.counts.sum(axis=1)
+        self.kinds = np.diff(self.counts.indptr)
 
     def unigram_nats(self, blocks: np.ndarray) -> float:
         """-log p of int32 [N, L] under the unigram, summed."""
@@ -254,9 +246,7 @@ class Bigram:
     def bigram_nats(self, blocks: np.ndarray) -> float:
         """-log p of int32 [N, L] under the bigram, summed; a block starts with the unigram."""
         x, y = blocks[:, :-1], blocks[:, 1:]
-        pairs = self._pair(x, y)
-        index = np.minimum(np.searchsorted(self.pairs, pairs), len(self.pairs) - 1)
-        count = np.where(self.pairs[index] == pairs, self.counts[index], 0)
+        count = np.asarray(self.counts[x.ravel(), y.ravel()]).reshape(x.shape)
         kinds = np.maximum(self.kinds[x], 1)  # a token that never came first: the unigram
         probability = (count + kinds * self.unigram[y]) / (self.totals[x] + kinds)
         return float(-np.log(self.unigram[blocks[:, 0]]).sum() - np.log(probability).sum())

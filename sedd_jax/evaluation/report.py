@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sedd_jax import data
-from sedd_jax.evaluation.likelihood import evaluate_split
+from sedd_jax.evaluation.likelihood import evaluate_split, read_parts, stream_of
 from sedd_jax.files import write_text
 from sedd_jax.inference.model import SEDD
 from sedd_jax.runs import workdir as runs
@@ -73,13 +73,9 @@ def word_rate(texts: list[str], known_words: set[str]) -> float:
 
 def vocabulary(records: data.Records, split: str) -> set[str]:
     """The words of three letters or more in the text of a split."""
-    source = records.source(split)
     words: set[str] = set()
-    for start in range(0, len(source), 1024):  # blocks at a time, not the corpus
-        rows = [records.parse(source[i]) for i in range(start, min(start + 1024, len(source)))]
-        blocks = records.blocks(np.stack(rows))
-        tokens = blocks.tokens[... if blocks.is_token is None else blocks.is_token]
-        words.update(_words(records.tokenizer.decode(tokens.reshape(-1)))[1:-1])
+    for part in read_parts(records, split):
+        words.update(_words(records.tokenizer.decode(stream_of(part)))[1:-1])
     return words
 
 
@@ -91,18 +87,13 @@ def draw_picture(
     path: Path, metrics: list[dict[str, Any]], result: dict[str, Any], frames: list[str]
 ) -> None:
     """Loss curve and one sample's denoising, as PNG; needs matplotlib (the [plot] extra)."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would open a window
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (curve, denoising) = plt.subplots(
-        2, 1, figsize=(13, 9), height_ratios=[3, 2.2], constrained_layout=True
-    )
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    curve, denoising = figure.subplots(2, 1, height_ratios=[3, 2.2])
     _draw_curve(curve, metrics, result)
     _draw_denoising(denoising, frames)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def _draw_curve(axes, metrics: list[dict[str, Any]], result: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from tqdm.auto import tqdm
 
 from sedd_jax import hub
 from sedd_jax.config import DTYPES
@@ -25,6 +24,7 @@ from sedd_jax.convert.weights import DTYPES as DTYPES_READ
 from sedd_jax.convert.weights import compare
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
 from sedd_jax.files import load_json
+from sedd_jax.inference.bounds import batches
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
 
@@ -36,9 +36,8 @@ SCORERS = {
     "gpt2-xl": "openai-community/gpt2-xl@15ea56dee5df4983c59b2538573817e1667135e2",
 }
 
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model-*.safetensors"
 VOCAB, MERGES = "vocab.json", "merges.txt"
-FILES = (WEIGHTS, INDEX, "model-*.safetensors", VOCAB, MERGES)  # and CONFIG
 
 # Field of the network: key of config.json.
 _SIZES = {
@@ -51,6 +50,7 @@ _SIZES = {
 # Keys that change the mathematics, each with the one value that the network computes, which is
 # also what an absent key means.
 _FIXED = {
+    "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": gpt2.LAYER_NORM_EPSILON,
     "scale_attn_weights": True,
@@ -81,6 +81,7 @@ _PARAMETERS = {
 }
 _BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, and its score
 _HEAD = "lm_head.weight"
+_REMEDY = "give the folder of a GPT-2 saved by Hugging Face's save_pretrained"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)  # eq=False: the object is its own jit cache key
@@ -141,15 +142,11 @@ class Scorer:
         return features
 
     def _over_batches(self, fn, batch_size, progress, *arrays):
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
         count = len(arrays[0])
-        results = []
-        starts = range(0, count, batch_size)
-        for start in tqdm(starts, desc="score", unit="batch", disable=not progress):
-            # The last batch repeats the last row, dropped below, so that one shape is compiled.
-            rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-            results.append(np.asarray(fn(self.params, *(array[rows] for array in arrays))))
+        results = [
+            np.asarray(fn(self.params, *(array[rows] for array in arrays)))
+            for rows in batches(count, batch_size, name="score", progress=progress)
+        ]
         return np.concatenate(results)[:count]
 
     def _check(self, tokens, min_length):
@@ -208,46 +205,32 @@ def _locate(name: str) -> tuple[str, Path]:
             f"no scorer {name!r}: neither a folder, nor owner/name@revision on the hub, nor one of "
             f"{', '.join(SCORERS)}"
         )
-    folder = hub.download(repository, revision, [CONFIG], optional=FILES)
+    folder = hub.download(repository, revision, [CONFIG], optional=[WEIGHTS, SHARDS, VOCAB, MERGES])
     return f"{repository}@{folder.name}", folder  # a snapshot's folder is called by its commit
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ValueError(
-            f"no {file.name} in {str(file.parent)!r}; give the folder of a GPT-2 saved by "
-            "Hugging Face's save_pretrained"
-        )
-    return load_json(file.read_bytes(), repr(str(file)))
 
 
 def _read_network(file: Path, dtype: jnp.dtype) -> GPT2:
     """The network that config.json describes."""
-    config, where = _read_json(file), repr(str(file))
-    if config.get("model_type") != "gpt2":
-        raise ValueError(
-            f"{where} describes a model of type {config.get('model_type')!r}, not 'gpt2'; give a "
-            "GPT-2"
-        )
+    if not file.is_file():
+        raise ValueError(f"no {CONFIG} in {str(file.parent)!r}; {_REMEDY}")
+    where = repr(str(file))
+    config = load_json(file.read_bytes(), where)
     sizes = {field: config.get(key) for field, key in _SIZES.items()}
-    for field, size in sizes.items():
-        if type(size) is not int or size < 1:  # type, because True is an int to isinstance
-            raise ValueError(f"{_SIZES[field]} {size!r} in {where} is no integer above 0")
     channels, heads = sizes["hidden_size"], sizes["heads"]
-    if channels % heads:
-        raise ValueError(f"n_embd {channels} in {where} is not divisible by n_head {heads}")
-    for key, value in {**_FIXED, "n_ctx": sizes["positions"]}.items():
+    fixed = {**_FIXED, "n_ctx": sizes["positions"]}
+    if config.get("n_inner") is not None and type(channels) is int:
+        fixed["n_inner"] = gpt2.MLP_RATIO * channels
+    for key, value in fixed.items():
         if config.get(key, value) != value:
             raise ValueError(
                 f"{key} {config[key]!r} in {where} is not {value!r}, all that this network "
                 "computes; give a GPT-2 with that"
             )
-    inner = config.get("n_inner")
-    if inner not in (None, gpt2.MLP_RATIO * channels):
-        raise ValueError(
-            f"n_inner {inner!r} in {where} is neither null nor {gpt2.MLP_RATIO} n_embd = "
-            f"{gpt2.MLP_RATIO * channels}; give a GPT-2 with that"
-        )
+    for field, size in sizes.items():
+        if type(size) is not int or size < 1:  # type, because True is an int to isinstance
+            raise ValueError(f"{_SIZES[field]} {size!r} in {where} is no integer above 0")
+    if channels % heads:
+        raise ValueError(f"n_embd {channels} in {where} is not divisible by n_head {heads}")
     return GPT2(**sizes, dtype=dtype)
 
 
@@ -263,37 +246,14 @@ def _tokenizer(folder: Path, network: GPT2) -> GPT2Tokenizer | None:
     return tokenizer
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the files that its index names."""
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    index = folder / INDEX
-    if not index.is_file():
-        raise ValueError(
-            f"no {WEIGHTS} in {str(folder)!r}; give the folder of a GPT-2 saved by Hugging Face's "
-            "save_pretrained (pytorch_model.bin is not read)"
-        )
-    weight_map = _read_json(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-    # A name alone: a path could lead out of the folder.
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise ValueError(f"{str(index)!r} has no weight_map to files; get it again")
-    files = [folder / name for name in sorted(set(names))]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise ValueError(f"{', '.join(missing)} not in {str(folder)!r}; get them again")
-    return files
-
-
 def _read_params(folder: Path, network: GPT2) -> Any:
     """The parameters, float32; all names, dtypes and shapes are checked before one is read."""
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
-    files = _weight_files(folder)
     params = {}
     try:
         with contextlib.ExitStack() as stack:
-            tensors = _open_tensors(files, stack)
+            tensors = _open_tensors(folder, stack)
             _check_tensors(folder, tensors, network)
             for path, (template, _) in _PARAMETERS.items():  # one by one: nothing is held twice
                 parts = [tensors[name][:] for name in _tensor_names(template, network)]
@@ -307,9 +267,10 @@ def _read_params(folder: Path, network: GPT2) -> Any:
                         "output matrix is its embedding"
                     )
     except (SafetensorError, OSError) as error:
-        names = ", ".join(str(file) for file in files)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"cannot read {names}: {reason}; get it again") from error
+        raise ValueError(
+            f"cannot read the weights in {str(folder)!r}: {reason}; get them again"
+        ) from error
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -317,20 +278,25 @@ def _tensor_names(template: str, network: GPT2) -> list[str]:
     return [template.format(i) for i in range(network.blocks if "{}" in template else 1)]
 
 
-def _open_tensors(files: list[Path], stack: contextlib.ExitStack) -> dict[str, Any]:
+def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """safetensors' slices by the tensors' names without "transformer."; none is read yet."""
+    files = [file for file in (folder / WEIGHTS,) if file.is_file()] or sorted(folder.glob(SHARDS))
+    if not files:
+        raise ValueError(
+            f"no {WEIGHTS} in {str(folder)!r}; {_REMEDY} (pytorch_model.bin is not read)"
+        )
     tensors = {}
     for file in files:
         opened = stack.enter_context(safe_open(file, framework="numpy"))
         for name in opened.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
             bare = name.removeprefix("transformer.")
             if bare in tensors:
-                raise ValueError(f"tensor {name} is in {str(file.parent)!r} twice; get it again")
+                raise ValueError(f"tensor {name} is in {str(folder)!r} twice; get it again")
             tensors[bare] = opened.get_slice(name)
     return tensors
 
 
-def _check_tensors(folder: Path, tensors: Mapping[str, Any], network: GPT2) -> None:
+def _check_tensors(folder: Path, tensors: dict[str, Any], network: GPT2) -> None:
     """ValueError unless the names, shapes and dtypes are those of the network."""
     sizes = {"C": network.hidden_size, "V": network.vocab_size, "P": network.positions}
 
@@ -343,13 +309,12 @@ def _check_tensors(folder: Path, tensors: Mapping[str, Any], network: GPT2) -> N
         for name in _tensor_names(template, network)
     }
     expected = dict(sorted(expected.items()))
-    names = sorted(name for name in tensors if not _BUFFER.fullmatch(name))
-    actual = {name: tensors[name].get_shape() for name in names}
+    ours = {name: tensor for name, tensor in sorted(tensors.items()) if not _BUFFER.fullmatch(name)}
     where = f"the model in {str(folder)!r}"
     if _HEAD in tensors:
         expected[_HEAD] = expected["wte.weight"]
-    compare(actual, expected, where, model="GPT-2")
-    for name in names:
-        if (stored := tensors[name].get_dtype()) not in DTYPES_READ:
+    compare({name: t.get_shape() for name, t in ours.items()}, expected, where, model="GPT-2")
+    for name, tensor in ours.items():
+        if (stored := tensor.get_dtype()) not in DTYPES_READ:
             known = ", ".join(DTYPES_READ)
             raise ValueError(f"{name} in {where} is stored as {stored}; known: {known}")

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -22,7 +22,6 @@ from sedd_jax.parallel import processes, sharding
 log = logging.getLogger(__name__)
 
 BoundFn = Callable[..., Bound]  # (params, key, Blocks, index int32 [B], *, passes)
-UNITS = ("nats_per_token", "bits_per_character", "perplexity_per_token", "perplexity_per_word")
 
 
 class CorpusBound(NamedTuple):
@@ -38,11 +37,15 @@ class CorpusBound(NamedTuple):
     paper_protocol: float  # mean over t ~ U[t_min, 1], nothing added: what published tables hold
     passes: int  # noise levels a block that it was estimated from
 
+    @property
+    def sums(self) -> dict[str, float | None]:
+        """The fields that are nats."""
+        return {name: value for name, value in self._asdict().items() if name != "passes"}
+
     def per(self, count: float) -> Self:
         """Each sum divided by count."""
-        sums = {name: nats for name, nats in self._asdict().items() if name != "passes"}
         return self._replace(
-            **{name: nats / count for name, nats in sums.items() if nats is not None}
+            **{name: nats / count for name, nats in self.sums.items() if nats is not None}
         )
 
 
@@ -91,21 +94,13 @@ def corpus_bound(
     A call of bound_fn takes batch_size blocks, rounded up to the devices of the mesh that share a
     batch.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
     parts = 1 if mesh is None else sharding.batch_parts(mesh)
-    batch_size = -(-batch_size // parts) * parts
-    results = []
     count = len(blocks.tokens)
-    for start in tqdm(
-        range(0, count, batch_size), desc="bound", unit="batch", disable=not progress
-    ):
+    results = []
+    for rows in batches(count, batch_size, parts, name="bound", progress=progress):
         if should_stop():
             return None
-        index = np.arange(start, start + batch_size, dtype=np.int32)
-        # The last batch is filled up with blocks that are not counted: one shape compiles once.
-        rows = np.minimum(index, count - 1)
-        batch = (jax.tree.map(lambda a, rows=rows: a[rows], blocks), index)
+        batch = (jax.tree.map(lambda a, rows=rows: a[rows], blocks), rows)
         if mesh is not None:
             batch = sharding.put_whole(batch, mesh)
         results.append(processes.fetch(bound_fn(params, key, *batch, passes=passes)))
@@ -129,6 +124,20 @@ def corpus_bound(
         paper_protocol=total.diffusion / (1.0 - t_min),
         passes=passes,
     )
+
+
+def batches(
+    count: int, batch_size: int, parts: int = 1, *, name: str, progress: bool
+) -> Iterator[np.ndarray]:
+    """The rows of each batch of `count`, int32 [batch_size rounded up to a multiple of parts].
+
+    The last batch is filled up with the last row, which its user drops: one shape compiles once.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
+    size = -(-batch_size // parts) * parts
+    for start in tqdm(range(0, count, size), desc=name, unit="batch", disable=not progress):
+        yield np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)
 
 
 def bound_until(
@@ -158,39 +167,39 @@ def bound_until(
 def _mean(rounds: list[CorpusBound]) -> CorpusBound:
     """The mean of independent rounds: errors add as squares, passes as they are."""
 
-    def combined(name: str, values: tuple) -> float | None:
+    def mean(name: str, values: tuple) -> float | None:
         if values[0] is None:
             return None
-        if name == "passes":
-            return sum(values)
-        if name.endswith("standard_error"):
-            return math.sqrt(sum(error**2 for error in values)) / len(values)
-        return sum(values) / len(values)
+        is_error = name.endswith("standard_error")
+        return (math.hypot(*values) if is_error else sum(values)) / len(values)
 
-    return CorpusBound(*map(combined, CorpusBound._fields, zip(*rounds)))
-
-
-def one_in_units(nats: float, tokens: int, characters: int, words: float) -> dict[str, float]:
-    """Total nats over a text, in every unit."""
-    values = (
-        nats / tokens,
-        bits_per_character(nats, characters),
-        perplexity(nats / tokens),
-        perplexity(nats / words),
-    )
-    return dict(zip(UNITS, values, strict=True))
+    fields = zip(CorpusBound._fields, zip(*rounds))
+    means = {name: mean(name, values) for name, values in fields}
+    return CorpusBound(**means | {"passes": sum(r.passes for r in rounds)})
 
 
 def in_units(
-    total: CorpusBound, tokens: int, characters: int, words: float
+    sums: Mapping[str, float | None], tokens: int, characters: int, words: float
 ) -> dict[str, dict[str, float | None]]:
-    """{unit: {field of total: value}}; the perplexity of a part or of an error means nothing."""
-    wholes = ("bound", "normalised", "paper_protocol")
-    by_unit: dict[str, dict[str, float | None]] = {unit: {} for unit in UNITS}
-    for name in (field for field in CorpusBound._fields if field != "passes"):
-        nats = getattr(total, name)
-        values = {} if nats is None else one_in_units(nats, tokens, characters, words)
-        for unit in UNITS:
-            if name in wholes or not unit.startswith("perplexity"):
-                by_unit[unit][name] = values.get(unit)
-    return by_unit
+    """{unit: {name: value}} of total nats over a text: by name, those of a CorpusBound's `sums`.
+
+    The perplexity of a part or of an error means nothing, and is left out.
+    """
+
+    def is_whole(name: str) -> bool:
+        return name not in ("diffusion", "tail", "prior") and not name.endswith("standard_error")
+
+    units = {
+        "nats_per_token": lambda nats: nats / tokens,
+        "bits_per_character": lambda nats: bits_per_character(nats, characters),
+        "perplexity_per_token": lambda nats: perplexity(nats / tokens),
+        "perplexity_per_word": lambda nats: perplexity(nats / words),
+    }
+    return {
+        unit: {
+            name: None if nats is None else convert(nats)
+            for name, nats in sums.items()
+            if is_whole(name) or not unit.startswith("perplexity")
+        }
+        for unit, convert in units.items()
+    }

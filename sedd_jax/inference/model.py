@@ -137,16 +137,20 @@ class SEDD:
 
         known is (tokens int32, is_known bool), tokens to keep: [L] for all, or [num_samples, L].
         batch_size samples are drawn at once. progress shows a bar of reverse steps. options are
-        fields of `Sampling` - steps, predictor, draw, grid, t_min - in place of self.sampling's.
-        ValueError, before any work, for what cannot be meant.
+        fields of `Sampling` - steps, predictor, draw, grid, t_min - in place of self.sampling's;
+        None is the same as none. ValueError, before any work, for what cannot be meant.
         """
-        self._check(num_samples, batch_size, seed)
-        chosen = self._chosen(options)
-        known = self._known(known, num_samples, length)
-        updates = _evenly(chosen.steps, 20 if progress else 1)
-        states = self._states(known, updates, chosen, seed, batch_size)
-        total = -(-num_samples // batch_size) * chosen.steps
-        states = with_bar(states, total, disable=not progress)
+        states = self.stream(
+            None,
+            num_samples,
+            length=length,
+            known=known,
+            updates=20 if progress else 1,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+            **options,
+        )
         return np.concatenate([state.tokens for state in states if state.step == state.steps])
 
     def stream(
@@ -159,6 +163,7 @@ class SEDD:
         updates: int = 32,
         batch_size: int = 16,
         seed: int = 0,
+        progress: bool = False,
         **options: Any,
     ) -> Iterator[State]:
         """The samples while they are drawn: the state at t = 1, `updates` more, evenly spaced.
@@ -169,39 +174,34 @@ class SEDD:
         """
         self._check(num_samples, batch_size, seed)
         check_whole("updates", updates, 1)
-        chosen = self._chosen(options)
+        sampling = self.sampling.replaced(**options)
         if template is not None:
             if known is not None:
                 raise ValueError("a template and known both say what to keep; give one of them")
             known, length = self._parse(template, length), None
-        known = self._known(known, num_samples, length)
+        sizes = {"max_length": self.length, "vocab_size": self.graph.vocab_size}
+        known = known_rows(known, num_samples, length, **sizes)
         # A generator of its own: bad input is refused at the call, not at the first state.
-        return self._states(known, [0, *_evenly(chosen.steps, updates)], chosen, seed, batch_size)
+        states = self._states(known, updates, sampling, seed, batch_size)
+        total = -(-num_samples // batch_size) * sampling.steps
+        return with_bar(states, total, disable=not progress)
 
     def _check(self, num_samples: int, batch_size: int, seed: int) -> None:
         check_whole("num_samples", num_samples, 1)
         check_whole("batch_size", batch_size, 1)
         check_whole("seed", seed, 0, 2**32 - 1)
 
-    def _chosen(self, options: Mapping[str, Any]) -> Sampling:
-        chosen = dataclasses.replace(self.sampling, **options)
-        chosen.check()
-        return chosen
-
     def _parse(self, template: str, length: int | None) -> tuple[np.ndarray, np.ndarray]:
         if length is not None:
             raise ValueError("a template says its own tokens and length; leave both out")
         return data.parse_template(template, self.tokenizer, self.length)
 
-    def _known(self, known: Any, num_samples: int, length: int | None) -> Known:
-        sizes = {"max_length": self.length, "vocab_size": self.graph.vocab_size}
-        return known_rows(known, num_samples, length, **sizes)
-
     def _states(
-        self, known: Known, steps: Sequence[int], chosen: Sampling, seed: int, batch_size: int
+        self, known: Known, updates: int, sampling: Sampling, seed: int, batch_size: int
     ) -> Iterator[State]:
-        """The states after so many steps, the last of which is all, batch after batch."""
+        """The states at t = 1 and at the end of `updates` parts of the steps, batch by batch."""
         key = jax.random.key(seed)
+        ends = sorted({-(-sampling.steps * j // updates) for j in range(updates + 1)})
         for first in range(0, len(known.tokens), batch_size):
             part = Known(*(a[first : first + batch_size] for a in known))
             count, length = part.tokens.shape
@@ -213,23 +213,13 @@ class SEDD:
                 is_token=_is_token([length] * shape[0], shape[1]),
             )
             rows = self._put(rows)
-            for begin, end in pairwise([0, *steps]):
-                xt = reverse_steps(
-                    self.params,
-                    key,
-                    rows,
-                    *(np.int32(n) for n in (begin, end, chosen.steps)),
-                    np.float32(chosen.t_min),
-                    network=self.network,
-                    graph=self.graph,
-                    schedule=self.schedule,
-                    predictor=chosen.predictor,
-                    draw=chosen.draw,
-                    grid=chosen.grid,
-                )
+            for begin, end in pairwise([0, *ends]):
+                process = {"network": self.network, "graph": self.graph, "schedule": self.schedule}
+                span = np.int32(begin), np.int32(end)
+                xt = reverse_steps(self.params, key, rows, *span, sampling, **process)
                 rows = rows._replace(xt=xt)
                 tokens = processes.fetch(xt)[:count, :length]
-                yield State(end, chosen.steps, tokens, part.is_known, self.tokenizer)
+                yield State(end, sampling.steps, tokens, part.is_known, self.tokenizer)
 
     # --- likelihood
 
@@ -247,27 +237,27 @@ class SEDD:
         rows = [self.tokenizer.encode(t) for t in ([texts] if isinstance(texts, str) else texts)]
         if not rows:
             raise ValueError("no texts; give at least one")
-        buckets: dict[int, list[int]] = {}
-        for number, row in enumerate(rows):
-            if not 1 <= len(row) <= self.length:
+        lengths = np.array([len(row) for row in rows])
+        for number, length in enumerate(lengths):
+            if not 1 <= length <= self.length:
                 raise ValueError(
-                    f"text {number} has {len(row)} tokens, not 1 to {self.length}, the model's "
+                    f"text {number} has {length} tokens, not 1 to {self.length}, the model's "
                     "length; cut it, or prepare records and use bound"
                 )
-            buckets.setdefault(self._bucket(len(row)), []).append(number)
+        buckets = np.array([self._bucket(int(length)) for length in lengths])
         key, numbers, results = jax.random.key(seed), [], []
-        for length, members in buckets.items():
+        for bucket in np.unique(buckets):
+            members = np.flatnonzero(buckets == bucket)
             for start in range(0, len(members), batch_size):
                 part = members[start : start + batch_size]
-                filled = part + part[:1] * (self._padded(len(part), batch_size) - len(part))
-                blocks = data.Blocks(
-                    np.concatenate([_fill(rows[n][None], 1, length) for n in filled]),
-                    _is_token([len(rows[n]) for n in filled], length),
-                )
-                batch = self._put((blocks, np.array(filled, np.int32)))
+                missing = self._padded(len(part), batch_size) - len(part)
+                index = np.pad(part, (0, missing), mode="edge").astype(np.int32)
+                tokens = np.concatenate([_fill(rows[n][None], 1, bucket) for n in index])
+                blocks = data.Blocks(tokens, _is_token(lengths[index], bucket))
+                batch = self._put((blocks, index))
                 bound = processes.fetch(self.bound_fn(self.params, key, *batch, passes=passes))
                 results.append(jax.tree.map(lambda a, part=part: a[: len(part)], bound))
-                numbers += part
+                numbers.extend(part)
         order = np.argsort(numbers)
         return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *results)
 
@@ -380,11 +370,6 @@ class SEDD:
 def _power_of_two(low: int) -> int:
     """The smallest power of two that is at least low."""
     return 1 << (low - 1).bit_length()
-
-
-def _evenly(steps: int, updates: int) -> list[int]:
-    """At most `updates` numbers of steps, evenly spaced, the last of them `steps`."""
-    return sorted({-(-steps * j // updates) for j in range(1, updates + 1)})
 
 
 def _fill(a: np.ndarray, rows: int, length: int) -> np.ndarray:

@@ -13,6 +13,12 @@ from sedd_jax.diffusion.samplers import Known
 from sedd_jax.models.head import make_score_fn
 
 
+# steps and t_min are traced: another number of steps does not compile again.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["steps", "t_min"],
+    meta_fields=["predictor", "draw", "grid"],
+)
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How samples are drawn."""
@@ -28,8 +34,17 @@ class Sampling:
         """The options among `values`, a mapping or a section of a config, which may hold more."""
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
-    def check(self) -> None:
-        """ValueError for an option that cannot be meant."""
+    @property
+    def nfe(self) -> int:
+        """Network calls of a sample: the denoiser's is one, and the only one without predictor."""
+        return 1 if self.predictor == "none" else self.steps + 1
+
+    def replaced(self, **options: Any) -> "Sampling":
+        """With the options that are not None in place of these; ValueError for a wrong one."""
+        chosen = {name: value for name, value in options.items() if value is not None}
+        return dataclasses.replace(self, **chosen)._checked()
+
+    def _checked(self) -> "Sampling":
         check_whole("steps", self.steps, 1, 10**6)
         for name, table in (
             ("predictor", samplers.PREDICTORS),
@@ -41,6 +56,7 @@ class Sampling:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
         if not 0.0 < self.t_min < 1.0:
             raise ValueError(f"t_min {self.t_min} is not inside (0, 1); 1e-5 is usual")
+        return self
 
 
 class Rows(NamedTuple):
@@ -52,14 +68,11 @@ class Rows(NamedTuple):
     is_token: jax.Array  # bool [B, L]: False at padding
 
 
-# steps and t_min are traced: another number of steps does not compile again.
-@functools.partial(
-    jax.jit, static_argnames=("network", "graph", "schedule", "predictor", "draw", "grid")
-)
+@functools.partial(jax.jit, static_argnames=("network", "graph", "schedule"))
 def reverse_steps(
-    params, key, rows, begin, end, steps, t_min, *, network, graph, schedule, predictor, draw, grid
+    params, key, rows: Rows, begin, end, sampling: Sampling, *, network, graph, schedule
 ) -> jax.Array:
-    """The state, int32 [B, L], after the steps begin <= i < end of `steps` from rows.xt.
+    """The state, int32 [B, L], after the steps begin <= i < end of sampling.steps from rows.xt.
 
     begin == 0 starts from noise; end == steps ends with the denoiser. Equal networks share what
     is compiled, whatever their parameters.
@@ -70,12 +83,12 @@ def reverse_steps(
         graph,
         schedule,
         rows.xt.shape,
-        steps=steps,
-        predictor=samplers.PREDICTORS[predictor],
+        steps=sampling.steps,
+        predictor=samplers.PREDICTORS[sampling.predictor],
         known=rows.known,
-        t_min=t_min,
-        draw=samplers.DRAWS[draw],
-        grid=samplers.GRIDS[grid],
+        t_min=sampling.t_min,
+        draw=samplers.DRAWS[sampling.draw],
+        grid=samplers.GRIDS[sampling.grid],
         index=rows.index,
         begin=begin,
         end=end,

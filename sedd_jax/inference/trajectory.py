@@ -188,42 +188,25 @@ def show(
     """
     if path is not None and not Path(path).absolute().parent.is_dir():
         raise ValueError(f"no folder for the page {str(path)!r}; make it, or give another path")
-    screen = _Screen() if live and not isinstance(states, list | tuple) and _in_notebook() else None
-    seen = []
+    handle = None
+    if live and not isinstance(states, list | tuple) and _in_notebook():
+        from IPython import get_ipython
+        from IPython.display import HTML, display
+
+        handle = display(HTML(""), display_id=True)  # one output, updated in place
+    seen, last = [], -PAUSE
     for state in states:
         seen.append(state)
-        if screen is not None:
-            screen.update(state)
+        if handle is not None and time.monotonic() - last >= PAUSE:
+            handle.update(HTML(state._repr_html_()))
+            last = time.monotonic()
     animation = Animation(seen, title)
     if path is not None:
         animation.save(path)
-    if screen is not None:
-        screen.close(animation)
-    return animation
-
-
-class _Screen:
-    """One output of a notebook's cell, updated in place."""
-
-    def __init__(self):
-        from IPython.display import HTML, display
-
-        self._html = HTML
-        self._handle = display(HTML(""), display_id=True)
-        self._last = -PAUSE
-
-    def update(self, state: State) -> None:
-        now = time.monotonic()
-        if now - self._last >= PAUSE:
-            self._handle.update(self._html(state._repr_html_()))
-            self._last = now
-
-    def close(self, animation: Animation) -> None:
-        """Shows the animation instead, which the cell's end then does not show again."""
-        from IPython import get_ipython
-
-        self._handle.update(self._html(animation._repr_html_()))
+    if handle is not None:
+        handle.update(HTML(animation._repr_html_()))
         animation.cell = get_ipython().execution_count
+    return animation
 
 
 def _in_notebook() -> bool:
@@ -233,32 +216,27 @@ def _in_notebook() -> bool:
     return getattr(shell, "kernel", None) is not None
 
 
-def _joined(states: Iterable[State]) -> list[State]:
+def _joined(states: list[State]) -> list[State]:
     """States of all samples from the states of one batch, of the next, and so on."""
-    batches: list[list[State]] = []
+    by_step: dict[int, list[State]] = {}
     for state in states:
-        if not batches or state.step <= batches[-1][-1].step:
-            batches.append([])
-        batches[-1].append(state)
-    if not batches:
+        by_step.setdefault(state.step, []).append(state)
+    if not by_step:
         raise ValueError("0 states make no animation; give those of SEDD.stream")
-    kinds = {tuple(state.step for state in batch) for batch in batches}
-    shapes = {np.shape(state.tokens)[1] for batch in batches for state in batch}
-    counts = {len({len(state.tokens) for state in batch}) for batch in batches}
-    if len(kinds) > 1 or len(shapes) > 1 or counts != {1}:
+    groups = list(by_step.values())
+    shapes = {tuple(np.shape(state.tokens) for state in group) for group in groups}
+    if len(shapes) > 1 or len({length for _, length in min(shapes)}) > 1:
         raise ValueError(
             f"{len(states)} states differ in their steps, samples or lengths; give those of one "
             "call of SEDD.stream"
         )
-    if len(batches) == 1:
-        return batches[0]
     return [
         replace(
             group[0],
             tokens=np.concatenate([state.tokens for state in group]),
             is_known=np.concatenate([state.is_known for state in group]),
         )
-        for group in zip(*batches)
+        for group in groups
     ]
 
 
