@@ -101,6 +101,7 @@ class Experiment:
             self.optimizer,
             decay=self.config.optimizer.ema_decay,
             microbatches=self.config.train.microbatches,
+            platform=self.mesh.devices.flat[0].platform,
         )
         return state.on_mesh(train_step, self.shape, self.mesh)
 

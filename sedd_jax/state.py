@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from sedd_jax.diffusion.losses import Loss
+from sedd_jax.kernels.cpu import update_if
 from sedd_jax.parallel import sharding
 
 LossFn = Callable[[Any, jax.Array, Any], Loss]
@@ -61,12 +62,14 @@ def make_train_step(
     *,
     decay: float = 0.9999,
     microbatches: int = 1,
+    platform: str = "",
 ):
     """One update: (state, batch, key) -> (state, metrics).
 
     batch is a pytree of [B, ...]; B must be divisible by microbatches, whose gradients are
     averaged. key is the run's: every step and microbatch folds its number into it. A step whose
     loss or gradient is not finite changes nothing but the counters. decay is the moving average's.
+    platform is the devices', for the form of the update that is fast there.
     metrics are `loss`, the mean nats of a sequence; `grad_norm`, before the optimizer clips it;
     `skipped` and `skipped_in_a_row`; and those of the loss.
     """
@@ -77,16 +80,17 @@ def make_train_step(
         grad_norm = optax.tree.norm(grads)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_updates = state.ema_updates + 1
-        weight = 1.0 - ema_decay(ema_updates, decay)
-        ema = jax.tree.map(lambda ema, p: ema - weight * (ema - p), state.ema, params)
-        updated = state.replace(
-            params=params, opt_state=opt_state, ema=ema, ema_updates=ema_updates
-        )
+        def update(state: TrainState) -> TrainState:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema_updates = state.ema_updates + 1
+            weight = 1.0 - ema_decay(ema_updates, decay)
+            ema = jax.tree.map(lambda ema, p: ema - weight * (ema - p), state.ema, params)
+            return state.replace(
+                params=params, opt_state=opt_state, ema=ema, ema_updates=ema_updates
+            )
 
-        state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
+        state = update_if(is_finite, update, state, platform)
         is_skipped = (~is_finite).astype(jnp.int32)
         state = state.replace(
             step=state.step + 1,

@@ -6,6 +6,8 @@ only.
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,3 +104,17 @@ def _linear_backward(saved, d_out):
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+def update_if(
+    is_accepted: jax.Array, update: Callable[[Any], Any], state: Any, platform: str
+) -> Any:
+    """jnp.where(is_accepted, update(state), state) of every leaf.
+
+    For a CPU, XLA fuses loops of one result only: each leaf's would compute what it shares with the
+    others anew, and read them from copies made before they are overwritten. In a branch, where a
+    loop needs no old value but its own, all leaves are overwritten in place.
+    """
+    if platform == "cpu":
+        return jax.lax.cond(is_accepted, update, lambda state: state, state)
+    return jax.tree.map(lambda new, old: jnp.where(is_accepted, new, old), update(state), state)
