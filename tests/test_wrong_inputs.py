@@ -1,0 +1,417 @@
+"""Wrong inputs of every kind, through the installed commands: one line that helps, nothing written.
+
+Each row of CASES is a command line, what the line on standard error must show of the value, and
+the words of its remedy. {name} is something in the folder of `inputs`; every command runs in an
+empty folder, which must be empty afterwards, and `inputs` must be as it was.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+TINY = (
+    "--config.data.length=16 --config.model.hidden_size=16 --config.model.blocks=1 "
+    "--config.model.heads=2 --config.model.cond_dim=8 --config.train.steps=1 "
+    "--config.train.batch_size=4"
+)
+TRAIN = f"train --config=quickstart --workdir=run {TINY}"
+TEXT = f"{TRAIN} --config.data.corpus=text --config.data.path="
+PREPARE = "prepare --dataset=text --tokenizer=bytes --length=16 --out=records --manual_dir="
+TOKENS = "prepare --dataset=text --manual_dir={text} --length=16 --out=records"
+
+
+class Case(NamedTuple):
+    line: str  # the command without "sedd-", and its arguments
+    value: str  # in the message
+    remedy: str  # in the message
+    env: Mapping[str, str] = MappingProxyType({})
+
+
+CASES = [
+    # --- the command line itself
+    Case("train", "--config", "for example sedd-train"),
+    Case("train --config=quickstart", "--workdir", "for example"),
+    Case("train --config=nope --workdir=run", "'nope'", "quickstart"),
+    Case("train --config=quickstart:v9 --workdir=run", "'v9'", "quickstart"),
+    Case("train --config=openwebtext_small:v9 --workdir=run", "'v9'", "v5e-64"),
+    Case("train --config={broken}/a_name.py --workdir=run", "a_name.py", "STEPS"),
+    Case("train --config={broken}/a_syntax.py --workdir=run", "a_syntax.py", "line 2"),
+    Case("train --config={broken}/an_import.py --workdir=run", "an_import.py", "no_such_package"),
+    Case("train --config={broken}/no_function.py --workdir=run", "no_function.py", "get_config"),
+    Case("train --config={broken}/a_type.py --workdir=run", "a_type.py", "ConfigDict"),
+    Case("train --config={broken}/an_argument.py:x --workdir=run", "an_argument.py", "argument"),
+    Case("train --config={broken}/an_exit.py --workdir=run", "an_exit.py", "line"),
+    Case("train --config={broken} --workdir=run", "{broken}", "path"),
+    Case("train --config= --workdir=run", "--config", "example"),
+    Case(f"{TRAIN} --cofnig.seed=1", "cofnig", "--"),
+    Case(f"{TRAIN} --config.train.stepz=1", "train.stepz", "train.steps"),
+    Case(f"{TRAIN} --config.train.steps=many", "many", "train.steps"),
+    Case(f"{TRAIN} --config.train.steps=1e6", "1e6", "train.steps"),
+    Case(f"{TRAIN} --config.train.steps=0", "0", ">= 1"),
+    Case(f"{TRAIN} --config.train.steps=2.5", "2.5", "train.steps"),
+    Case(f"{TRAIN} --config.train.steps=", "train.steps", "whole number"),
+    Case(f"{TRAIN} --config.optimizer.learning_rate=-1", "-1", "learning_rate"),
+    Case(f"{TRAIN} --config.optimizer.learning_rate=nan", "nan", "learning_rate"),
+    Case(f"{TRAIN} --config.optimizer.learning_rate=3e-4x", "3e-4x", "learning_rate"),
+    Case(f"{TRAIN} --config.optimizer.b1=1", "1", "b1"),
+    Case(f"{TRAIN} --config.optimizer.mu_dtype=float16", "float16", "bfloat16"),
+    Case(f"{TRAIN} --config.model.heads=3", "3", "heads"),
+    Case(f"{TRAIN} --config.model.dtype=float64", "float64", "bfloat16"),
+    Case(f"{TRAIN} --config.model.dropout=1.5", "1.5", "dropout"),
+    Case(f"{TRAIN} --config.model.remat=all", "all", "blocks"),
+    Case(f"{TRAIN} --config.model.attention=flash", "flash", "cudnn"),
+    Case(f"{TRAIN} --config.graph.name=absorb", "absorb", "absorbing"),
+    Case(f"{TRAIN} --config.graph.scale_by_sigma=maybe", "maybe", "scale_by_sigma"),
+    Case(f"{TRAIN} --config.schedule.name=linear", "linear", "log_linear"),
+    Case(f"{TRAIN} --config.schedule.eps=2", "2", "eps"),
+    Case(f"{TRAIN} --config.objective.name=elbo", "elbo", "dwdse"),
+    Case(f"{TRAIN} --config.objective.t_min=0", "0", "t_min"),
+    Case(f"{TRAIN} --config.objective.times=grid", "grid", "stratified"),
+    Case(f"{TRAIN} --config.sample.predictor=ddim", "ddim", "tweedie"),
+    Case(f"{TRAIN} --config.sample.grid=karras", "karras", "cosine"),
+    Case(f"{TRAIN} --config.data.form=ragged", "ragged", "packed"),
+    Case(f"{TRAIN} --config.data.windows=any", "any", "random"),
+    Case(f"{TRAIN} --config.data.corpus=wikitext", "wikitext", "wikitext103"),
+    Case(f"{TRAIN} --config.data.tokenizer=tiktoken", "tiktoken", "gpt2"),
+    Case(f"{TRAIN} --config.data.heldout_fraction=1", "1", "heldout_fraction"),
+    Case(f"{TRAIN} --config.train.microbatches=3", "3", "batch_size"),
+    Case(f"{TRAIN} --config.mesh.fsdp=3", "3", "fsdp"),
+    Case(f"{TRAIN} --config.mesh.tensor=5", "5", "tensor"),
+    Case(f"{TRAIN} --config.checkpoint.keep=0", "0", "keep"),
+    Case(f"{TRAIN} --config.evaluate.passes=3", "3", "even"),
+    Case(f"{TRAIN} --config.seed=-1", "-1", "seed"),
+    Case(f"{TRAIN} --dry_run", "--dry_run", "--target=v5e:4x4"),
+    Case("train --config=quickstart --dry_run --target=v9:4", "v9", "v5e"),
+    Case("train --config=quickstart --dry_run --target=v5e:4x", "v5e:4x", "v5e:4x4"),
+    Case("train --config=quickstart --dry_run --target=a100:0", "a100:0", "a100"),
+    Case(f"{TRAIN} --requeue_status=300", "300", "255"),
+    Case(f"{TRAIN} --join_timeout=0", "0", "seconds"),
+    Case(f"{TRAIN} --coordinator=here", "'here'", "process_count"),
+    Case(f"{TRAIN} --coordinator=here --process_count=2 --process_index=0", "'here'", "HOST:PORT"),
+    Case(f"{TRAIN} --coordinator=a:1 --process_count=2 --process_index=2", "2", "number"),
+    Case(f"{TRAIN} --process_count=2", "2", "process_index"),
+    Case(f"{TRAIN} --process_count=two", "two", "process_count"),
+    Case(f"{TRAIN} extra", "'extra'", "--config.key=value"),
+    Case("prepare", "--dataset", "--help"),
+    Case("prepare --dataset=text --out=records --nonsense=1", "--nonsense=1", "--help"),
+    Case("prepare --dataset=bookcorpus --out=records", "'bookcorpus'", "wikitext2"),
+    Case(TOKENS + " --tokenizer=words", "'words'", "bytes"),
+    Case(TOKENS + " --tokenizer=bytes --form=loose", "'loose'", "packed"),
+    Case(TOKENS + " --tokenizer=bytes --workers=0", "0", "workers"),
+    Case(TOKENS + " --tokenizer=bytes --length=0", "0", "length"),
+    Case(TOKENS + " --tokenizer=bytes --length=long", "long", "--help"),
+    Case(TOKENS + " --tokenizer=bytes --heldout_fraction=2", "2", "heldout_fraction"),
+    Case(TOKENS + " --tokenizer=bytes --detokenizer=moses", "'moses'", "none"),
+    Case(TOKENS + " --tokenizer=bytes --documents=words", "'words'", "lines"),
+    Case("sample", "--workdir", "--model"),
+    Case("sample --workdir={run} --model={hub}", "--model", "--workdir"),
+    Case("sample --workdir={run} --steps=0", "0", "steps"),
+    Case("sample --workdir={run} --steps=few", "few", "--help"),
+    Case("sample --workdir={run} --num_samples=0", "0", "num_samples"),
+    Case("sample --workdir={run} --batch_size=0", "0", "batch_size"),
+    Case("sample --workdir={run} --length=0", "0", "length"),
+    Case("sample --workdir={run} --length=9999", "9999", "length"),
+    Case("sample --workdir={run} --predictor=ddim", "'ddim'", "tweedie"),
+    Case("sample --workdir={run} --draw=fast", "'fast'", "exact"),
+    Case("sample --workdir={run} --grid=log", "'log'", "cosine"),
+    Case("sample --workdir={run} --format=xml", "'xml'", "jsonl"),
+    Case("sample --workdir={run} --seed=-1", "-1", "seed"),
+    Case("sample --workdir={run} --template=abc", "'abc'", "[MASK"),
+    Case("sample --workdir={run} --template=a[MASK:0]", "[MASK:0]", "1"),
+    Case("sample --workdir={run} --template=a[mask:3]", "[mask:3]", "[MASK:3]"),
+    Case("sample --workdir={run} --template=a[MASKED]", "[MASKED]", "[MASK"),
+    Case("sample --workdir={run} --template=a[MASK:999]", "999", "length"),
+    Case("sample --workdir={run} --prefix=a --template=b[MASK]", "--template", "--prefix"),
+    Case("sample --workdir={run} --out={text}/a.txt", "a.txt", "new"),
+    Case("sample --workdir={run} --out=none/a.txt", "none/a.txt", "folder"),
+    Case("sample --workdir={run} --html=none/a.html", "none/a.html", "folder"),
+    Case("eval", "''", "likelihood"),
+    Case("eval fid --workdir={run}", "'fid'", "mauve"),
+    Case("eval likelihood", "--workdir", "--gpt2"),
+    Case("eval likelihood --workdir={hub}", "hub_absorbing", "--records"),
+    Case("eval likelihood --workdir={hub} --records={records} --split=dev", "'dev'", "validation"),
+    Case("eval likelihood --workdir={hub} --records={text}", "{text}", "sedd-prepare"),
+    Case("eval likelihood --workdir={run} --passes=3", "3", "even"),
+    Case("eval likelihood --workdir={run} --blocks=0", "0", "blocks"),
+    Case("eval likelihood --workdir={run} --batch_size=0", "0", "batch_size"),
+    Case("eval likelihood --workdir={run} --seed=-1", "-1", "seed"),
+    Case("eval likelihood --workdir={run} --target_standard_error=0", "0", "standard_error"),
+    Case("eval likelihood --workdir={run} --json=none/a.json", "none/a.json", "folder"),
+    Case("eval likelihood --gpt2={hub}", "--gpt2", "--records"),
+    Case("eval likelihood --gpt2={hub} --records={records}", "hub_absorbing", "GPT-2"),
+    Case("eval generative_perplexity --workdir={run} --scorer=gpt5", "'gpt5'", "gpt2-large"),
+    Case("eval generative_perplexity --workdir={run} --scorer={hub}", "hub_absorbing", "GPT-2"),
+    Case(
+        "eval generative_perplexity --workdir={run} --scorer=gpt2 --scorer_dtype=int8",
+        "'int8'",
+        "bfloat16",
+    ),
+    Case("eval generative_perplexity --workdir={run} --scorer=gpt2 --length=1", "1", "length"),
+    Case("eval pareto --workdir={run} --scorer=gpt2 --steps=4,x", "4,x", "--help"),
+    Case("report", "--workdir", "--help"),
+    Case("report --workdir={hub}", "hub_absorbing", "run"),
+    Case("report --workdir={run} --passes=3", "3", "even"),
+    Case("report --workdir={run} --template=none", "'none'", "[MASK"),
+    Case("convert --from={hub}", "--to", "--help"),
+    Case("convert --from={hub} --to=out --form=onnx", "'onnx'", "original"),
+    Case("convert --from={run} --to=out --weights=best", "'best'", "ema"),
+    Case("convert --from={text} --to=out", "{text}", "give"),
+    Case("convert --from={hub} --to={text}", "{text}", "new folder"),
+    Case("convert --from={hub} --to=out --form=workdir --config.no.key=1", "no.key", "known"),
+    # --- paths
+    Case("train --config=quickstart --workdir=gs://bucket/run", "gs://bucket/run", "mount"),
+    Case(f"train --config=quickstart {TINY} --workdir={{text}}", "{text}", "new folder"),
+    Case(f"train --config=quickstart {TINY} --workdir={{text}}/a.txt", "a.txt", "new folder"),
+    Case("train --workdir=nowhere", "--config", "example"),
+    Case(f"{TRAIN} --config.data.records=s3://b/records", "s3://b/records", "mount"),
+    Case(f"{TEXT}gs://bucket/text", "gs://bucket/text", "mount"),
+    Case(f"{TEXT}nowhere", "nowhere", "folder"),
+    Case(f"{TEXT}{{empty}}", "{empty}", ".txt"),
+    Case(f"{PREPARE}hdfs://host/text", "hdfs://host/text", "mount"),
+    Case(
+        "prepare --dataset=text --manual_dir={text} --tokenizer=bytes --out=gs://b/r",
+        "gs://b/r",
+        "mount",
+    ),
+    Case("sample --workdir=gs://bucket/run", "gs://bucket/run", "mount"),
+    Case("sample --workdir={run} --out=s3://b/out.txt", "s3://b/out.txt", "mount"),
+    Case("sample --workdir=nowhere", "'nowhere'", "give"),
+    Case("sample --model=nowhere", "'nowhere'", "hub"),
+    Case("eval likelihood --workdir=gs://b/run", "gs://b/run", "mount"),
+    Case("eval likelihood --workdir={run} --json=gs://b/x.json", "gs://b/x.json", "mount"),
+    Case("eval likelihood --workdir={run} --records=gs://b/r", "gs://b/r", "mount"),
+    Case("report --workdir=s3://b/run", "s3://b/run", "mount"),
+    Case("convert --from=gs://b/run --to=out", "gs://b/run", "mount"),
+    Case("convert --from={hub} --to=gs://b/out", "gs://b/out", "mount"),
+    Case("sample --workdir=~nobody-of-this-name/run", "~nobody", "path"),
+    Case("sample --workdir=", "''", "path"),
+    # --- corpora
+    Case(f"{PREPARE}{{corpora}}/none", "none", "folder"),
+    Case(f"{PREPARE}{{empty}}", "{empty}", ".txt"),
+    Case(f"{PREPARE}{{corpora}}/blank", "blank", "text"),
+    Case(f"{PREPARE}{{corpora}}/latin1", "a.txt", "UTF-8"),
+    Case(f"{PREPARE}{{corpora}}/utf16", "a.txt", "UTF-8"),
+    Case(f"{PREPARE}{{corpora}}/pdf", "a.pdf", ".txt"),
+    Case(f"{PREPARE}{{corpora}}/broken_json", "a.jsonl", "line 2"),
+    Case(f"{PREPARE}{{corpora}}/no_text", "a.jsonl", '"text"'),
+    Case(f"{PREPARE}{{corpora}}/two_splits", "valid", "train"),
+    Case(f"{PREPARE}{{corpora}}/broken_gz", "a.txt.gz", "again"),
+    Case(f"{PREPARE}{{corpora}}/pipe", "a.txt", "file"),
+    Case(f"{PREPARE}{{corpora}}/zip", "a.zip", "unpack"),
+    Case("prepare --dataset=text --tokenizer=bytes --out=records", "--manual_dir", "text"),
+    Case(
+        "prepare --dataset=ptb --manual_dir={empty} --tokenizer=bytes --out=records",
+        "{empty}",
+        "ptb",
+    ),
+    Case(
+        "prepare --dataset=text --manual_dir={text} --tokenizer=bytes --length=16 --out={text}",
+        "{text}",
+        "another",
+    ),
+    Case(
+        "prepare --dataset=text --manual_dir={text} --tokenizer=bytes --length=99 --out={records}",
+        "99",
+        "another",
+    ),
+    # --- tokenizers
+    Case(f"{TOKENS} --tokenizer=gpt2 --tokenizer_path=nowhere", "nowhere", "tokenizer.json"),
+    Case(f"{TOKENS} --tokenizer=gpt2 --tokenizer_path={{empty}}", "{empty}", "tokenizer.json"),
+    Case(f"{TOKENS} --tokenizer=gpt2 --tokenizer_path={{tk}}/broken.json", "broken.json", "again"),
+    Case(f"{TOKENS} --tokenizer=gpt2 --tokenizer_path={{tk}}/lfs.json", "lfs.json", "git lfs pull"),
+    Case(f"{TOKENS} --tokenizer=sentencepiece", "sentencepiece", "train:"),
+    Case(
+        f"{TOKENS} --tokenizer=sentencepiece --tokenizer_path={{tk}}/broken.json",
+        "broken.json",
+        ".model",
+    ),
+    Case(f"{TOKENS} --tokenizer=sentencepiece --tokenizer_path=train:x", "train:x", "train:8000"),
+    Case(f"{TOKENS} --tokenizer=bytes --tokenizer_path={{tk}}", "tokenizer_path", "bytes"),
+    Case(f"{TOKENS} --tokenizer={{tk}}/broken.json", "broken.json", "again"),
+    Case(f"{TOKENS} --tokenizer=text8", "text8", "bytes"),
+    # --- model folders and runs
+    Case("sample --model={models}/lfs", "model.safetensors", "git lfs pull"),
+    Case("sample --model={models}/torn", "model.safetensors", "again"),
+    Case("sample --model={models}/no_weights", "no_weights", "model.safetensors"),
+    Case("sample --model={models}/no_config", "no_config", "config.json"),
+    Case("sample --model={models}/bad_config", "config.json", "JSON"),
+    Case("sample --model={models}/other_names", "other_names", "encoder"),
+    Case("sample --model={models}/other_shape", "model.safetensors", "shape"),
+    Case("sample --workdir={models}/no_checkpoint", "no_checkpoint", "checkpoint"),
+    Case("sample --workdir={models}/bad_run_config", "config.json", "JSON"),
+    Case("sample --workdir={models}/damaged_ema", "checkpoint", "damaged"),
+    Case("sample --model=owner/name@main", "main", "commit"),
+    Case("sample --model=a/b/c", "a/b/c", "owner/name"),
+    Case("convert --from={models}/bad.pth --to=out", "bad.pth", "torch"),
+    # --- the environment
+    Case(TRAIN, "cuda", "sedd_jax[cuda", {"JAX_PLATFORMS": "cuda"}),
+    Case(TRAIN, "tpu", "sedd_jax[tpu]", {"JAX_PLATFORMS": "tpu"}),
+    Case(TRAIN, "gpu", "JAX_PLATFORMS", {"JAX_PLATFORMS": "gpu"}),
+    Case("sample --workdir={run}", "cuda", "sedd_jax[cuda", {"JAX_PLATFORMS": "cuda"}),
+    Case("eval likelihood --workdir={run}", "quantum", "cpu", {"JAX_PLATFORMS": "quantum"}),
+    Case(TRAIN, "JAX_ENABLE_X64", "unset", {"JAX_ENABLE_X64": "1"}),
+    Case("sample --workdir={run}", "JAX_ENABLE_X64", "unset", {"JAX_ENABLE_X64": "1"}),
+    Case(
+        TRAIN,
+        "SLURM_STEP_NODELIST",
+        "one process",
+        {"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"},
+    ),
+    Case(TRAIN, "two", "SLURM_NTASKS", {"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "two"}),
+    Case(
+        TRAIN,
+        "TPU_WORKER_HOSTNAMES",
+        "one process",
+        {"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": ""},
+    ),
+]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory) -> dict[str, Path]:
+    """What the rows name, by name."""
+    top = tmp_path_factory.mktemp("inputs")
+    earlier = REPOSITORY / "tests/earlier"
+    with tarfile.open(earlier / "run_absorbing/run.tar.gz") as archive:
+        archive.extractall(top / "run", filter="data")
+    for name in ("hub_absorbing", "records_bytes"):
+        shutil.copytree(earlier / name, top / name)
+
+    def files(folder: str, **contents: bytes | str) -> None:
+        (top / folder).mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            data = content.encode("utf-8") if isinstance(content, str) else content
+            (top / folder / name.replace("__", ".")).write_bytes(data)
+
+    pointer = (
+        "version https://git-lfs.github.com/spec/v1\noid sha256:"
+        + "0123456789abcdef" * 4
+        + "\nsize 1234567\n"
+    )
+    words = "The quick brown fox jumps over the lazy dog. " * 40
+    config = "from sedd_jax.configs import quickstart\ndef get_config():\n"
+    files("empty")
+    files("text", **{f"{n}__txt": words for n in "abcdefgh"})
+    files(
+        "broken",
+        a_name__py=f"{config}    return STEPS\n",
+        a_syntax__py="def get_config():\n    return (\n",
+        an_import__py="import no_such_package\n",
+        no_function__py="config = 1\n",
+        a_type__py="def get_config():\n    return 3\n",
+        an_argument__py=f"{config}    return quickstart.get_config()\n",
+        an_exit__py="import sys\nsys.exit(7)\n",
+    )
+    files("corpora/blank", a__txt=" \n", b__txt="")
+    files("corpora/latin1", a__txt="café".encode("latin-1"))
+    files("corpora/utf16", a__txt=words.encode("utf-16-le"))
+    files("corpora/pdf", a__pdf=b"%PDF-1.4\n")
+    files("corpora/broken_json", a__jsonl='{"text": "a"}\n{"text": \n')
+    files("corpora/no_text", a__jsonl='{"body": "a"}\n')
+    files("corpora/broken_gz", a__txt__gz=b"\x1f\x8b\x08\x00broken")
+    files("corpora/zip", a__zip=b"PK\x03\x04")
+    for split in ("train", "valid", "validation"):
+        files(f"corpora/two_splits/{split}", a__txt=words)
+    files("corpora/pipe")
+    os.mkfifo(top / "corpora/pipe/a.txt")
+    files("tk", broken__json='{"model": ', lfs__json=pointer)
+
+    def model(name: str, **changes: bytes | str | None) -> None:
+        shutil.copytree(earlier / "hub_absorbing", top / "models" / name)
+        for file, content in changes.items():
+            if content is None:
+                (top / "models" / name / file.replace("__", ".")).unlink()
+            else:
+                files(f"models/{name}", **{file: content})
+
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(earlier / "hub_absorbing/model.safetensors")
+    model("lfs", model__safetensors=pointer)
+    torn = (earlier / "hub_absorbing/model.safetensors").read_bytes()
+    model("torn", model__safetensors=torn[: len(torn) // 2])
+    model("no_weights", model__safetensors=None)
+    model("no_config", config__json=None)
+    model("bad_config", config__json='{"ngpus": 1')
+    model("other_names")
+    other = {f"encoder.layer.{n}": np.zeros(3, np.float32) for n in range(4)}
+    save_file(other, top / "models/other_names/model.safetensors")
+    model("other_shape")
+    name = next(iter(weights))
+    wrong = {**weights, name: weights[name][..., :1].copy()}
+    save_file(wrong, top / "models/other_shape/model.safetensors")
+    files("models", bad__pth=b"not a torch file")
+    for name in ("no_checkpoint", "bad_run_config", "damaged_ema"):
+        shutil.copytree(top / "run", top / "models" / name)
+    shutil.rmtree(top / "models/no_checkpoint/checkpoints")
+    files("models/bad_run_config", config__json='{"seed": ')
+    for step in (top / "models/damaged_ema/checkpoints").iterdir():
+        for file in (step / "ema").rglob("*"):
+            if file.is_file() and file.stat().st_size > 200 and file.name != "sha256.json":
+                file.write_bytes(file.read_bytes()[:-8] + b"\xff" * 8)
+    return {
+        "run": top / "run",
+        "hub": top / "hub_absorbing",
+        "records": top / "records_bytes",
+        **{name: top / name for name in ("empty", "text", "broken", "corpora", "tk", "models")},
+    }
+
+
+def listing(folder: Path) -> dict[str, tuple]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        about = path.lstat()
+        found[str(path)] = (about.st_size, about.st_mtime_ns) if path.is_file() else ()
+    return found
+
+
+def run(case: Case, inputs: dict[str, Path], folder: Path) -> subprocess.CompletedProcess:
+    command, *arguments = case.line.split()
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SLURM_", "TPU_", "XLA_FLAGS", "JAX_", "SEDD_"))
+    }
+    environment |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", **case.env}
+    program = Path(sys.executable).with_name(f"sedd-{command}")
+    return subprocess.run(
+        [program, *(argument.format(**inputs) for argument in arguments)],
+        check=False,
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.env or ''}{case.line}"[:100])
+def test_a_wrong_input_is_told_in_one_line(case, inputs, tmp_path):
+    before = listing(inputs["run"].parent)
+    result = run(case, inputs, tmp_path)
+    error = result.stderr
+    assert "Traceback" not in error
+    lines = error.splitlines()
+    assert len(lines) == 1, error
+    assert lines[0].startswith(f"sedd-{case.line.split()[0]}: error: ")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert case.value.format(**inputs) in error
+    assert case.remedy.format(**inputs) in error
+    assert listing(tmp_path) == {}
+    assert listing(inputs["run"].parent) == before
+
+
+def test_there_are_many_rows_and_none_twice():
+    assert len({(case.line, json.dumps(dict(case.env))) for case in CASES}) == len(CASES) >= 150
