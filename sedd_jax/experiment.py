@@ -198,8 +198,15 @@ def make_graph(config: ConfigDict, vocab_size: int) -> Graph:
 
 
 def make_schedule(config: ConfigDict) -> Schedule:
-    """The noise schedule."""
-    return _build(SCHEDULES, config.schedule)
+    """The noise schedule; ValueError if a user's own leaves no number of float32 at t = 1."""
+    schedule = _build(SCHEDULES, config.schedule)
+    last = float(schedule.sigma(jnp.float32(1.0)))
+    if not 0.0 < last <= 80.0:
+        raise ValueError(
+            f"schedule {config.schedule.name!r} has sigma(1) = {last}, which is not in (0, 80], "
+            "where float32 has exp(sigma); leave a share of the tokens clean at t = 1"
+        )
+    return schedule
 
 
 def _build(table: Mapping[str, type], section: ConfigDict, **fields: Any) -> Any:

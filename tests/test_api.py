@@ -240,6 +240,19 @@ def test_the_bound_is_finite_positive_and_repeats_with_its_seed(model):
     assert 0 < first.bound < np.inf and first.bound_standard_error > 0
 
 
+def test_a_predictor_of_ones_own_is_a_function_or_a_name_in_the_table(model, monkeypatch):
+    def early(xt, t, s, score_fn, graph, schedule):
+        return samplers.tweedie(xt, t, s / 4, score_fn, graph, schedule)
+
+    def draw(predictor):
+        return model.sample(4, length=16, steps=3, predictor=predictor)
+
+    monkeypatch.setitem(samplers.PREDICTORS, "mine", samplers.tweedie)
+    assert draw("mine") == draw("tweedie") == draw(samplers.tweedie)
+    monkeypatch.setitem(samplers.PREDICTORS, "mine", early)  # what was compiled is not used again
+    assert draw("mine") == draw(early) != draw("tweedie")
+
+
 def test_the_sampler_is_the_one_of_the_paper(model):
     """sample_tokens is samplers.sample with the model's score function, and nothing else."""
     drawn = samplers.sample(

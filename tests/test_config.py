@@ -1,5 +1,6 @@
 """Configs: the shipped ones are sound, every key is read, every bad value is refused."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -10,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import says
 
 from sedd_jax import config as configuration
 from sedd_jax import experiment
 from sedd_jax.configs import base
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Absorbing, Uniform
-from sedd_jax.diffusion.schedules import Geometric, LogLinear
+from sedd_jax.diffusion.schedules import SCHEDULES, Geometric, LogLinear
 from sedd_jax.experiment import make_experiment
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import sharding
@@ -39,13 +41,15 @@ def test_every_shipped_config_passes_the_check_and_builds_its_parts(name):
     experiment.make_optimizer(config)
 
 
+PAPERS = ["text8", "openwebtext_small", "openwebtext_medium", "lm1b"]
+PAPERS += [f"{name}_uniform" for name in PAPERS]
+
+
 def test_the_shipped_configs_are_the_ones_the_project_promises():
-    promised = {"base", "quickstart", "text8", "openwebtext_small", "openwebtext_medium", "lm1b"}
-    promised |= {"text8_uniform", "openwebtext_small_uniform", "lm1b_uniform"}
-    assert promised <= set(NAMES)
+    assert {"base", "quickstart", *PAPERS} <= set(NAMES)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("base", "quickstart")])
+@pytest.mark.parametrize("name", PAPERS)
 def test_the_papers_configs_hold_the_papers_hyperparameters(name):
     config = shipped(name)
     assert config.train.batch_size == 512
@@ -69,7 +73,7 @@ def test_every_key_is_read_somewhere():
     text = "\n".join(path.read_text() for path in (ROOT / "sedd_jax").rglob("*.py"))
     built = {  # sections whose keys are the fields of what they build
         "graph": (Absorbing,),
-        "schedule": (LogLinear, Geometric),
+        "schedule": tuple(SCHEDULES.values()),
         "model": (Transformer,),
     }
     for key in configuration.KEYS:
@@ -97,7 +101,7 @@ BAD = {
     "data.heldout_fraction": 1.0,
     "graph.name": "absorb",
     "graph.scale_by_sigma": 1,
-    "schedule.name": "cosine",
+    "schedule.name": "no such",
     "schedule.eps": 0.0,
     "schedule.sigma_min": -1e-3,
     "schedule.sigma_max": 100.0,
@@ -289,3 +293,15 @@ def test_the_train_step_clips_the_global_norm(tiny_config):
     norm = np.sqrt(sum((np.asarray(m) ** 2).sum() for m in first_moments))
     assert metrics["grad_norm"] > 0.02
     np.testing.assert_allclose(norm, (1.0 - tiny_config.optimizer.b1) * 0.01, rtol=1e-5)
+
+
+def test_a_schedule_of_ones_own_without_an_end_is_refused(monkeypatch, tiny_config):
+    @dataclasses.dataclass(frozen=True)
+    class Endless:
+        def sigma(self, t):
+            return -jnp.log1p(-(jnp.sin(jnp.pi * t / 2) ** 2))  # no token is clean at t = 1
+
+    monkeypatch.setitem(SCHEDULES, "endless", Endless)
+    tiny_config.schedule.name = "endless"
+    with says("'endless'", "sigma(1)", "clean"):
+        experiment.make_schedule(tiny_config)

@@ -216,7 +216,7 @@ class SEDD:
             for begin, end in pairwise([0, *ends]):
                 process = {"network": self.network, "graph": self.graph, "schedule": self.schedule}
                 span = np.int32(begin), np.int32(end)
-                xt = reverse_steps(self.params, key, rows, *span, sampling, **process)
+                xt = reverse_steps(self.params, key, rows, *span, sampling.functions(), **process)
                 rows = rows._replace(xt=xt)
                 tokens = processes.fetch(xt)[:count, :length]
                 yield State(end, sampling.steps, tokens, part.is_known, self.tokenizer)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +11,8 @@ import numpy as np
 from sedd_jax.diffusion import samplers
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.models.head import make_score_fn
+
+TABLES = {"predictor": samplers.PREDICTORS, "draw": samplers.DRAWS, "grid": samplers.GRIDS}
 
 
 # steps and t_min are traced: another number of steps does not compile again.
@@ -23,10 +25,11 @@ from sedd_jax.models.head import make_score_fn
 class Sampling:
     """How samples are drawn."""
 
+    # predictor, draw and grid: a name of TABLES, or a function like those there.
     steps: int = 128  # reverse steps, a network call each; the denoiser is one more
-    predictor: str = "tweedie"  # or "euler"; "none": the denoiser alone
-    draw: str = "exact"  # or "float32_gumbel", the original's
-    grid: str = "uniform"  # or "cosine": the times of the steps
+    predictor: str | Callable = "tweedie"  # or "euler"; "none": the denoiser alone
+    draw: str | Callable = "exact"  # or "float32_gumbel", the original's
+    grid: str | Callable = "uniform"  # or "cosine": the times of the steps
     t_min: float = 1e-5  # time of the denoising
 
     @classmethod
@@ -46,17 +49,20 @@ class Sampling:
 
     def _checked(self) -> "Sampling":
         check_whole("steps", self.steps, 1, 10**6)
-        for name, table in (
-            ("predictor", samplers.PREDICTORS),
-            ("draw", samplers.DRAWS),
-            ("grid", samplers.GRIDS),
-        ):
+        for name, table in TABLES.items():
             value = getattr(self, name)
-            if value not in table:
+            if value not in table and not callable(value):
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
         if not 0.0 < self.t_min < 1.0:
             raise ValueError(f"t_min {self.t_min} is not inside (0, 1); 1e-5 is usual")
         return self
+
+    def functions(self) -> "Sampling":
+        """With what the names stand for, which jit compiles for: a table may change."""
+        chosen = {name: getattr(self, name) for name in TABLES}
+        return dataclasses.replace(
+            self, **{name: TABLES[name].get(value, value) for name, value in chosen.items()}
+        )
 
 
 class Rows(NamedTuple):
@@ -74,8 +80,8 @@ def reverse_steps(
 ) -> jax.Array:
     """The state, int32 [B, L], after the steps begin <= i < end of sampling.steps from rows.xt.
 
-    begin == 0 starts from noise; end == steps ends with the denoiser. Equal networks share what
-    is compiled, whatever their parameters.
+    sampling holds functions, not their names. begin == 0 starts from noise; end == steps ends with
+    the denoiser. Equal networks share what is compiled, whatever their parameters.
     """
     return samplers.sample(
         key,
@@ -84,11 +90,11 @@ def reverse_steps(
         schedule,
         rows.xt.shape,
         steps=sampling.steps,
-        predictor=samplers.PREDICTORS[sampling.predictor],
+        predictor=sampling.predictor,
         known=rows.known,
         t_min=sampling.t_min,
-        draw=samplers.DRAWS[sampling.draw],
-        grid=samplers.GRIDS[sampling.grid],
+        draw=sampling.draw,
+        grid=sampling.grid,
         index=rows.index,
         begin=begin,
         end=end,
