@@ -98,7 +98,7 @@ def test_preparing_again_says_that_the_records_are_there(capsys, tmp_path):
 def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, arguments):
     for folder, words in ((tmp_path / "nowhere", "no folder at"), (tmp_path, "holds no model")):
         line = fails(capsys, command, *arguments, f"--workdir={folder}")
-        assert words in line and "give the workdir of a sedd-train" in line
+        assert words in line and re.search("give .*workdir", line)
     assert not (tmp_path / "nowhere").exists()
 
 
@@ -154,10 +154,7 @@ def test_a_foreign_config_is_one_line(capsys, tmp_path):
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS.values()))
 def test_every_command_explains_itself(capsys, command):
-    try:
-        assert command(["--help"]) == 0
-    except SystemExit as done:  # argparse's way
-        assert done.code == 0
+    assert command(["--help"]) == 0
     assert "usage: " in capsys.readouterr().out
 
 
@@ -420,7 +417,7 @@ def test_the_commands_are_there_as_processes(tiny_run):
     process = start("sing")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
-    assert errors == f"sedd_jax: unknown command 'sing'; known: {', '.join(cli.COMMANDS)}\n"
+    assert errors == f"sedd_jax: error: unknown command 'sing'; known: {', '.join(cli.COMMANDS)}\n"
 
 
 def test_a_config_is_found_by_path_and_by_name():
