@@ -20,6 +20,7 @@ from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.samplers import DRAWS, GRIDS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES
+from sedd_jax.files import is_address
 from sedd_jax.kernels import attention
 from sedd_jax.models.transformer import SAVED
 
@@ -49,6 +50,10 @@ def _whole(low: int, high: float = math.inf) -> Constraint:
     return Constraint(lambda x: isinstance(x, int) and _is_number(x) and low <= x <= high, words)
 
 
+_PATH = Constraint(
+    lambda x: isinstance(x, str) and not is_address(x),
+    "a local path: mount the bucket or share, or copy the files",
+)
 _ANY_TEXT = Constraint(lambda x: isinstance(x, str), "text")
 _BOOLEAN = Constraint(lambda x: isinstance(x, bool), "True or False")
 _POSITIVE = Constraint(lambda x: _is_number(x) and x > 0, "a finite number above 0")
@@ -63,16 +68,16 @@ _PASSES = Constraint(lambda x: isinstance(x, int) and x >= 2 and x % 2 == 0, "an
 KEYS: dict[str, Constraint] = {
     "seed": _whole(0, 2**32 - 1),
     "data.corpus": _one_of(CORPORA),
-    "data.path": _ANY_TEXT,
+    "data.path": _PATH,
     "data.tokenizer": _one_of(TOKENIZERS),
-    "data.tokenizer_path": _ANY_TEXT,
+    "data.tokenizer_path": _PATH,
     "data.length": _whole(1),
     "data.form": _one_of(FORMS),
     "data.windows": _one_of(WINDOWS),
     "data.train_split": _ANY_TEXT,
     "data.heldout_split": _ANY_TEXT,
     "data.heldout_fraction": _INSIDE,
-    "data.records": _ANY_TEXT,
+    "data.records": _PATH,
     "graph.name": _one_of(GRAPHS),
     "graph.scale_by_sigma": _BOOLEAN,
     "schedule.name": _one_of(SCHEDULES),

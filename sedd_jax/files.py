@@ -18,7 +18,14 @@ from typing import IO, Any
 log = logging.getLogger(__name__)
 
 HEARTBEAT, PATIENCE = 5.0, 20.0  # seconds between signs of life; without one before it is dead
+# Of gs://bucket/run; Path() makes one slash of two.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 MAX_DEPTH = 32  # of JSON: whoever reads or copies it afterwards may do so by recursion
+
+
+def is_address(path: str | os.PathLike) -> bool:
+    """Whether this is gs://bucket/run or the like, which is no local path."""
+    return bool(_ADDRESS.match(os.fspath(path)))
 
 
 def local_path(path: str | os.PathLike) -> Path:
@@ -30,9 +37,7 @@ def local_path(path: str | os.PathLike) -> Path:
     text = os.fspath(path)
     if not text.strip() or "\0" in text:
         raise ValueError(f"{text!r} is not a path; name a file or a folder")
-    # Path() makes one slash of two.
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", text)
-    if scheme:
+    if is_address(text):
         raise ValueError(
             f"{text!r} is an address, not a path; mount the bucket or share (gs:// with gcsfuse, "
             "s3:// with mountpoint-s3) or copy the files, and give the path of the local folder"

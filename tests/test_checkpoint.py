@@ -146,13 +146,34 @@ def test_damage_to_the_average_alone_is_seen_by_who_reads_it_alone(folder):
         assert reader.newest() == 4
 
 
+@pytest.mark.parametrize("fault", FAULTS)
+def test_who_reads_the_average_alone_needs_nothing_of_the_rest(folder, fault):
+    FAULTS[fault](folder / "8/train")
+    with Checkpoints(folder, read_only=True) as reader:
+        step, ema = reader.restore_ema(shape().ema)
+    assert step == 8
+    jax.tree.map(np.testing.assert_array_equal, ema, state_of(8).ema)
+
+
+def test_the_average_of_a_step_that_is_named(folder):
+    with Checkpoints(folder, read_only=True) as reader:
+        step, ema = reader.restore_ema(shape().ema, 4)
+        jax.tree.map(np.testing.assert_array_equal, ema, state_of(4).ema)
+        assert step == 4
+        with says("no checkpoint of step 5 in", "there are 4, 8"):
+            reader.restore_ema(shape().ema, 5)
+        flip(largest(folder / "4/ema"))
+        with says("checkpoint 4 in", "is damaged: ema/", "there are 4, 8"):  # not another instead
+            reader.restore_ema(shape().ema, 4)
+
+
 def test_no_sound_checkpoint_at_all_is_one_line(folder):
     for step in STEPS:
         flip(largest(folder / str(step) / "ema"))
     for read_only in (True, False):
         with Checkpoints(folder, read_only=read_only) as checkpoints:
             for call in (checkpoints.newest, lambda c=checkpoints: c.restore_ema(shape().ema)):
-                with says("none of the checkpoints 8, 4 in", "is sound (8: ema/", "to begin anew"):
+                with says("every checkpoint in", "is damaged: 8, 4 (8: ema/", "to begin anew"):
                     call()
     # Nothing was moved, and training does not begin anew over them.
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["4", "8"]

@@ -443,16 +443,19 @@ def test_another_rotary_embedding_is_refused(exported):
 
 def write_again(exported, name=None, **changes):
     folder, *model = exported
-    convert.write_folder(folder, convert.Pretrained(*model, step=8)._replace(**changes), name=name)
+    again = convert.Pretrained(*model, step=8)._replace(**changes)
+    convert.write_folder(folder, again, name=name, replace=True)
 
 
 def test_an_export_is_replaced_and_nothing_else_is(exported):
-    folder, *_ = exported
+    folder, *model = exported
+    with says(str(folder), "holds an exported model", "new folder", "--replace"):
+        convert.write_folder(folder, convert.Pretrained(*model, step=9))
     write_again(exported)
     assert convert.read_folder(folder).step == 8
     assert {p.name for p in folder.parent.iterdir()} == {"hub"}
     (folder / "notes.txt").write_text("mine")
-    with says(str(folder), "is no export of sedd-convert", "choose a new folder"):
+    with says(str(folder), "is there and is not empty", "choose a new folder"):
         write_again(exported)
     assert (folder / "notes.txt").read_text() == "mine"
 

@@ -259,8 +259,8 @@ def test_a_target_that_is_there_is_refused_before_weights_are_read(theirs, tmp_p
     monkeypatch.setattr(workdir, "read_average", lambda *_: pytest.fail("read"))
     monkeypatch.setattr("sedd_jax.convert.folder.read_folder", lambda folder: pytest.fail("read"))
     (tmp_path / "notes.txt").write_text("mine")
-    with says("is there and is no export"):
-        convert.convert(theirs.parent / "one", tmp_path)
+    with says("is there and is not empty"):
+        convert.convert(theirs.parent / "one", tmp_path, replace=True)
     with says("is there and is not empty"):
         convert.convert(golden("hf_absorb/config.json").parent, tmp_path, form="workdir")
 

@@ -1,5 +1,7 @@
 """Training as a process: killed, stopped and resumed, its files, its refusals."""
 
+import errno
+import fcntl
 import json
 import shutil
 import signal
@@ -14,6 +16,7 @@ from conftest import command_line, start
 
 from sedd_jax import config as configuration
 from sedd_jax import experiment, state
+from sedd_jax.cli import eval_command, sample_command, train_command
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.runs.workdir import check_workdir, read_metrics
 from sedd_jax.training.progress import Signals, TrainingStopped
@@ -90,6 +93,69 @@ def test_a_run_killed_in_the_middle_and_restarted_ends_bit_equal_to_one_that_was
     step_whole, theirs = restored(tmp_path / "whole")
     assert step == step_whole == survived + 20
     assert_bit_equal(ours, theirs)
+
+
+def test_a_run_belongs_to_one_process_until_it_is_gone(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    changes = {"train__steps": 100_000, "train__log_every": 1, "checkpoint__every": 10}
+    first = start("train", *command_line(workdir, **changes))
+    wait_until(lambda: checkpoint_steps(workdir), first)
+    for _ in range(2):  # the refusal leaves the claim as it is
+        assert train_command(command_line(workdir, **changes)) == 2
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1
+        assert f"sedd-train: error: process {first.pid} on " in errors
+        assert f" trains in {str(workdir)!r} already; wait until it ends, end it" in errors
+    assert first.poll() is None and json.loads((workdir / "in_use").read_text())["pid"] == first.pid
+    # Readers are welcome.
+    assert sample_command([f"--workdir={workdir}", "--steps=2"]) == 0
+    likelihood = ["likelihood", f"--workdir={workdir}", "--blocks=1", "--passes=2"]
+    assert eval_command(likelihood) == 0
+
+    first.send_signal(signal.SIGKILL)
+    assert finish(first)[0] == -signal.SIGKILL
+    assert (workdir / "in_use").exists()
+    began = time.monotonic()
+    changes["train__steps"] = max(checkpoint_steps(workdir)) + 1
+    assert train_command(command_line(workdir, **changes)) == 0
+    assert time.monotonic() - began < 60 and not (workdir / "in_use").exists()
+    assert not list(workdir.glob("in_use*"))
+
+
+def test_the_second_of_two_that_start_at_once_is_refused(tmp_path):
+    changes = {"train__steps": 30}
+    both = [start("train", *command_line(tmp_path / "run", **changes)) for _ in range(2)]
+    (code, _), (other, errors) = sorted((finish(one) for one in both), key=lambda end: end[0])
+    assert (code, other) == (0, 2), errors
+    assert errors.splitlines()[-1].startswith("sedd-train: error: process ")
+    assert max(checkpoint_steps(tmp_path / "run")) == 30
+
+
+def test_training_needs_no_lock_of_the_file_system(tmp_path, tiny_config, monkeypatch, tiny_run):
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    for name in ("flock", "lockf"):
+        monkeypatch.setattr(fcntl, name, no_lock)
+    shutil.copytree(tiny_run / "records", tmp_path / "run/records")
+    assert train(tiny_config, tmp_path / "run") == 8
+
+
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path, tiny_config):
+    tiny_config.data.corpus, tiny_config.data.path = "text", str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nowhere"):
+        train(tiny_config, tmp_path / "a/b/run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_workdir_that_cannot_be_written_is_said(tmp_path, tiny_config, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("sedd_jax.files.os.open", read_only)
+    with pytest.raises(ValueError, match="cannot write in workdir .*Read-only.*another workdir"):
+        train(tiny_config, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -275,7 +341,7 @@ def test_metrics_of_steps_that_a_kill_undid_are_dropped_and_a_torn_line_too(tmp_
 
 
 def test_an_interrupted_start_leaves_a_workdir_that_can_be_started(tmp_path, tiny_config):
-    for name in ("data.json", "tokenizer.json", "config.json.part"):
+    for name in ("data.json", "tokenizer.json", "config.json.part", "in_use", "in_use.7.dead"):
         (tmp_path / name).write_text("{}")
     (tmp_path / ".records.parts").mkdir()
     check_workdir(tiny_config, tmp_path)

@@ -10,21 +10,38 @@ from collections.abc import Callable
 
 from absl import flags
 
+from sedd_jax import __version__
 from sedd_jax.cli import convert, evaluate, prepare, report, sample, train
-from sedd_jax.cli.messages import plain_log, say
+from sedd_jax.cli.messages import SIGPIPE, discard_output, plain_output, reader_is_gone, say
 
 Argv = list[str] | None
 
 
 def _guarded(name: str, command: Callable[[str, list[str]], int | None], argv: Argv = None) -> int:
-    with plain_log():
+    with plain_output():
         try:
-            return command(name, sys.argv[1:] if argv is None else argv) or 0
+            status = _run(name, command, sys.argv[1:] if argv is None else argv)
+            print(end="", flush=True)
+            return status
         except (ValueError, OSError, flags.Error) as error:
-            return say(name, error, status=2)
+            is_unread = isinstance(error, BrokenPipeError) and reader_is_gone()
+            discard_output()
+            return SIGPIPE if is_unread else say(name, error, status=2)
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)
             return 130
+
+
+def _run(name: str, command: Callable[[str, list[str]], int | None], argv: list[str]) -> int:
+    if "--version" in argv:
+        print(f"{name} {__version__}")
+        return 0
+    try:
+        return command(name, argv) or 0
+    except SystemExit as end:
+        if end.code:
+            raise
+        return 0  # argparse has shown its help
 
 
 # Functions of argv, a list of strings, None for sys.argv's; each returns its exit status.
@@ -48,8 +65,16 @@ COMMANDS = {
 def main(argv: Argv = None) -> int:
     """python -m sedd_jax COMMAND ..."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
+    return _guarded("sedd_jax", _explain, argv)
+
+
+def _explain(name: str, argv: list[str]) -> None:
+    if not {"-h", "--help"} & set(argv[:1]):
         given = argv[0] if argv else ""
-        print(f"sedd_jax: unknown command {given!r}; known: {', '.join(COMMANDS)}", file=sys.stderr)
-        return 2
-    return COMMANDS[argv[0]](argv[1:])
+        raise ValueError(f"unknown command {given!r}; known: {', '.join(COMMANDS)}")
+    print(f"usage: python -m {name} {{{','.join(COMMANDS)}}} ...\n")
+    print(
+        f"The same as sedd-prepare and so on; python -m {name} COMMAND --help lists its arguments"
+    )

@@ -2,8 +2,12 @@
 
 import argparse
 import importlib.util
+import os
+import re
 from pathlib import Path
 from typing import NoReturn
+
+from sedd_jax.files import local_path
 
 MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
 
@@ -19,8 +23,37 @@ def make_parser(name: str, description: str) -> argparse.ArgumentParser:
     return _Parser(prog=name, description=description, allow_abbrev=False)
 
 
+def path(text: str) -> Path:
+    """An argparse type: files.local_path, whose words argparse passes on from this error alone."""
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def name_or_path(text: str) -> str:
+    """An argparse type for what may also be a name or a hub id; "" is none of them."""
+    return text and str(path(text))
+
+
+def joined(argv: list[str]) -> list[str]:
+    """--config.KEY VALUE as one argument, --config.KEY=VALUE, which the parsers of keys take."""
+    arguments: list[str] = []
+    for argument in argv:
+        takes_it = arguments and re.fullmatch(r"--?config\.[^=]+", arguments[-1])
+        if takes_it and not re.match(r"--|-[^\d.]", argument):  # -1 is a value
+            arguments[-1] += f"={argument}"
+        else:
+            arguments.append(argument)
+    return arguments
+
+
 def add_workdir(parser: argparse.ArgumentParser, about: str) -> None:
-    parser.add_argument("--workdir", type=Path, required=True, help=about)
+    parser.add_argument("--workdir", type=path, required=True, help=about)
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=int, help="a run's checkpoint (default: the newest)")
 
 
 def add_steps(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +72,13 @@ def add_scorer(parser: argparse.ArgumentParser) -> None:
     """The model, the scorer and how the texts that it scores are sampled."""
     add = parser.add_argument
     add_workdir(parser, MODEL)
-    add("--scorer", default="gpt2-large", help="gpt2 .. gpt2-xl, a folder, or a hub id@commit")
+    add_step(parser)
+    add(
+        "--scorer",
+        type=name_or_path,
+        default="gpt2-large",
+        help="gpt2 .. gpt2-xl, a folder, or a hub id@commit",
+    )
     add("--scorer_dtype", default="float32", help="float32 or bfloat16")
     add_sampling(parser)
     add("--batch_size", type=int, default=16, help="texts at once")
@@ -54,7 +93,7 @@ def add_samples(parser: argparse.ArgumentParser) -> None:
 def add_records(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
-        "--records", type=Path, help="records of sedd-prepare (default: the run's own; else needed)"
+        "--records", type=path, help="records of sedd-prepare (default: the run's own; else needed)"
     )
     add("--split", help="of the records (default: the run's heldout_split, test with --records)")
 
@@ -64,19 +103,22 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def output_file(text: str) -> Path:
-    """An argparse type, a file to write, new or old: its folder is to be seen before the work."""
-    path = Path(text)
-    if path.is_dir():
+    """An argparse type, a file to write, new or old: what prevents that is seen before the work."""
+    file = path(text)
+    folder = file.absolute().parent
+    if file.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
-    if not path.absolute().parent.is_dir():
+    if not folder.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is in no folder; make it or give another path")
-    return path
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written; give another path")
+    return file
 
 
 def new_file(text: str) -> Path:
     """An argparse type, an output_file that is not there yet."""
-    if Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text!r} exists already; move it or give another path")
+    if path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text!r} exists already; move it or give a new path")
     return output_file(text)
 
 

@@ -1,10 +1,9 @@
 """sedd-convert."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-from sedd_jax.cli.arguments import make_parser
+from sedd_jax.cli.arguments import joined, make_parser, name_or_path, path
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -14,18 +13,19 @@ def run(name: str, argv: list[str]) -> None:
         "--config.KEY=VALUE sets a key of the run's config.",
     )
     add = parser.add_argument
-    add("--from", dest="source", type=Path, required=True, help="hub folder, run, .pth or workdir")
-    add("--to", dest="target", type=Path, required=True, help="folder to write")
+    add("--from", dest="source", type=path, required=True, help="hub folder, run, .pth or workdir")
+    add("--to", dest="target", type=path, required=True, help="folder to write")
     add("--form", default="hub", help="of what is written: hub, original (a run) or workdir")
     add("--weights", default="ema", help="which of a run's go into a hub folder: ema or raw")
     add("--fresh_optimizer", action="store_true", help="begin AdamW's moments and warm-up again")
+    add("--replace", action="store_true", help="an earlier export at --to, with --form=hub")
     add(
         "--tokenizer",
         help="the model's, where the source does not hold it: gpt2, bert, ..., or tokenizer.json "
         "of a workdir",
     )
-    add("--tokenizer_path", default="", help="its files, as for sedd-prepare")
-    options, rest = parser.parse_known_args(argv)
+    add("--tokenizer_path", type=name_or_path, default="", help="its files, as for sedd-prepare")
+    options, rest = parser.parse_known_args(joined(argv))
     changes = _changes(rest)
     from sedd_jax import convert
 
@@ -37,6 +37,7 @@ def run(name: str, argv: list[str]) -> None:
         optimizer=not options.fresh_optimizer,
         tokenizer=_named_tokenizer(options.tokenizer, options.tokenizer_path),
         changes=changes,
+        replace=options.replace,
     )
     rows = (
         ("read", f"{done.read} {options.source}"),

@@ -12,11 +12,14 @@ from sedd_jax.cli.arguments import (
     add_records,
     add_samples,
     add_scorer,
+    add_step,
     add_steps,
     check_matplotlib,
     check_run,
     make_parser,
+    name_or_path,
     output_file,
+    path,
     run_records,
 )
 
@@ -41,8 +44,13 @@ def run(name: str, argv: list[str]) -> None:
 def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """An upper bound on -log p of a split, in every unit."""
     add = parser.add_argument
-    add("--workdir", type=Path, help=MODEL)
-    add("--gpt2", help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id")
+    add("--workdir", type=path, help=MODEL)
+    add_step(parser)
+    add(
+        "--gpt2",
+        type=name_or_path,
+        help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id",
+    )
     add_records(parser)
     add("--blocks", type=int, help="score this many blocks (default: all)")
     add(
@@ -68,6 +76,8 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         raise ValueError("give --workdir, or --gpt2 with --records")
     if options.gpt2 is not None and options.records is None:
         raise ValueError("--gpt2 needs --records: a folder made by sedd-prepare")
+    if options.gpt2 is not None and options.step is not None:
+        raise ValueError(f"--step={options.step} is of a run's checkpoint; leave it out of --gpt2")
     if options.workdir is not None and (options.records is None or options.baselines):
         check_run(
             options.workdir, NEEDS_RECORDS if options.records is None else "leave --baselines out"
@@ -82,7 +92,7 @@ def _bound(options: argparse.Namespace) -> dict[str, Any]:
     from sedd_jax.evaluation.likelihood import evaluate_split
     from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir)
+    model = load(options.workdir, step=options.step)
     records, split = _records(options)
     train = None
     if options.baselines:
@@ -180,7 +190,7 @@ def _model_and_scorer(options: argparse.Namespace) -> tuple:
     from sedd_jax.evaluation.scorer import load_scorer
     from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir)
+    model = load(options.workdir, step=options.step)
     return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
 
 

@@ -1,19 +1,50 @@
 """What the commands say on standard error."""
 
 import contextlib
+import io
 import logging
+import os
+import re
+import select
 import sys
 from collections.abc import Iterator
 
+SIGPIPE = 128 + 13  # the status of what the shell saw end by that signal
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+
 
 def say(name: str, error: Exception, status: int) -> int:
-    print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{name}: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
     return status
 
 
+def visible(text: str) -> str:
+    """The text with control characters, which a terminal would act on, as escapes: "\\x1b"."""
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads standard output any more, as in `| head -1`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def discard_output() -> None:
+    """Drops what standard output does not take: the flush at exit would fail with it again."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextlib.contextmanager
-def plain_log() -> Iterator[None]:
-    """Within it, the package's own messages are plain lines on standard error."""
+def plain_output() -> Iterator[None]:
+    """Within it, the package's own messages are plain lines on standard error, and standard output
+    takes every character: what its encoding lacks, as é in ASCII, is shown as an escape.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is not, and takes all
+        sys.stdout.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("sedd_jax")
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -1,8 +1,6 @@
 """sedd-prepare."""
 
-from pathlib import Path
-
-from sedd_jax.cli.arguments import make_parser
+from sedd_jax.cli.arguments import make_parser, name_or_path, path
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -14,17 +12,19 @@ def run(name: str, argv: list[str]) -> None:
     add("--dataset", required=True, help=", ".join(data.CORPORA))
     add(
         "--out",
-        type=Path,
+        type=path,
         required=True,
         help="folder of the records; one that has these already is left as it is",
     )
     add(
         "--tokenizer",
+        type=name_or_path,
         default="gpt2",
         help=f"{', '.join(data.TOKENIZERS)}, or the tokenizer.json of a run",
     )
     add(
         "--tokenizer_path",
+        type=name_or_path,
         default="",
         help="folder, tokenizer.json or hub id@commit (gpt2, bert; default: the published one); "
         ".model file or train:SIZE (sentencepiece)",
@@ -33,10 +33,16 @@ def run(name: str, argv: list[str]) -> None:
     add("--form", default="packed", help="packed, or padded: a document a block")
     add(
         "--manual_dir",
+        type=name_or_path,
         default="",
         help="folder with the corpus's archive or files (default: download); your own text",
     )
-    add("--data_dir", default="", help="where archives are downloaded to (default: TFDS_DATA_DIR)")
+    add(
+        "--data_dir",
+        type=name_or_path,
+        default="",
+        help="where archives are downloaded to (default: TFDS_DATA_DIR)",
+    )
     add("--documents", default="", help="lines or whole, for the corpora that are cut into lines")
     add("--detokenizer", default="published", help="published, none, or one by name")
     add(

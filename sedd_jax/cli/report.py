@@ -18,7 +18,7 @@ def run(name: str, argv: list[str]) -> None:
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")
     options = parser.parse_args(argv)
     from sedd_jax.evaluation.likelihood import likelihood_table
-    from sedd_jax.evaluation.report import write_report
+    from sedd_jax.evaluation.report import make_report, write_report
     from sedd_jax.inference.pretrained import load
     from sedd_jax.runs.workdir import PICTURE, SUMMARY
 
@@ -27,9 +27,8 @@ def run(name: str, argv: list[str]) -> None:
     check_matplotlib(name)
     model = load(workdir)
     records, names = run_records(workdir)
-    summary = write_report(
+    summary, frames = make_report(
         model,
-        workdir,
         records,
         train_split=names.train_split,
         heldout_split=names.heldout_split,
@@ -44,4 +43,11 @@ def run(name: str, argv: list[str]) -> None:
     if options.template is not None:
         print(f"\n{options.template}")
         show(summary["infill"])
+    try:  # last: what the work has given is shown by now
+        write_report(workdir, summary, frames)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write {SUMMARY} and {PICTURE} in {str(workdir)!r}: {error.strerror}; make the "
+            "folder writable, or run it on a copy"
+        ) from error
     print(f"\nwritten: {workdir / SUMMARY}, {workdir / PICTURE}")

@@ -7,9 +7,10 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from sedd_jax.cli.arguments import add_sampling, make_parser, new_file
+from sedd_jax.cli.arguments import add_sampling, add_step, make_parser, name_or_path, new_file, path
+from sedd_jax.cli.messages import visible
 from sedd_jax.files import replacing
 
 OPTIONS = ("steps", "predictor", "draw", "grid")  # the config's, where the command names none
@@ -22,7 +23,7 @@ def run(name: str, argv: list[str]) -> None:
     from sedd_jax.inference.trajectory import Animation
 
     source = options.workdir or options.model
-    model = load(source)
+    model = load(source, step=options.step)
     length, known = options.length, None
     if options.template is None and (options.prefix or options.suffix):
         length = model.length if length is None else length
@@ -64,8 +65,13 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     """The arguments; ValueError for what can be seen to be wrong before a model is loaded."""
     parser = make_parser(name, "Text from a trained model.")
     add = parser.add_argument
-    add("--workdir", type=Path, help="the run's folder")
-    add("--model", help="in its place: a hub id, owner/name@commit, or an exported folder")
+    add("--workdir", type=path, help="the run's folder")
+    add(
+        "--model",
+        type=name_or_path,
+        help="in its place: a hub id, owner/name@commit, or an exported folder",
+    )
+    add_step(parser)
     add("--template", help='text with free positions, "Hi, my name is [MASK:20]."')
     add("--prefix", default="", help="text that every sample begins with")
     add("--suffix", default="", help="text that every sample ends with")
@@ -110,9 +116,13 @@ def _write_text(samples: Iterable[dict[str, Any]], path: Path | None) -> None:
     texts = [sample["text"] for sample in samples]
     if path is None:
         show(texts)
-    else:
+        return
+    try:
         with replacing(path, "w", encoding="utf-8", errors="replace") as file:
             show(texts, file)
+    except OSError:  # the disk is full: all the work is done
+        show(texts)
+        raise
 
 
 def _write_json_lines(samples: Iterable[dict[str, Any]], path: Path | None) -> None:
@@ -128,7 +138,11 @@ def _write_json_lines(samples: Iterable[dict[str, Any]], path: Path | None) -> N
 FORMATS = {"text": _write_text, "jsonl": _write_json_lines}
 
 
-def show(texts: list[str], file=None) -> None:
+def show(texts: list[str], file: TextIO | None = None) -> None:
+    """The texts under numbers; a terminal does not get what it would act on."""
+    file = file or sys.stdout
+    if file is not None and file.isatty():
+        texts = [visible(text) for text in texts]
     for number, text in enumerate(texts, start=1):
         print(f"--- {number} " + "-" * 60, file=file)
         print(text, file=file)

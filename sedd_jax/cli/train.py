@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from sedd_jax.cli.arguments import joined
 from sedd_jax.cli.messages import say
+from sedd_jax.files import local_path
 
 USAGE = """sedd-train --config=configs/quickstart.py --workdir=DIR [--config.train.steps=100 ...]
 
@@ -50,6 +52,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
     from sedd_jax.parallel.processes import Cluster
     from sedd_jax.runs.workdir import saved_config
 
+    argv = joined(argv)
     # First what names the config, which then defines a flag for each of its keys.
     first = flags.FlagValues()
     first.set_gnu_getopt(True)
@@ -60,7 +63,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
         if (key := key.split("=")[0]) not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=3) or list(KEYS)
             raise ValueError(f"unknown config key {key}; did you mean {', '.join(near)}?")
-    workdir = Path(first.workdir) if first.workdir else None
+    workdir = local_path(first.workdir) if first.workdir else None
     config = first.config and _find_config(first.config)
     saved = saved_config(workdir) if workdir and not config else None
 
@@ -103,12 +106,13 @@ def parse_train(name: str, argv: list[str]) -> Request:
 def _find_config(argument: str) -> str:
     """FILE[:ARGUMENT], where FILE may be the name of a config that the package installs."""
     path, colon, rest = argument.partition(":")
-    if Path(path).is_file():
-        return argument
+    if (file := local_path(path)).is_file():
+        return f"{file}{colon}{rest}"
     files = resources.files("sedd_jax.configs").iterdir()
     shipped = {file.name.removesuffix(".py"): file for file in files if file.name[0] != "_"}
     if path in shipped:
         return f"{shipped[path]}{colon}{rest}"
+    local_path(argument)  # which has words of its own for an address
     raise ValueError(
         f"no config file {path!r}; give a path, or one of {', '.join(sorted(shipped))}"
     )

@@ -13,7 +13,7 @@ from sedd_jax.convert import folder as hub
 from sedd_jax.convert import names, original_config, original_run
 from sedd_jax.convert.folder import Pretrained
 from sedd_jax.data import Tokenizer
-from sedd_jax.files import check_new
+from sedd_jax.files import check_new, local_path
 from sedd_jax.runs import workdir
 
 
@@ -55,6 +55,7 @@ def convert(
     optimizer: bool = True,
     tokenizer: Tokenizer | None = None,
     changes: Mapping[str, Any] | None = None,
+    replace: bool = False,
 ) -> Conversion:
     """Convert source, whose form is seen from its files, to target in the given form.
 
@@ -65,11 +66,15 @@ def convert(
     optimizer: whether AdamW's moments go into a workdir.
     tokenizer: the model's, where the source does not hold it; a workdir needs one.
     changes: keys of our config to set in a workdir.
+    replace: whether a hub folder takes the place of an earlier one at target.
     """
-    source, target, changes = Path(source), Path(target), changes or {}
+    source, target, changes = local_path(source), local_path(target), changes or {}
     read = recognise(source)
     _check_options(str(source), read, form, weights, optimizer, tokenizer, changes)
-    (hub.check_replaceable if form == "hub" else check_new)(target)  # before the weights are read
+    if form == "hub":  # all before the weights are read
+        hub.check_target(target, replace)
+    else:
+        check_new(target)
     if form == "original":
         step, notices = original_run.export_run(source, target), ()
         run = workdir.open_workdir(source)
@@ -96,7 +101,7 @@ def convert(
             original=model.original,
         )
     elif form == "hub":
-        hub.write_folder(target, model)
+        hub.write_folder(target, model, replace=replace)
     expected = names.expected_tensors(config, vocab_size)
     return Conversion(
         read=FORMS[read].words,
@@ -184,11 +189,16 @@ def _read(
     return model, {"params": model.params, "ema": model.params}
 
 
-def read_workdir(source: Path, weights: str = "ema", *, mesh: Mesh | None = None) -> Pretrained:
-    """The model of a training run: its moving average, or on one device its "raw" parameters."""
+def read_workdir(
+    source: Path, weights: str = "ema", *, mesh: Mesh | None = None, step: int | None = None
+) -> Pretrained:
+    """The model of a training run: its moving average, or on one device its "raw" parameters.
+
+    step: of the checkpoint with that average; None for the newest.
+    """
     run = workdir.open_workdir(source)
     if weights == "ema":  # whose numbers sedd-report has written
-        (step, params), about = workdir.read_average(run, mesh), workdir.about(run)
+        (step, params), about = workdir.read_average(run, mesh, step), workdir.about(run)
     else:
         train_state, about = workdir.read_state(run), {"weights": weights}
         step, params = int(train_state.step), train_state.params

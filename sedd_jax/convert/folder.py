@@ -19,7 +19,7 @@ from sedd_jax.configs import base
 from sedd_jax.convert import names, original_config, torch_files, weights
 from sedd_jax.convert.card import model_card
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
-from sedd_jax.files import appearing, load_json
+from sedd_jax.files import appearing, check_new, load_json
 
 log = logging.getLogger(__name__)
 
@@ -145,14 +145,17 @@ def _check_agreement(folder: Path, theirs: tuple, ours: tuple) -> None:
             )
 
 
-def write_folder(folder: Path, model: Pretrained, *, name: str | None = None) -> None:
+def write_folder(
+    folder: Path, model: Pretrained, *, name: str | None = None, replace: bool = False
+) -> None:
     """Write the model as a folder that the original's from_pretrained and `read_folder` read.
 
     name is the card's title and what it says to load, the folder's name by default. about goes
     into sedd_jax.json, and what `card.model_card` knows of it into the card. The folder appears
-    whole: written beside and renamed. ValueError if it is there and is no such export.
+    whole: written beside and renamed. ValueError if anything is there; with replace, if that is
+    no such export.
     """
-    check_replaceable(folder)
+    check_target(folder, replace)
     config, vocab_size, tokenizer = ConfigDict(model.config), model.vocab_size, model.tokenizer
     name = name or os.path.basename(os.path.abspath(folder))
     tensors = names.to_original(model.params)
@@ -183,14 +186,15 @@ def _write_json(file: Path, value: Any, *, sort_keys: bool = False) -> None:
     file.write_text(text, encoding="utf-8")
 
 
-def check_replaceable(folder: Path) -> None:
-    """ValueError unless the folder is absent, empty, or an export with nothing else in it."""
-    if not folder.exists() and not folder.is_symlink():
-        return
+def check_target(folder: Path, replace: bool) -> None:
+    """ValueError unless the folder is absent, empty, or an export alone that may be replaced."""
+    inside = set()
     if folder.is_dir() and not folder.is_symlink():
         inside = {path.name for path in folder.iterdir()}
-        if not inside or (OURS in inside and inside <= {CONFIG, WEIGHTS, OURS, CARD}):
-            return
-    raise ValueError(
-        f"{str(folder)!r} is there and is no export of sedd-convert; choose a new folder"
-    )
+    if not (OURS in inside and inside <= {CONFIG, WEIGHTS, OURS, CARD}):
+        check_new(folder)
+    elif not replace:
+        raise ValueError(
+            f"{str(folder)!r} is there and holds an exported model; choose a new folder, or add "
+            "--replace (in Python replace=True) for this one in its place"
+        )

@@ -13,6 +13,7 @@ from sedd_jax.data.prepare import prepare
 from sedd_jax.data.published import PUBLISHED, open_published
 from sedd_jax.data.records import Records, open_records
 from sedd_jax.data.tokenizers import make_tokenizer, named_tokenizer
+from sedd_jax.files import local_path
 
 CORPORA = ("pydoc", "text", *sorted(PUBLISHED))
 
@@ -49,12 +50,13 @@ def make_corpus(
         raise ValueError(f"heldout_fraction {heldout_fraction} is not between 0 and 1; try 0.1")
     if documents and name not in PUBLISHED:
         raise ValueError(f"documents {documents!r} is not for corpus {name!r}; leave it out")
+    path = path and str(local_path(path))
     if name in PUBLISHED:
         default = os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
         corpus = open_published(
             name,
             manual_dir=path or None,
-            data_dir=data_dir or default,
+            data_dir=local_path(data_dir or default),
             documents=documents,
             heldout_fraction=heldout_fraction,
             progress=progress,
@@ -84,9 +86,11 @@ def make_records(
     tokenizer: a name of TOKENIZERS, or the tokenizer.json of a run. What was finished before a stop
     or a fault is used by the next call.
     """
-    if Path(tokenizer).is_file():
+    folder = local_path(folder)
+    tokenizer_path = tokenizer_path and str(local_path(tokenizer_path))
+    if local_path(tokenizer).is_file():
         encoder = named_tokenizer(tokenizer)
     else:
         encoder = make_tokenizer(tokenizer, tokenizer_path, corpus)
     prepare(corpus, encoder, length, folder, form=form, workers=workers, progress=progress)
-    return open_records(Path(folder).absolute())
+    return open_records(folder.absolute())

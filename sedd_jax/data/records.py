@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sedd_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
+from sedd_jax.files import local_path
 
 FORMAT = 2
 
@@ -93,7 +94,7 @@ class Records:
 
 def open_records(folder: str | Path) -> Records:
     """Opens a prepared folder; ValueError if it is missing, half-written or not of this format."""
-    folder = Path(folder)
+    folder = local_path(folder)
     if not folder.is_dir():
         raise ValueError(
             f"no folder at {str(folder)!r}; prepare records there or name another folder"

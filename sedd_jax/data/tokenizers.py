@@ -16,6 +16,7 @@ from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.sentencepiece import SentencePiece
 from sedd_jax.data.subwords import GPT2, Bert, Subwords
 from sedd_jax.data.tokenizer import Tokenizer, check_ids, shorten, to_utf8
+from sedd_jax.files import local_path
 
 
 @dataclass(frozen=True)
@@ -165,19 +166,19 @@ def make_tokenizer(name: str, path: str, corpus: Corpus) -> Tokenizer:
 
 def named_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of "gpt2", "gpt2:FOLDER", "ids:4096", or of a run's tokenizer.json."""
-    file = Path(name)
+    kind, _, path = name.partition(":")
+    file = Path(name) if kind in TOKENIZERS else local_path(name)
     if file.is_file():
         try:
             return tokenizer_from_dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{name!r} is no tokenizer.json of a run: {error}") from error
-    kind, _, path = name.partition(":")
     if kind == "characters" or path.startswith("train:"):
         raise ValueError(
             f"tokenizer {name!r} is fitted on a corpus, which is not here; name the tokenizer.json "
             "of a run"
         )
-    return _lookup(kind).make(path, Corpus({}))
+    return _lookup(kind).make(path and str(local_path(path)), Corpus({}))
 
 
 def tokenizer_from_dict(d: dict[str, Any]) -> Tokenizer:

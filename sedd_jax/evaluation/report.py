@@ -26,9 +26,8 @@ _HEADLINE = (
 )
 
 
-def write_report(
+def make_report(
     model: SEDD,
-    workdir: Path,
     records: data.Records,
     *,
     train_split: str,
@@ -36,8 +35,8 @@ def write_report(
     template: str | None,
     passes: int,
     began: float | None,
-) -> dict[str, Any]:
-    """Writes summary.json and picture.png of the run in workdir; returns the summary.
+) -> tuple[dict[str, Any], list[str]]:
+    """The summary of the model of a run, and one sample's text from noise to the last step.
 
     records are the run's. template is infilled three times, None not at all; began is the Unix
     time that `seconds` counts from, None leaves it out.
@@ -48,8 +47,6 @@ def write_report(
     heldout = evaluate_split(
         model, records, heldout_split, passes=passes, train=(records, train_split), progress=True
     )
-    metrics = runs.read_metrics(workdir)
-    draw_picture(workdir / runs.PICTURE, metrics, heldout, [state.texts[0] for state in states])
     summary = {
         "bits_per_character": {name: heldout["bits_per_character"][name] for name in _HEADLINE},
         "seconds": None if began is None else round(time.time() - began, 1),
@@ -58,8 +55,14 @@ def write_report(
         "word_rate": word_rate(samples, vocabulary(records, train_split)),
         "heldout": heldout,
     }
+    return summary, [state.texts[0] for state in states]
+
+
+def write_report(workdir: Path, summary: dict[str, Any], frames: list[str]) -> None:
+    """Writes what `make_report` returned as summary.json and picture.png of the run in workdir."""
     write_text(workdir / runs.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
-    return summary
+    metrics = runs.read_metrics(workdir)
+    draw_picture(workdir / runs.PICTURE, metrics, summary["heldout"], frames)
 
 
 def word_rate(texts: list[str], known_words: set[str]) -> float:

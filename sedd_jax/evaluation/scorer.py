@@ -23,7 +23,7 @@ from sedd_jax.config import DTYPES
 from sedd_jax.convert.weights import DTYPES as DTYPES_READ
 from sedd_jax.convert.weights import compare
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
-from sedd_jax.files import load_json
+from sedd_jax.files import load_json, local_path
 from sedd_jax.inference.bounds import batches
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
@@ -197,8 +197,8 @@ def load_scorer(name: str, *, dtype: str = "float32") -> Scorer:
 
 def _locate(name: str) -> tuple[str, Path]:
     """The full name of a scorer, and the folder of its files."""
-    if name not in SCORERS and Path(name).is_dir():
-        return name, Path(name)
+    if name not in SCORERS and local_path(name).is_dir():
+        return name, local_path(name)
     repository, revision = hub.parse(SCORERS.get(name, name)) or (None, None)
     if revision is None:
         raise ValueError(

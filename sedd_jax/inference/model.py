@@ -24,6 +24,7 @@ from sedd_jax.diffusion.likelihood import Bound, check_passes
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn
+from sedd_jax.files import local_path
 from sedd_jax.inference import bounds
 from sedd_jax.inference.sampling import (
     Rows,
@@ -313,12 +314,15 @@ class SEDD:
 
     # --- saving
 
-    def save_pretrained(self, folder: str | Path, *, name: str | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, name: str | None = None, replace: bool = False
+    ) -> None:
         """Write the folder that `load` and the original's `SEDD.from_pretrained` read.
 
         config.json, model.safetensors with the original's names, sedd_jax.json (the tokenizer and
         the whole config) and README.md, a model card, in which the model is called `name`, the
-        folder's by default. ValueError if folder holds anything else.
+        folder's by default. ValueError if anything is in folder; with replace, if that is more
+        than an earlier export.
         """
         model = convert.Pretrained(
             config=self.experiment,
@@ -329,7 +333,7 @@ class SEDD:
             original=self.original,
             about=dict(self.about),
         )
-        convert.write_folder(Path(folder), model, name=name)
+        convert.write_folder(local_path(folder), model, name=name, replace=replace)
 
     def push_to_hub(
         self,

@@ -11,6 +11,7 @@ from sedd_jax import config as configuration
 from sedd_jax import convert, data, experiment, hub
 from sedd_jax.convert.folder import CONFIG, OURS, PICKLED, WEIGHTS, Pretrained
 from sedd_jax.data.tokenizers import Tokenizer
+from sedd_jax.files import local_path
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import sharding
@@ -30,6 +31,7 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     tokenizer: Tokenizer | str | None = None,
+    step: int | None = None,
 ) -> SEDD:
     """The model at `source`, with a training run's moving average as its weights.
 
@@ -41,6 +43,7 @@ def load(
     the original's weights. mesh, of this process's devices, spreads weights and batches over them
     as sharding.RULES say; by default all is on one device. tokenizer is needed where the folder
     names none and the vocabulary is not GPT-2's: a Tokenizer, or what data.named_tokenizer takes.
+    step is that of a training run's checkpoint; by default the newest is taken.
 
     ValueError says what is wrong with the source; nothing is half loaded.
     """
@@ -48,8 +51,14 @@ def load(
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
     if mesh is not None and any(d.process_index != jax.process_index() for d in mesh.devices.flat):
         raise ValueError("the mesh has devices of other processes; give one of this process's own")
-    folder = Path(source)
-    if not os.path.lexists(folder):  # False, and no error, for a name that no file can have
+    folder = local_path(source)
+    is_there = os.path.lexists(folder)  # False, and no error, for a name that no file can have
+    if step is not None and not (is_there and convert.recognise(folder) == "workdir"):
+        raise ValueError(
+            f"{str(source)!r} is no run with checkpoints; leave step {step} out, or name the run's "
+            "workdir"
+        )
+    if not is_there:
         folder = _download(str(source), revision)
     elif revision is not None:
         raise ValueError(f"{str(source)!r} is a folder: revision {revision!r} is for hub ids")
@@ -63,7 +72,7 @@ def load(
         return _assemble(_read_folder(folder, tokenizer, mesh), dtype, mesh)
     if tokenizer is not None:
         raise ValueError(f"{str(folder)!r} has its own tokenizer; leave tokenizer out")
-    return _assemble(convert.read_workdir(folder, mesh=mesh), dtype, mesh)
+    return _assemble(convert.read_workdir(folder, mesh=mesh, step=step), dtype, mesh)
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sedd_jax.data.tokenizers import Tokenizer
-from sedd_jax.files import write_text
+from sedd_jax.files import local_path, write_text
 
 MAX_TEXTS = 4  # of a state in a notebook's output
 PAUSE = 0.1  # seconds between two updates of a notebook's output, at least
@@ -146,7 +146,7 @@ class Animation:
 
     def save(self, path: str | Path) -> Path:
         """Writes the page to `path`, whole or not at all; what is there is replaced."""
-        path = Path(path)
+        path = local_path(path)
         write_text(path, self.html)
         return path
 
@@ -186,7 +186,7 @@ def show(
     Raises:
       ValueError: no states, states of different shapes, or a path in no folder.
     """
-    if path is not None and not Path(path).absolute().parent.is_dir():
+    if path is not None and not local_path(path).absolute().parent.is_dir():
         raise ValueError(f"no folder for the page {str(path)!r}; make it, or give another path")
     handle = None
     if live and not isinstance(states, list | tuple) and _in_notebook():

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from sedd_jax import files
 from sedd_jax.parallel import processes, sharding
@@ -118,9 +119,7 @@ class Checkpoints:
     def _newest(self, items: tuple[str, ...]) -> int | None:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            folder = self.folder / str(step)
-            faults = (fault_of(folder / item, _about(step, item)) for item in items)
-            fault = next(filter(None, faults), None)
+            fault = self._fault_of(step, items)
             if fault is None:
                 self._pass_over(damaged)
                 return step
@@ -128,11 +127,16 @@ class Checkpoints:
         if damaged:
             step, fault = next(iter(damaged.items()))
             raise ValueError(
-                f"none of the checkpoints {', '.join(map(str, damaged))} in "
-                f"{str(self.folder)!r} is sound ({step}: {fault}); put a copy of one in its "
+                f"every checkpoint in {str(self.folder)!r} is damaged: "
+                f"{', '.join(map(str, damaged))} ({step}: {fault}); put a copy of one in its "
                 "place, or move the folder away to begin anew"
             )
         return None
+
+    def _fault_of(self, step: int, items: tuple[str, ...]) -> str | None:
+        folder = self.folder / str(step)
+        faults = (fault_of(folder / item, _about(step, item)) for item in items)
+        return next(filter(None, faults), None)
 
     def _pass_over(self, damaged: dict[int, str]) -> None:
         for step, fault in damaged.items():
@@ -149,12 +153,22 @@ class Checkpoints:
                 name = f"{step}-{taken + 1}" if taken else str(step)
                 (self.folder / str(step)).rename(quarantine / name)
 
-    def needed(self, items: tuple[str, ...] = ITEMS) -> int:
-        """`newest`; ValueError where there is none."""
-        step = self.newest(items)
+    def needed(self, items: tuple[str, ...] = ITEMS, step: int | None = None) -> int:
+        """`newest`, or this step; ValueError where it is not there or damaged."""
         if step is None:
+            step = self.newest(items)
+            if step is None:
+                raise ValueError(
+                    f"no checkpoint in {str(self.folder)!r}; train first, or name another workdir"
+                )
+            return step
+        there = f"there are {', '.join(map(str, sorted(self._manager.all_steps()))) or 'none'}"
+        if step not in self._manager.all_steps():
+            raise ValueError(f"no checkpoint of step {step} in {str(self.folder)!r}; {there}")
+        fault = self._fault_of(step, items)
+        if fault is not None:
             raise ValueError(
-                f"no checkpoint in {str(self.folder)!r}; train first, or name another workdir"
+                f"checkpoint {step} in {str(self.folder)!r} is damaged: {fault}; {there}"
             )
         return step
 
@@ -196,15 +210,16 @@ class Checkpoints:
         restored = self._restore(step, train=shape.replace(ema=None), ema=shape.ema)
         return restored["train"].replace(ema=restored["ema"])
 
-    def restore_ema(self, shape: Any) -> tuple[int, Any]:
-        """(step, moving average) of the newest checkpoint, reading nothing else."""
-        step = self.needed(("ema",))
+    def restore_ema(self, shape: Any, step: int | None = None) -> tuple[int, Any]:
+        """(step, moving average) of the newest or that checkpoint, reading nothing else."""
+        step = self.needed(("ema",), step)
         return step, self._restore(step, ema=shape)["ema"]
 
     def _restore(self, step: int, **shapes: Any):
-        metadata = self._manager.item_metadata(step)
         for item, shape in shapes.items():
-            self._compare(step, metadata[item], shape)
+            # The manager's would read the other items' too, which may be damaged.
+            place = epath.Path(self.folder.absolute()) / str(step) / item
+            self._compare(step, self._handlers[item].metadata(place), shape)
         args = {item: _Restore(shape) for item, shape in shapes.items()}
         return self._manager.restore(step, args=ocp.args.Composite(**args))
 

@@ -7,11 +7,14 @@ metrics.jsonl    a JSON object a line; tensorboard/: the same as events
 samples/         STEP.txt, and profile/: where the config asks for them
 original.json    the config that an imported run came with
 summary.json     and picture.png: of sedd-report
+in_use           which process trains here, while one does
 """
 
+import contextlib
 import json
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +24,7 @@ from ml_collections import ConfigDict
 from sedd_jax import config as configuration
 from sedd_jax import data, experiment
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
-from sedd_jax.files import appearing, check_new, load_json, write_text
+from sedd_jax.files import appearing, check_new, claimed, load_json, local_path, write_text
 from sedd_jax.parallel import processes
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
@@ -31,6 +34,7 @@ log = logging.getLogger(__name__)
 CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer.json"
 RECORDS, CHECKPOINTS = "records", "checkpoints"
 METRICS, TENSORBOARD, SAMPLES, PROFILE = "metrics.jsonl", "tensorboard", "samples", "profile"
+IN_USE = "in_use"
 ORIGINAL, SUMMARY, PICTURE = "original.json", "summary.json", "picture.png"
 
 
@@ -51,15 +55,41 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             )
     elif workdir.exists():
         # A start that was interrupted leaves these, and nothing else.
-        names = "|".join(map(re.escape, (RECORDS, CONFIG, DATA, TOKENIZER)))
-        ours = re.compile(rf"({names})(\.part)?|\.({names})\.\S+|\.seen-by-all-\S+")
+        names = "|".join(map(re.escape, (RECORDS, CONFIG, DATA, TOKENIZER, IN_USE)))
+        ours = re.compile(rf"({names})(\.part|\.\d+\.dead)?|\.({names})\.\S+|\.seen-by-all-\S+")
         if not workdir.is_dir() or not all(ours.fullmatch(p.name) for p in workdir.iterdir()):
             raise ValueError(
                 f"workdir {str(workdir)!r} is not empty and holds no run; choose a new folder"
             )
 
 
-def claim_workdir(config: ConfigDict, workdir: Path, records: data.Records) -> None:
+@contextlib.contextmanager
+def in_use(workdir: Path) -> Iterator[None]:
+    """While entered, the run in workdir is this process's; ValueError if another one trains it.
+
+    The folder is made if it is not there, and removed again if nothing came into it.
+    """
+
+    def remove_empty(folders: list[Path]) -> None:
+        with contextlib.suppress(OSError):  # it is not empty
+            for folder in folders:
+                folder.rmdir()
+
+    with contextlib.ExitStack() as stack:
+        absent = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+        stack.callback(remove_empty, absent)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(claimed(workdir / IN_USE, f"trains in {str(workdir)!r}"))
+        except OSError as error:
+            raise ValueError(
+                f"cannot write in workdir {str(workdir)!r}: {error.strerror}; make it writable or "
+                "choose another workdir"
+            ) from error
+        yield
+
+
+def write_identity(config: ConfigDict, workdir: Path, records: data.Records) -> None:
     """Write what the run is: its data's fingerprint, its tokenizer and, last, its config.
 
     A resumed run has the same data and tokenizer; its config may differ in MAY_CHANGE's keys.
@@ -120,8 +150,9 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
                 f"{section[field]!r}; name another folder in config.data.records or change the "
                 "config"
             )
-    if not is_new and section.corpus == "text" and section.path and Path(section.path).exists():
-        now = data.text_source(section.path, section.heldout_fraction)
+    text = section.path and local_path(section.path)
+    if not is_new and section.corpus == "text" and text and text.exists():
+        now = data.text_source(str(text), section.heldout_fraction)
         if source["files"] != now["files"]:
             raise ValueError(
                 f"the records in {str(folder)!r} are not of the text that is at {section.path!r} "
@@ -134,7 +165,7 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
 
 def records_folder(config: ConfigDict, workdir: Path) -> Path:
     """Where the run's packed corpus is."""
-    return Path(config.data.records or workdir / RECORDS)
+    return local_path(config.data.records or workdir / RECORDS)
 
 
 def open_records(config: ConfigDict, workdir: Path) -> data.Records:
@@ -206,13 +237,15 @@ def read_state(workdir: Workdir) -> TrainState:
         return checkpoints.restore(checkpoints.needed(), _shape(workdir))
 
 
-def read_average(workdir: Workdir, mesh: Mesh | None = None) -> tuple[int, Any]:
-    """(step, moving average) of the newest checkpoint, reading nothing else.
+def read_average(
+    workdir: Workdir, mesh: Mesh | None = None, step: int | None = None
+) -> tuple[int, Any]:
+    """(step, moving average) of the newest or that checkpoint, reading nothing else.
 
     Placed as sharding.RULES say, or on one device without a mesh.
     """
     with _checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_ema(_shape(workdir, mesh).ema)
+        return checkpoints.restore_ema(_shape(workdir, mesh).ema, step)
 
 
 def _checkpoints(workdir: Workdir) -> Checkpoints:

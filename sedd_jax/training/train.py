@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from sedd_jax import __version__, data
 from sedd_jax import config as configuration
 from sedd_jax.experiment import Experiment, make_experiment, make_mesh
+from sedd_jax.files import local_path
 from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
@@ -33,12 +34,11 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     before any work for what the config, the corpus or the workdir cannot give; TrainingStopped for
     a loss or gradient that is not finite config.train.max_skipped times in a row.
     """
-    workdir = Path(workdir)
-    experiment, records = set_up(config, workdir)
-    mesh, key, steps = experiment.mesh, experiment.keys["train"], config.train.steps
-    heldout = data.read_blocks(records, config.data.heldout_split, config.evaluate.blocks)
-
+    workdir = local_path(workdir)
     with contextlib.ExitStack() as stack:
+        experiment, records = set_up(config, workdir, stack)
+        mesh, key, steps = experiment.mesh, experiment.keys["train"], config.train.steps
+        heldout = data.read_blocks(records, config.data.heldout_split, config.evaluate.blocks)
         signals = stack.enter_context(Signals())
         any_signal = processes.StopAgreement(lambda: signals.received, mesh)
         stuck = stack.enter_context(watchdog(config.train.stuck_seconds))
@@ -88,16 +88,27 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
     return step
 
 
-def set_up(config: ConfigDict, workdir: Path) -> tuple[Experiment, data.Records]:
-    """The experiment and its packed corpus; the same on every process, or an error on each."""
+def set_up(
+    config: ConfigDict, workdir: Path, stack: contextlib.ExitStack
+) -> tuple[Experiment, data.Records]:
+    """The experiment and its packed corpus; the same on every process, or an error on each.
+
+    Nothing is written before workdir is this run's alone, which it is until the stack is closed.
+    """
     processes.check_same("config", dict(configuration.flatten(config)))
     processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
     configuration.check(config)
     mesh = make_mesh(config)
     processes.on_all_processes(lambda: runs.check_workdir(config, workdir))
+
+    def claim() -> None:
+        stack.enter_context(runs.in_use(workdir))
+        runs.check_workdir(config, workdir)  # again: another run may have begun and ended here
+
+    processes.on_all_processes(lambda: claim() if processes.is_first() else None)
     processes.check_shared(workdir)
     records = processes.first_then_others(lambda: runs.prepare_data(config, workdir))
-    processes.on_all_processes(lambda: runs.claim_workdir(config, workdir, records))
+    processes.on_all_processes(lambda: runs.write_identity(config, workdir, records))
     return make_experiment(config, records.tokenizer.vocab_size, mesh), records
 
 

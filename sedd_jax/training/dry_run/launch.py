@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax import data
+from sedd_jax.files import local_path
 from sedd_jax.training.dry_run.collectives import Collective
 from sedd_jax.training.dry_run.estimate import Estimate, Parameter
 from sedd_jax.training.dry_run.targets import Target, parse_target
@@ -45,7 +46,7 @@ def dry_run(
         "config": config.to_dict(),
         "vocab_size": vocab_size,
         "target": target,
-        "text_file": text_file and str(text_file),
+        "text_file": text_file and str(local_path(text_file)),
     }
     answer = _run_child(machine, request)
     parameters = tuple(_from_json(Parameter, row) for row in answer.pop("parameters"))
@@ -69,7 +70,7 @@ def _from_json(dataclass: type, row: dict[str, Any]) -> Any:
 
 
 def _vocab_size(config: ConfigDict) -> int:
-    if config.data.records and Path(config.data.records).is_dir():
+    if config.data.records and local_path(config.data.records).is_dir():
         return data.open_records(config.data.records).tokenizer.vocab_size
     name, path = config.data.tokenizer, config.data.tokenizer_path
     if name == "ids" and path.isdigit():
