@@ -203,7 +203,7 @@ CASES = [
     Case(f"{PREPARE}{{corpora}}/latin1", "a.txt", "UTF-8"),
     Case(f"{PREPARE}{{corpora}}/utf16", "a.txt", "UTF-8"),
     Case(f"{PREPARE}{{corpora}}/pdf", "a.pdf", ".txt"),
-    Case(f"{PREPARE}{{corpora}}/broken_json", "a.jsonl", "line 2"),
+    Case(f"{PREPARE}{{corpora}}/broken_json", "a.jsonl:2", "not JSON; give"),
     Case(f"{PREPARE}{{corpora}}/no_text", "a.jsonl", '"text"'),
     Case(f"{PREPARE}{{corpora}}/two_splits", "valid", "train"),
     Case(f"{PREPARE}{{corpora}}/broken_gz", "a.txt.gz", "again"),
