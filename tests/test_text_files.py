@@ -6,6 +6,8 @@ import json
 import logging
 import lzma
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,9 +16,13 @@ import pytest
 from conftest import says
 from pyarrow import parquet
 
+from sedd_jax import config as configuration
+from sedd_jax import files
 from sedd_jax.cli import prepare_command
+from sedd_jax.configs import quickstart
 from sedd_jax.data import make_corpus, make_records, open_records
 from sedd_jax.data.text_files import text, text_source
+from sedd_jax.runs import workdir
 
 ROWS = [f"row {i} é" for i in range(30)]
 JSONL = "".join(json.dumps({"id": i, "text": t}) + "\n" for i, t in enumerate(ROWS))
@@ -149,6 +155,7 @@ FORMS = [
     ("train-00000-of-00002.txt", "validation-00000-of-00001.txt", None),
     ("c4-train.00000-of-01024.txt", "c4-validation.00000-of-00008.txt", None),
     ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"),
+    ("wiki.train.tokens.txt", "wiki.dev.tokens.txt", "wiki.test.tokens.txt"),
     ("train_0.md", "dev1.txt", "test_set.txt"),
     ("train/valid-notes.txt", "validation/train.txt", None),
     (None, "dev.txt", "test.txt"),
@@ -260,8 +267,6 @@ def test_records_that_are_there_are_opened_without_a_write_or_a_claim(tmp_path, 
 def test_no_lock_of_the_file_system_is_needed_and_a_dead_claim_is_no_hindrance(tmp_path):
     path = write(tmp_path / "t", {"a.txt": "one line of text\n" * 20})
     here = {"host": "h", "pid": 2**22 + 1, "started": "1", "work": "x"}
-    from sedd_jax import files
-
     (tmp_path / ".r.lock").write_text(json.dumps({**here, **files._machine()}))
     start = time.monotonic()
     make_records("text", tmp_path / "r", path=path, tokenizer="bytes", length=16)
@@ -275,3 +280,76 @@ def test_the_bar_knows_the_whole_from_the_start(tmp_path, capfd):
     assert command(manual_dir=tmp_path / "t", out=tmp_path / "r") == 0
     error = capfd.readouterr().err
     assert "1.60M/1.60M" in error and "documents=250" in error
+
+
+def test_records_by_name_bring_their_corpus_and_tokenizer(tmp_path):
+    path = write(tmp_path / "t", {"a.txt": "one line of text\n" * 40})
+    out = tmp_path / "r"
+    assert command(manual_dir=path, out=out, heldout_fraction=0.2) == 0
+    values = {"data.records": str(out), "data.length": 16}
+    config = configuration.with_values(quickstart.get_config(), values)
+    assert (config.data.corpus, config.data.tokenizer) == ("pydoc", "characters")
+    config = workdir.with_stored_data(config)
+    section = config.data
+    assert (section.corpus, section.tokenizer, section.heldout_fraction) == ("text", "bytes", 0.2)
+    assert workdir.with_stored_data(config) == config
+    assert workdir.prepare_data(config, tmp_path / "run").length == 16
+    with says("have length 16, config.data.length is 32"):
+        workdir.prepare_data(
+            configuration.with_values(config, {"data.length": 32}), tmp_path / "run"
+        )
+
+
+def test_training_says_which_splits_there_are_before_it_prepares(tmp_path):
+    path = write(tmp_path / "t", {"train.txt": "x" * 99, "test.txt": "y" * 99})
+    values = {"data.corpus": "text", "data.path": path, "data.length": 16}
+    config = configuration.with_values(quickstart.get_config(), values)
+    with says("no split 'validation', it has train, test; set config.data.train_split and"):
+        workdir.prepare_data(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config.data.heldout_split = "test"
+    assert workdir.prepare_data(config, tmp_path / "run").counts("test")["blocks"] == 6
+
+
+def test_a_run_of_the_version_before_goes_on_with_the_splits_it_was_prepared_with(tmp_path):
+    path = write(tmp_path / "t", {"train/a.txt": "x" * 99, "validation/a.txt": "y" * 99})
+    values = {"data.corpus": "text", "data.path": path, "data.length": 16}
+    config = configuration.with_values(quickstart.get_config(), values)
+    workdir.prepare_data(config, tmp_path / "run")
+    file = tmp_path / "run/records/fingerprint.json"
+    fingerprint = json.loads(file.read_text())
+    old = {"corpus": "text", "version": "1.0.0", "files": {"*": "x"}, "heldout_fraction": 0.1}
+    file.write_text(json.dumps({**fingerprint, "source": {**old, "detokenizer": ""}}))
+    assert workdir.prepare_data(config, tmp_path / "run").length == 16
+    file.write_text(json.dumps(fingerprint))
+    write(tmp_path / "t", {"train/a.txt": "z" * 99})
+    with says("are not of the text that is at", "leave config.data.path empty"):
+        workdir.prepare_data(config, tmp_path / "run")
+
+
+def test_records_are_not_made_inside_the_text(tmp_path, capsys):
+    path = write(tmp_path / "t", {"a.txt": "one line of text\n" * 40})
+    assert command(manual_dir=path, out=f"{path}/records") == 2
+    assert "choose another folder for the records" in capsys.readouterr().err
+    assert [file.name for file in Path(path).iterdir()] == ["a.txt"]
+
+
+def test_records_of_a_corpus_by_name_need_no_guard_in_a_script_or_on_standard_input(tmp_path):
+    write(tmp_path / "t", {"a.txt": "one line of text\n" * 40})
+    program = (
+        "from sedd_jax import data\n"
+        "r = data.make_records('text', 'r', path='t', tokenizer='bytes', length=16, workers=2)\n"
+        "print(r.counts('train')['blocks'])\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    for arguments, text_in in ((["program.py"], None), (["-"], program)):
+        result = subprocess.run(
+            [sys.executable, *arguments],
+            input=text_in,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            timeout=60,
+        )
+        assert (result.returncode, result.stdout) == (0, "38\n"), result.stderr

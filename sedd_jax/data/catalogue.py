@@ -126,6 +126,16 @@ def make_records(
     encoder = None
     if isinstance(corpus, str):
         _check(corpus, **{key: value for key, value in options.items() if key != "path"})
+        path = options.get("path")
+        if (
+            corpus == "text"
+            and path
+            and folder.resolve().is_relative_to(local_path(path).resolve())
+        ):
+            raise ValueError(
+                f"{str(folder)!r} is inside {str(path)!r}, whose files are read as text; choose "
+                "another folder for the records"
+            )
     elif options:
         raise TypeError(f"{', '.join(options)}: only for a corpus by name")
     if tokenizer not in TOKENIZERS and local_path(tokenizer).is_file():

@@ -8,6 +8,7 @@ number of threads.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -122,12 +123,16 @@ def _describe(corpus: Corpus, tokenizer: Tokenizer, length: int, form: str) -> d
 def _fingerprint_of_same(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
     """The fingerprint of the records in `folder`; ValueError if they do not fit description."""
     fingerprint = open_records(folder).fingerprint
-    for field, value in description.items():
-        if fingerprint[field] != value:
-            raise ValueError(
-                f"{str(folder)!r} was prepared with {field} {fingerprint[field]!r}, not {value!r}; "
-                "choose another folder"
-            )
+    for field in sorted(description, key=lambda field: field == "source"):  # the longest last
+        old, new = fingerprint[field], description[field]
+        if old == new:
+            continue
+        if isinstance(new, dict):
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            old, new = ({key: d[key] for key in keys if key in d} for d in (old, new))
+        raise ValueError(
+            f"{str(folder)!r} was prepared with {field} {old!r}, not {new!r}; choose another folder"
+        )
     log.info("the records in %r are there already; nothing was written", str(folder))
     return fingerprint
 
@@ -178,6 +183,11 @@ def _encode_all(
     identity = f"{PARTS_FORMAT}-{tokenizer.fingerprint()[:16]}-{corpus.detokenizer or 'none'}"
     part_files: dict[str, list[Path]] = {split: [] for split in corpus.streams}
     num_reused = num_documents = 0
+    jobs = _cut(corpus.pairs())
+    for split, documents in itertools.islice(jobs, 1):  # a mistake shows before the bar does
+        detokenize = DETOKENIZERS[corpus.detokenizer] if corpus.detokenizer else str
+        tokenizer.encode(detokenize(documents[0]))
+        jobs = itertools.chain([(split, documents)], jobs)
     if corpus.is_read:
         passed_over = f"; passed over: {corpus.passed_over}" if corpus.passed_over else ""
         level = logging.WARNING if passed_over else logging.INFO
@@ -186,7 +196,7 @@ def _encode_all(
     bar = tqdm(desc="encode", unit=read.unit, unit_scale=True, disable=not progress)
     pending: deque[Future[None]] = deque()  # bounded, and with it the memory
     with bar, ThreadPoolExecutor(workers) as pool:
-        for split, documents in _cut(corpus.pairs()):
+        for split, documents in jobs:
             number = f"{len(part_files[split]):06d}"
             file = folder / f"{split}-{number}-{identity}-{_digest(documents)}.npz"
             part_files[split].append(file)

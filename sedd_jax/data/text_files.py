@@ -40,7 +40,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _WORD = "|".join(SPLIT_NAMES)
-_IN_FILE_NAME = re.compile(rf"({_WORD})(?:[._-].*)?|.*[._-]({_WORD})", re.DOTALL)
+_IN_FILE_NAME = re.compile(rf"({_WORD})(?:[._-].*)?|.*[._-]({_WORD})|.*\.({_WORD})\..*", re.DOTALL)
 _SHARD = re.compile(r"[._-]?\d+([._-]of[._-]\d+)?$")
 # Of no split and no fault beside files that have one.
 _ABOUT = re.compile(r"(readme|licen[cs]e|copying|notice|citation|changelog|authors)\b", re.ASCII)
@@ -229,7 +229,7 @@ def _split_words(name: str) -> set[str]:
     if not words:
         stem = _SHARD.sub("", file.removesuffix("".join(_kind(file))))
         match = _IN_FILE_NAME.fullmatch(stem)
-        words = {match[1] or match[2]} if match else set()
+        words = {match[match.lastindex]} if match else set()
     return words
 
 
