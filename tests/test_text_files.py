@@ -141,6 +141,10 @@ def test_a_pipe_or_a_link_to_nothing_is_refused_without_waiting(tmp_path):
     for path in (tmp_path, tmp_path / "a.txt"):
         with says("a.txt", "a pipe or a device"):
             text(str(path), 0.1)
+    with says("'/dev/null'", "a pipe or a device"):  # as <(zcat texts.gz) is
+        text("/dev/null", 0.1)
+    with says("no text in", "notes.log'; set data.path"):
+        text(write(tmp_path, {"notes.log": "x"}) + "/notes.log", 0.1)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/a.txt").symlink_to("/no/such")
     with says("a.txt", "a link to nothing"):

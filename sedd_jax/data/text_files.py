@@ -129,6 +129,8 @@ def _plan(path: str) -> tuple[dict[str, Files], str]:
     root = local_path(path)
     if not root.exists():
         raise ValueError(f"no file or folder at {path!r}; set {PATH} to your text")
+    if not root.is_dir():
+        _check_file(root)
     paths, hidden = _walk(root) if root.is_dir() else ({root.name: root}, 0)
     files, others = [], []
     for name in sorted(paths):
@@ -144,7 +146,7 @@ def _plan(path: str) -> tuple[dict[str, Files], str]:
         else:
             others.append(name)
     if not files:
-        holds = f" but {', '.join(others[:3])}" if others else ""
+        holds = f" but {', '.join(others[:3])}" if others and root.is_dir() else ""
         raise ValueError(
             f"no text in {str(root)!r}{holds}; set {PATH} to files of {', '.join(READERS)}"
         )

@@ -136,19 +136,30 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
                 f"{section[field]!r}; name another folder in config.data.records or change the "
                 "config"
             )
-    path = section.path and local_path(section.path)
-    if not is_new and section.corpus == "text" and path and path.exists():
-        now = data.text_source(section.path, section.heldout_fraction)
-        # Of a version that took splits by other rules, the files cannot be compared.
-        if source["version"] == now["version"] and source["files"] != now["files"]:
-            raise ValueError(
-                f"the records in {str(folder)!r} are not of the text that is at {section.path!r} "
-                "now; name another folder in config.data.records, put the old text back, or leave "
-                "config.data.path empty to use the records as they are"
-            )
+    if not is_new and section.corpus == "text" and section.path:
+        _check_text(records, section.path, section.heldout_fraction)
     for split in (section.train_split, section.heldout_split):
         records.counts(split)
     return records
+
+
+def _check_text(records: data.Records, path: str, heldout_fraction: float) -> None:
+    """ValueError if the records are of another text than lies at path; it may be gone."""
+    if not local_path(path).exists():
+        return
+    source, reason = records.fingerprint["source"], ""
+    try:
+        now = data.text_source(path, heldout_fraction)
+        # Of a version that took splits by other rules, the files cannot be compared.
+        is_same = source["version"] != now["version"] or source["files"] == now["files"]
+    except ValueError as error:
+        is_same, reason = False, f" ({error})"
+    if not is_same:
+        raise ValueError(
+            f"the records in {str(records.folder)!r} are not of the text that is at {path!r} "
+            f"now{reason}; name another folder in config.data.records, put the old text back, or "
+            "leave config.data.path empty to use the records as they are"
+        )
 
 
 def records_folder(config: ConfigDict, workdir: Path) -> Path:
