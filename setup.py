@@ -42,6 +42,7 @@ setup(
         "flax>=0.11",
         "grain>=0.2.12",
         "huggingface_hub",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
         "jax>=0.7.2",
         "ml-collections",
         "ml_dtypes",
@@ -49,11 +50,13 @@ setup(
         "optax>=0.2.5",  # optax.tree
         "orbax-checkpoint>=0.11",
         "PyYAML",  # the original's .hydra/config.yaml
+        "pyarrow",
         "requests",
         "safetensors",
         "scipy",
         "sentencepiece",
         "tensorboardX",
+        "tensorflow-datasets",
         "tokenizers",
         "tqdm",
     ],

@@ -11,11 +11,12 @@ def get_config():
     config.seed = 0  # of parameters, noise, dropout and data order
 
     config.data = ml_collections.ConfigDict()
-    # text (your own files), pydoc (ships with Python), or a published one: text8, wikitext2,
-    # wikitext103, ptb, lambada, lm1b, openwebtext
+    # text (your own files), pydoc (ships with Python), a published one: text8, wikitext2,
+    # wikitext103, ptb, lambada, lm1b, openwebtext, or tfds:NAME[/CONFIG][:VERSION]
     config.data.corpus = "text"
-    # text: folder of .txt (a document each) or .jsonl ({"text": ...}) files; a published corpus:
-    # folder with its archive or files, empty to download them
+    # text: a file or folder of .txt, .md (a document each), .jsonl ({"text": ...} a line), .csv or
+    # .parquet (column text) files, split by names such as train/ and valid.jsonl; a published
+    # corpus: folder with its archive or files, empty to download them; tfds: TFDS's data_dir
     config.data.path = ""
     config.data.tokenizer = "gpt2"  # gpt2, bert, sentencepiece, text8, characters, bytes
     # gpt2, bert: folder, tokenizer.json or hub id@commit, empty for the published one;
@@ -27,7 +28,9 @@ def get_config():
     config.data.train_split = "train"
     config.data.heldout_split = "validation"
     config.data.heldout_fraction = 0.05  # of documents, where the corpus has no split of its own
-    config.data.records = ""  # folder of sedd-prepare; empty: WORKDIR/records, made on first use
+    # Folder of sedd-prepare, whose corpus and tokenizer hold then; empty: WORKDIR/records, made on
+    # first use
+    config.data.records = ""
 
     config.graph = ml_collections.ConfigDict()
     config.graph.name = "absorbing"  # absorbing or uniform

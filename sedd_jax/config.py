@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sedd_jax.configs import base
-from sedd_jax.data import CORPORA, FORMS, TOKENIZERS, WINDOWS
+from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
 from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.samplers import DRAWS, GRIDS, PREDICTORS
@@ -67,7 +67,9 @@ _PASSES = Constraint(lambda x: isinstance(x, int) and x >= 2 and x % 2 == 0, "an
 
 KEYS: dict[str, Constraint] = {
     "seed": _whole(0, 2**32 - 1),
-    "data.corpus": _one_of(CORPORA),
+    "data.corpus": Constraint(
+        lambda x: isinstance(x, str) and is_corpus(x), f"one of {KNOWN_CORPORA}"
+    ),
     "data.path": _PATH,
     "data.tokenizer": _one_of(TOKENIZERS),
     "data.tokenizer_path": _PATH,

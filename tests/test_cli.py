@@ -73,7 +73,7 @@ def test_an_unreadable_or_too_small_corpus_is_one_line(capsys, tmp_path):
     assert "'/none'" in line
     (tmp_path / "empty").mkdir()
     path = f"--config.data.path={tmp_path / 'empty'}"
-    assert "no .txt or .jsonl" in fails(capsys, train_command, "--config=quickstart", *where, path)
+    assert "no text in" in fails(capsys, train_command, "--config=quickstart", *where, path)
 
 
 def test_preparing_again_says_that_the_records_are_there(capsys, tmp_path):

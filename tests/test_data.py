@@ -16,6 +16,7 @@ from sedd_jax.data import (
     parse_template,
     prefix_suffix,
 )
+from sedd_jax.data.text_files import text
 
 NOWHERE = Corpus({"train": list, "validation": list})
 
@@ -29,7 +30,7 @@ def pydoc() -> Corpus:
 
 
 def text_corpus(path: str, heldout_fraction: float) -> Corpus:
-    return corpora.text(path, heldout_fraction)
+    return text(path, heldout_fraction)
 
 
 def shared(heldout: list[str], train: list[str], width: int = 50) -> float:
@@ -126,8 +127,8 @@ def test_every_fault_of_a_text_corpus_is_named(tmp_path):
 
     with says("no file or folder at '/no/such'", "set data.path"):
         text_corpus("/no/such", 0.1)
-    with says("no .txt or .jsonl file in"):
-        make(a_md="text")
+    with says("no text in", "but a.pdf; set data.path", ".txt, "):
+        make(a_pdf="text")
     with says("hold no text"):
         make(a_txt=" \n", b_jsonl="\n")
     with says("a.txt: invalid UTF-8 at byte 2;"):
@@ -144,12 +145,10 @@ def test_every_fault_of_a_text_corpus_is_named(tmp_path):
         make(a_txt="x")
     (tmp_path / "dangling").mkdir()
     (tmp_path / "dangling/a.txt").symlink_to("/no/such")
-    with says("cannot read", "a.txt': No such file or directory; repair or remove it"):
+    with says("cannot read", "a.txt': it is a link to nothing"):
         text_corpus(str(tmp_path / "dangling"), 0.1)
     with says("unknown corpus 'x'; known: pydoc, text"):
         make_corpus("x", "", 0.1, data_dir=tmp_path)
-    with says("heldout_fraction 1.0 is not between 0 and 1"):
-        make_corpus("pydoc", "", 1.0, data_dir=tmp_path)
     with says("leaves split 'validation' of 'pydoc' empty"):
         corpora.pydoc(1e-9)
     with says("unknown split 'test'; known: train, validation"):

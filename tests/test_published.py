@@ -328,9 +328,9 @@ def test_one_pass_reads_an_archive_once(tmp_path, row, pages, monkeypatch):
     read_names = []
     members = readers._members
 
-    def counted(path, labels):
+    def counted(path, labels, progress):
         read_names.append(path.name)
-        return members(path, labels)
+        return members(path, labels, progress)
 
     monkeypatch.setattr(readers, "_members", counted)
     counts = prepare(corpus, TOKENIZERS["bytes"](), 16, tmp_path / "r")["splits"]

@@ -149,7 +149,7 @@ def test_a_prepared_folder_is_reused_unread_and_never_replaced(tmp_path, pydoc, 
         prepare_function(corpus_of([], [], corpus="x"), *same)
     with says("was prepared with length 256, not 128;"):
         prepare_function(pydoc, packed.tokenizer, 128, packed.folder)
-    with says("was prepared with form 'packed', not 'padded'; delete"):
+    with says("was prepared with form 'packed', not 'padded'; choose"):
         prepare_function(pydoc, *same, form="padded")
     with says("was prepared with tokenizer", "'characters'", "not", "'bytes'"):
         prepare_function(pydoc, TOKENIZERS["bytes"](), 256, packed.folder)
@@ -306,7 +306,7 @@ def test_every_fault_of_a_records_folder_is_named(tmp_path, pydoc):
         open_records(tmp_path / "r")
     (tmp_path / "half/train").mkdir(parents=True)
     for attempt in (open_records, lambda f: prepare_function(corpus, tokenizer, 2, f)):
-        with says("is no complete folder of records, fingerprint.json is missing; delete"):
+        with says("holds no whole records, fingerprint.json is missing; name"):
             attempt(tmp_path / "half")
     folder = tmp_path / "empty"
     folder.mkdir()  # an empty folder is as good as none
@@ -317,7 +317,7 @@ def test_every_fault_of_a_records_folder_is_named(tmp_path, pydoc):
     with says("cannot read the records of split 'train'", "prepare it again"):
         open_records(folder).source("train")
     shard.write_bytes((folder / "validation/blocks-00000.array_record").read_bytes())
-    with says("holds 2 blocks in split 'train', its fingerprint says 5; delete"):
+    with says("holds 2 blocks in split 'train', its fingerprint says 5; prepare"):
         open_records(folder).source("train")
     shard.unlink()
     with says("cannot read the records of split 'train'"):
@@ -328,7 +328,7 @@ def test_every_fault_of_a_records_folder_is_named(tmp_path, pydoc):
     with says("tokenizer.json is not the tokenizer it was prepared with"):
         open_records(folder)
     (folder / "fingerprint.json").write_text('{"format": 1}')
-    with says("its format 1 is not 2; delete"):
+    with says("its format 1 is not 2; prepare"):
         open_records(folder)
 
 

@@ -113,7 +113,7 @@ CASES = [
     Case(TOKENS + " --tokenizer=bytes --length=long", "long", "--help"),
     Case(TOKENS + " --tokenizer=bytes --heldout_fraction=2", "2", "heldout_fraction"),
     Case(TOKENS + " --tokenizer=bytes --detokenizer=moses", "'moses'", "none"),
-    Case(TOKENS + " --tokenizer=bytes --documents=words", "'words'", "lines"),
+    Case(TOKENS + " --tokenizer=bytes --documents=words", "'words'", "leave it out"),
     Case("sample", "--workdir", "--model"),
     Case("sample --workdir={run} --model={hub}", "--model", "--workdir"),
     Case("sample --workdir={run} --steps=0", "0", "steps"),
@@ -227,12 +227,26 @@ CASES = [
     Case(f"{PREPARE}{{corpora}}/latin1", "a.txt", "UTF-8"),
     Case(f"{PREPARE}{{corpora}}/utf16", "a.txt", "UTF-8"),
     Case(f"{PREPARE}{{corpora}}/pdf", "a.pdf", ".txt"),
-    Case(f"{PREPARE}{{corpora}}/broken_json", "a.jsonl", "line 2"),
+    Case(f"{PREPARE}{{corpora}}/broken_json", "a.jsonl:2", "not JSON; give"),
     Case(f"{PREPARE}{{corpora}}/no_text", "a.jsonl", '"text"'),
     Case(f"{PREPARE}{{corpora}}/two_splits", "valid", "train"),
     Case(f"{PREPARE}{{corpora}}/broken_gz", "a.txt.gz", "again"),
     Case(f"{PREPARE}{{corpora}}/pipe", "a.txt", "file"),
     Case(f"{PREPARE}{{corpora}}/zip", "a.zip", "unpack"),
+    Case(f"{PREPARE}{{corpora}}/strays", "more.txt", "folders train"),
+    Case(f"{PREPARE}{{corpora}}/one_column", "a.csv", 'column "text"'),
+    Case(f"{PREPARE}{{corpora}}/pipe/a.txt", "a.txt", "file"),
+    Case(f"{PREPARE}/dev/null", "/dev/null", "as a file"),
+    Case(f"{PREPARE}{{corpora}}/splits --heldout_fraction=1", "train, validation", "leave"),
+    Case(f"{TEXT}{{corpora}}/train_and_test", "'validation'", "heldout_split"),
+    Case(
+        "prepare --dataset=tfds:lm1b --data_dir={empty} --tokenizer=bytes --out=records",
+        "lm1b",
+        "tfds build",
+    ),
+    Case("prepare --dataset=tfds: --out=records", "'tfds:'", "NAME"),
+    Case(f"{TRAIN} --config.data.corpus=tfds:", "tfds:", "NAME"),
+    Case(f"{TRAIN} --config.data.corpus=tfds:nope --config.data.path={{empty}}", "nope", "build"),
     Case("prepare --dataset=text --tokenizer=bytes --out=records", "--manual_dir", "text"),
     Case(
         "prepare --dataset=ptb --manual_dir={empty} --tokenizer=bytes --out=records",
@@ -347,6 +361,10 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     files("corpora/zip", a__zip=b"PK\x03\x04")
     for split in ("train", "valid", "validation"):
         files(f"corpora/two_splits/{split}", a__txt=words)
+    files("corpora/strays", train__txt=words, valid__txt=words, more__txt=words)
+    files("corpora/splits", train__txt=words, valid__txt=words)
+    files("corpora/train_and_test", train__txt=words, test__txt=words)
+    files("corpora/one_column", a__csv="body\nx\n", b__txt=words)
     files("corpora/pipe")
     os.mkfifo(top / "corpora/pipe/a.txt")
     files("tk", broken__json='{"model": ', lfs__json=pointer)

@@ -95,7 +95,10 @@ def add_records(parser: argparse.ArgumentParser) -> None:
     add(
         "--records", type=path, help="records of sedd-prepare (default: the run's own; else needed)"
     )
-    add("--split", help="of the records (default: the run's heldout_split, test with --records)")
+    add(
+        "--split",
+        help="of the records (default: the run's heldout_split; of --records: test, or validation)",
+    )
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

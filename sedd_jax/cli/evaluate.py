@@ -199,7 +199,8 @@ def _records(options: argparse.Namespace) -> tuple:
     from sedd_jax import data
 
     if options.records is not None:
-        return data.open_records(options.records), options.split or "test"
+        records = data.open_records(options.records)
+        return records, options.split or records.scored_split
     records, names = run_records(options.workdir)
     return records, options.split or names.heldout_split
 

@@ -9,7 +9,7 @@ def run(name: str, argv: list[str]) -> None:
 
     parser = make_parser(name, "A corpus as records: fixed-length blocks of tokens, made once.")
     add = parser.add_argument
-    add("--dataset", required=True, help=", ".join(data.CORPORA))
+    add("--dataset", required=True, help=data.KNOWN_CORPORA)
     add(
         "--out",
         type=path,
@@ -41,7 +41,7 @@ def run(name: str, argv: list[str]) -> None:
         "--data_dir",
         type=name_or_path,
         default="",
-        help="where archives are downloaded to (default: TFDS_DATA_DIR)",
+        help="where archives are downloaded to and TFDS keeps datasets (default: TFDS_DATA_DIR)",
     )
     add("--documents", default="", help="lines or whole, for the corpora that are cut into lines")
     add("--detokenizer", default="published", help="published, none, or one by name")
@@ -49,22 +49,18 @@ def run(name: str, argv: list[str]) -> None:
         "--heldout_fraction",
         type=float,
         help="of the documents, for corpora without a split of their own (default: 0.1; of "
-        f"openwebtext {HELDOUT_FRACTION})",
+        f"openwebtext {HELDOUT_FRACTION}); 1: all of your own text, to score it",
     )
     add("--workers", type=int, default=1, help="threads that encode; the result is the same")
     options = parser.parse_args(argv)
-    corpus = data.make_corpus(
+    records = data.make_records(
         options.dataset,
-        options.manual_dir,
-        options.heldout_fraction,
+        options.out,
+        path=options.manual_dir,
+        heldout_fraction=options.heldout_fraction,
         data_dir=options.data_dir,
         documents=options.documents,
         detokenizer=options.detokenizer,
-        progress=True,
-    )
-    records = data.make_records(
-        corpus,
-        options.out,
         tokenizer=options.tokenizer,
         tokenizer_path=options.tokenizer_path,
         length=options.length,

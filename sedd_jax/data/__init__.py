@@ -3,16 +3,18 @@
 The order inside, each module importing from those before it:
 detokenizers, corpora -> tokenizer -> subwords, sentencepiece -> tokenizers -> records
 -> prepare, pipeline, templates;
-corpora -> readers -> published; catalogue, which knows every corpus by name, is last.
+corpora -> tfds, readers -> published, text_files; catalogue, which knows every corpus by name, is
+last.
 """
 # ruff: noqa: F401 - the imports are the names that the package exports
 
-from sedd_jax.data.catalogue import CORPORA, make_corpus, make_records
-from sedd_jax.data.corpora import Corpus, text_source
+from sedd_jax.data.catalogue import CORPORA, KNOWN_CORPORA, is_corpus, make_corpus, make_records
+from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.pipeline import WINDOWS, read_blocks, train_batches
 from sedd_jax.data.prepare import FORMS, prepare
 from sedd_jax.data.records import Blocks, Records, describe, open_records
 from sedd_jax.data.templates import parse_template, prefix_suffix
+from sedd_jax.data.text_files import text_source
 from sedd_jax.data.tokenizers import (
     TOKENIZERS,
     Tokenizer,

@@ -1,12 +1,12 @@
-"""Corpora: documents by split, and the two that need no archive."""
+"""Corpora: documents by split, the text that ships with Python, and what all readers share."""
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -18,11 +18,38 @@ WINDOW = 50  # characters; text shared over this many or more counts as a leak b
 BYTE_ORDER_MARK = "\ufeff"  # is not text
 SHORT = 40  # characters; paragraphs below this (headings, "See also") may repeat inside a split
 PATH = "data.path (sedd-prepare: --manual_dir)"  # the setting, for errors
-FEW = 20  # documents; below this a split by document is too coarse, so the text is cut instead
-REMEDY = 'give UTF-8 text, in a .jsonl file {"text": "..."} a line'  # of one's own text, for errors
 
 Pairs = Iterable[tuple[str, str]]  # (split, document)
 Files = list[tuple[str, Path]]  # with the name that does not depend on where the corpus lies
+
+
+class ReadingProgress:
+    """How far a pass over a corpus has come, for a bar: `done` of `total`, None: unknown."""
+
+    def __init__(self, unit: str = " documents"):
+        self.unit, self.total = unit, None
+        self._done, self._file = 0, None
+
+    def start(self, total: int | None) -> None:
+        self.total, self._done, self._file = total, 0, None
+
+    @property
+    def done(self) -> int:
+        return self._done + (self._file.tell() if self._file else 0)
+
+    def count(self, amount: int = 1) -> None:
+        self._done += amount
+
+    @contextlib.contextmanager
+    def opened(self, path: Path) -> Iterator[IO[bytes]]:
+        """The file, whose bytes count as they are read; unit "B"."""
+        with path.open("rb") as file:
+            self._file = file
+            try:
+                yield file
+            finally:
+                self._file = None
+        self._done += path.stat().st_size
 
 
 @dataclass(frozen=True)
@@ -33,6 +60,9 @@ class Corpus:
     source: Mapping[str, Any] = field(default_factory=dict)  # what it is, JSON-able, without paths
     detokenizer: str = ""  # row of DETOKENIZERS that makes the published text plain, if one does
     one_pass: Callable[[], Pairs] | None = None  # over all splits, where they lie in the same files
+    progress: ReadingProgress = field(default_factory=ReadingProgress)  # of the latest pairs()
+    is_read: str = ""  # what a pass reads, for people
+    passed_over: str = ""  # and what lies beside it
 
     @classmethod
     def of_pairs(cls, splits: Iterable[str], pairs: Callable[[], Pairs], **fields) -> Self:
@@ -55,11 +85,16 @@ class Corpus:
         detokenize = DETOKENIZERS[self.detokenizer] if self.detokenizer else str
         return map(detokenize, self.documents(split))
 
-    def pairs(self) -> Pairs:
-        """Returns a lazy pass over (split, document), a split's documents in their order."""
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Yields (split, document) in one pass, a split's documents in their order."""
         if self.one_pass is not None:
-            return self.one_pass()
-        return ((split, document) for split in self.streams for document in self.documents(split))
+            yield from self.one_pass()
+            return
+        self.progress.start(None)
+        for split in self.streams:
+            for document in self.documents(split):
+                self.progress.count()
+                yield split, document
 
 
 def pydoc(heldout_fraction: float) -> Corpus:
@@ -116,46 +151,6 @@ def _without_repeats(documents: list[list[str]], forbidden: set[str]) -> Iterato
             yield "\n\n".join(unique) + "\n"
 
 
-def text(path: str, heldout_fraction: float) -> Corpus:
-    """A user's folder (recursive) or file: a document per .txt file and per line of a .jsonl file.
-
-    Files come in the order of their relative POSIX paths; the lines of a .jsonl file are objects
-    whose key "text" is the document; blank documents are skipped. The splits are the subfolders
-    `train` and `validation` where both exist (files beside them are not read). Else a document goes
-    by the hash of its relative path and line number; with fewer than FEW documents, validation
-    is the last `heldout_fraction` of all characters, cut after a line break where one is near.
-    Documents are streamed: memory holds one at a time. A fault in a file raises ValueError when
-    its line is read, which for a large corpus is during the pass and not here.
-    """
-    if not path:
-        raise ValueError(f"{PATH} is empty; name a folder or file of .txt or .jsonl text")
-    if not Path(path).exists():
-        raise ValueError(f"no file or folder at {path!r}; set {PATH} to your text")
-    roots = _roots(path)
-    if len(roots) > 1:
-        passes = (functools.partial(_documents, _text_files(root)) for root in roots)
-        corpus = Corpus(dict(zip(SPLITS, passes)))
-    else:
-        corpus = Corpus.of_pairs(SPLITS, _split(_text_files(roots[0]), heldout_fraction))
-    for split in SPLITS:
-        if next(corpus.documents(split), None) is None:
-            raise ValueError(
-                f"split {split!r} of {path!r} is empty; give more text or another heldout_fraction"
-            )
-    return replace(corpus, source=text_source(path, heldout_fraction))
-
-
-def text_source(path: str, heldout_fraction: float) -> dict[str, Any]:
-    """What one's own text at `path` is: it changes with any byte of any file."""
-    files = [pair for root in _roots(path) for pair in _text_files(root)]
-    return {
-        "corpus": "text",
-        "version": "1.0.0",
-        "files": {"*": listing_sha256(files)},
-        "heldout_fraction": heldout_fraction,
-    }
-
-
 def listing_sha256(files: Files) -> str:
     """The sha256 of what the program sha256sum prints of the files."""
     listing = "".join(f"{sha256(file)}  {name}\n" for name, file in files)
@@ -166,75 +161,6 @@ def split_of(identity: str, heldout_fraction: float) -> str:
     digest = hashlib.sha256(identity.encode("utf-8", "surrogateescape")).digest()
     draw = int.from_bytes(digest, "big") / 2**256  # uniform in [0, 1], the same on every machine
     return "validation" if draw < heldout_fraction else "train"
-
-
-def _roots(path: str) -> list[Path]:
-    """The subfolders of SPLITS where all exist, else the file or folder itself."""
-    folders = [Path(path) / split for split in SPLITS]
-    return folders if all(folder.is_dir() for folder in folders) else [Path(path)]
-
-
-def _text_files(root: Path) -> Files:
-    """The files of text in `root`, in order, each with its relative name."""
-    paths = {file.relative_to(root).as_posix(): file for file in root.rglob("*")}
-    if root.is_file():
-        paths = {root.name: root}
-    is_text = {n for n, f in paths.items() if f.suffix in (".txt", ".jsonl") and not f.is_dir()}
-    if not is_text:
-        raise ValueError(f"no .txt or .jsonl file in {str(root)!r}; add one or change {PATH}")
-    return [(name, paths[name]) for name in sorted(is_text)]
-
-
-def _read(files: Files) -> Iterator[tuple[str, str]]:
-    """Yields (identity, document) of all that are not blank."""
-    for name, file in files:
-        try:
-            if file.suffix == ".txt":
-                document = decode(file.read_bytes(), str(file), 0, REMEDY)
-                document = document.removeprefix(BYTE_ORDER_MARK)
-                if document.strip():
-                    yield name, document
-                continue
-            with file.open("rb") as stream:
-                for number, document in json_lines(stream, str(file), REMEDY):
-                    if document.strip():
-                        yield f"{name}:{number}", document
-        except OSError as error:
-            raise ValueError(
-                f"cannot read {str(file)!r}: {error.strerror}; repair or remove it"
-            ) from error
-
-
-def _documents(files: Files) -> Iterator[str]:
-    return (document for _, document in _read(files))
-
-
-def _split(files: Files, heldout_fraction: float) -> Callable[[], Pairs]:
-    """Returns a function that starts a pass over all documents, each with its split."""
-    lengths = [len(document) for _, document in islice(_read(files), FEW)]
-    if not lengths:
-        raise ValueError(f"the files of {str(files[0][1].parent)!r} hold no text; change {PATH}")
-    if len(lengths) >= FEW:
-        return lambda: (
-            (split_of(identity, heldout_fraction), document) for identity, document in _read(files)
-        )
-    cut = round(sum(lengths) * (1.0 - heldout_fraction))
-    near = round(sum(lengths) * heldout_fraction / 2)  # validation grows by half at most
-    index = 0  # the document that holds the cut
-    while index < len(lengths) - 1 and cut >= lengths[index]:
-        cut -= lengths[index]
-        index += 1
-    _, document = next(islice(_read(files), index, None))
-    cut = document.rfind("\n", max(0, cut - near), cut) + 1 or cut
-
-    def pairs() -> Pairs:
-        for i, (_, document) in enumerate(_read(files)):
-            end = cut if i == index else len(document) * (i < index)  # of what is for train
-            for split, piece in zip(SPLITS, (document[:end], document[end:])):
-                if piece.strip():
-                    yield split, piece
-
-    return pairs
 
 
 def decode(data: bytes, name: str, offset: int, remedy: str) -> str:
@@ -258,13 +184,20 @@ def json_lines(stream: IO[bytes], name: str, remedy: str) -> Iterator[tuple[int,
         if not content:
             continue
         try:
-            document = json.loads(content)["text"]
-            document.encode("utf-8")
-        except UnicodeEncodeError as error:
-            fault = f"half a surrogate pair at character {error.start}"
-            raise ValueError(f"{name}:{number}: {fault}; {remedy}") from error
+            value = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}:{number}: not JSON; {remedy}") from error
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{name}:{number}: no string under "text"; {remedy}') from error
-        yield number, document
+        yield number, text_of(value, f"{name}:{number}", remedy)
+
+
+def text_of(value: Any, where: str, remedy: str) -> str:
+    """What is under "text" of a JSON object or of a table's row; ValueError if that is no text."""
+    try:
+        document = value["text"]
+        document.encode("utf-8")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{where}: no string under "text"; {remedy}') from error
+    except UnicodeEncodeError as error:
+        fault = f"half a surrogate pair at character {error.start}"
+        raise ValueError(f"{where}: {fault}; {remedy}") from error
+    return document

@@ -7,8 +7,8 @@ number of threads.
 """
 
 import contextlib
-import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -63,21 +63,19 @@ def prepare(
     workers: parts that are encoded at the same time, in threads; the `tokenizers` library uses
     all CPUs for each part besides.
     """
-    for name, value in (("data.length", length), ("workers", workers)):
-        if value < 1:
-            raise ValueError(f"{name} {value} is less than 1; give 1 or more")
-    if form not in FORMS:
-        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
     folder = Path(os.path.abspath(folder))
+    check_request(folder, length, form, workers)
     description = _describe(corpus, tokenizer, length, form)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if _is_there(folder):  # perhaps where nothing can be written, not even a claim
+        return _fingerprint_of_same(folder, description)
     parts = folder.with_name(f".{folder.name}.parts")
-    with _alone(folder.with_name(f".{folder.name}.lock")):
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            shutil.rmtree(parts, ignore_errors=True)
-            fingerprint = _fingerprint_of_same(folder, description)
-            log.info("the records in %r are there already; nothing was written", str(folder))
-            return fingerprint
+    claim = folder.with_name(f".{folder.name}.lock")
+    with contextlib.ExitStack() as stack:
+        with _writing(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(files.claimed(claim, f"prepares {str(folder)!r}", wait=True))
+        if _is_there(folder):  # by now, from another process
+            return _fingerprint_of_same(folder, description)
         try:
             part_files = _encode_all(corpus, tokenizer, parts, workers, progress)
             fingerprint = _write(part_files, tokenizer, description, parts / "records", progress)
@@ -88,6 +86,22 @@ def prepare(
             if parts.is_dir() and not any(parts.glob("*.npz")):
                 shutil.rmtree(parts, ignore_errors=True)
     return fingerprint
+
+
+def check_request(folder: Path, length: int, form: str, workers: int) -> None:
+    """ValueError for what cannot be prepared whatever the corpus is."""
+    for name, value in (("data.length", length), ("workers", workers)):
+        if value < 1:
+            raise ValueError(f"{name} {value} is less than 1; give 1 or more")
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; known: {', '.join(FORMS)}")
+    if _is_there(folder):
+        open_records(folder)
+
+
+def _is_there(folder: Path) -> bool:
+    """Whether anything is at `folder` but an empty folder."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _describe(corpus: Corpus, tokenizer: Tokenizer, length: int, form: str) -> dict[str, Any]:
@@ -109,33 +123,18 @@ def _describe(corpus: Corpus, tokenizer: Tokenizer, length: int, form: str) -> d
 def _fingerprint_of_same(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
     """The fingerprint of the records in `folder`; ValueError if they do not fit description."""
     fingerprint = open_records(folder).fingerprint
-    for field, value in description.items():
-        if fingerprint[field] != value:
-            raise ValueError(
-                f"{str(folder)!r} was prepared with {field} {fingerprint[field]!r}, not {value!r}; "
-                "delete the folder or choose another"
-            )
+    for field in sorted(description, key=lambda field: field == "source"):  # the longest last
+        old, new = fingerprint[field], description[field]
+        if old == new:
+            continue
+        if isinstance(new, dict):
+            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+            old, new = ({key: d[key] for key in keys if key in d} for d in (old, new))
+        raise ValueError(
+            f"{str(folder)!r} was prepared with {field} {old!r}, not {new!r}; choose another folder"
+        )
+    log.info("the records in %r are there already; nothing was written", str(folder))
     return fingerprint
-
-
-@contextlib.contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Until no other process of this machine prepares the same folder."""
-    while True:
-        with file.open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                log.info("waiting for another process that prepares the same folder")
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            # Its holder removes the file: by now another file may have the name.
-            if not file.exists() or not os.path.samestat(os.fstat(lock.fileno()), file.stat()):
-                continue
-            try:
-                yield
-            finally:
-                file.unlink(missing_ok=True)
-            return
 
 
 @contextlib.contextmanager
@@ -144,18 +143,18 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError
-        reason = str(error).split("\n")[0]
+        reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         raise OSError(
-            f"cannot write in {str(folder)!r}: {reason}; make room there and run again: finished "
-            "parts are not encoded again"
+            f"cannot write in {str(folder)!r}: {reason}; make room there, or name another folder, "
+            "and run again: finished parts are not encoded again"
         ) from error
 
 
 # --- encoding
 
 
-def _encode_part(documents: list[str], tokenizer: Tokenizer, detokenizer: str, file: Path) -> int:
-    """Writes ids, where each document ends, and counts of the text; returns len(documents)."""
+def _encode_part(documents: list[str], tokenizer: Tokenizer, detokenizer: str, file: Path) -> None:
+    """Writes ids, where each document ends, and counts of the text."""
     words = sum(len(document.split()) for document in documents)
     if detokenizer:
         documents = [DETOKENIZERS[detokenizer](document) for document in documents]
@@ -169,7 +168,6 @@ def _encode_part(documents: list[str], tokenizer: Tokenizer, detokenizer: str, f
     counts = dict(zip(COUNTS, (len(documents), words, characters, len(ids)), strict=True))
     with _writing(file.parent), files.replacing(file) as out:
         np.savez(out, ids=ids, ends=ends, **counts)
-    return len(documents)
 
 
 def _encode_all(
@@ -184,24 +182,37 @@ def _encode_all(
     # A part is known by its text; its content depends on these besides.
     identity = f"{PARTS_FORMAT}-{tokenizer.fingerprint()[:16]}-{corpus.detokenizer or 'none'}"
     part_files: dict[str, list[Path]] = {split: [] for split in corpus.streams}
-    num_reused = 0
-    bar = tqdm(desc="encode", unit=" documents", disable=not progress)
-    pending: deque[Future[int]] = deque()  # bounded, and with it the memory
+    num_reused = num_documents = 0
+    jobs = _cut(corpus.pairs())
+    for split, documents in itertools.islice(jobs, 1):  # a mistake shows before the bar does
+        detokenize = DETOKENIZERS[corpus.detokenizer] if corpus.detokenizer else str
+        tokenizer.encode(detokenize(documents[0]))
+        jobs = itertools.chain([(split, documents)], jobs)
+    if corpus.is_read:
+        passed_over = f"; passed over: {corpus.passed_over}" if corpus.passed_over else ""
+        level = logging.WARNING if passed_over else logging.INFO
+        log.log(level, "%s%s", corpus.is_read, passed_over)
+    read = corpus.progress
+    bar = tqdm(desc="encode", unit=read.unit, unit_scale=True, disable=not progress)
+    pending: deque[Future[None]] = deque()  # bounded, and with it the memory
     with bar, ThreadPoolExecutor(workers) as pool:
-        for split, documents in _cut(corpus.pairs()):
+        for split, documents in jobs:
             number = f"{len(part_files[split]):06d}"
             file = folder / f"{split}-{number}-{identity}-{_digest(documents)}.npz"
             part_files[split].append(file)
             if file.exists():
                 num_reused += 1
-                bar.update(len(documents))
-                continue
-            job = (documents, tokenizer, corpus.detokenizer, file)
-            pending.append(pool.submit(_encode_part, *job))
-            if len(pending) > workers:
-                bar.update(pending.popleft().result())
+            else:
+                job = (documents, tokenizer, corpus.detokenizer, file)
+                pending.append(pool.submit(_encode_part, *job))
+                if len(pending) > workers:
+                    pending.popleft().result()
+            num_documents += len(documents)
+            bar.total = read.total
+            bar.set_postfix(documents=num_documents, refresh=False)
+            bar.update(read.done - bar.n)
         for future in pending:
-            bar.update(future.result())
+            future.result()
     if num_reused:
         log.info("went on from %d finished parts of an earlier run", num_reused)
     return part_files

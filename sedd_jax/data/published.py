@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from sedd_jax import files
 from sedd_jax.data import readers
-from sedd_jax.data.corpora import PATH, Corpus, Pairs, listing_sha256
+from sedd_jax.data.corpora import PATH, Corpus, Pairs, ReadingProgress, listing_sha256
 from sedd_jax.data.readers import SPLITS, Part, Reader, read_parts
 
 log = logging.getLogger(__name__)
@@ -199,6 +199,7 @@ def open_published(
         reader = functools.partial(reader, heldout_fraction=source["heldout_fraction"])
     named = {split for part in parts or row.archives for split in part.members.values()}
     splits = [split for split in row.splits if split in named or "" in named]
+    reading = ReadingProgress("B")
 
     def pairs() -> Pairs:
         downloads = Path(data_dir).absolute() / "downloads" / name
@@ -206,9 +207,10 @@ def open_published(
             Part(_download(archive, downloads, progress), archive.members)
             for archive in row.archives
         ]
-        return read_parts(opened, reader, splits)
+        return read_parts(opened, reader, splits, reading)
 
-    return Corpus.of_pairs(splits, pairs, source=source, detokenizer=row.detokenizer)
+    about = {"source": source, "detokenizer": row.detokenizer, "progress": reading}
+    return Corpus.of_pairs(splits, pairs, **about)
 
 
 def _local_parts(name: str, row: Published, folder: Path) -> tuple[list[Part], dict[str, str]]:
@@ -222,7 +224,7 @@ def _local_parts(name: str, row: Published, folder: Path) -> tuple[list[Part], d
             if hashes[label] != archive.sha256:
                 raise ValueError(
                     f"{folder / label}: its sha256 {hashes[label]} is not the published "
-                    f"{archive.sha256}; download it again from {archive.urls[0]} or remove it"
+                    f"{archive.sha256}; download it again from {archive.urls[0]}"
                 )
         return [Part(folder / label, a.members) for label, a in archives.items()], hashes
     parts, hashes = [], {}

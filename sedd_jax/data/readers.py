@@ -6,12 +6,12 @@ import re
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from sedd_jax.data.corpora import Pairs, decode, json_lines, split_of
+from sedd_jax.data.corpora import Pairs, ReadingProgress, decode, json_lines, split_of
 
 SPLITS = ("train", "validation", "test")
 REMEDY = "download it again or repair it"  # of a published file, for errors
@@ -35,16 +35,19 @@ class Part(NamedTuple):
     members: Mapping[str, str]  # name or pattern in the archive -> split; "" if the reader decides
 
 
-def read_parts(parts: Iterable[Part], reader: Reader, splits: Iterable[str]) -> Iterator:
+def read_parts(
+    parts: Sequence[Part], reader: Reader, splits: Iterable[str], progress: ReadingProgress
+) -> Iterator:
     """Yields (split, document) of all parts in one pass; a split without a document is an error.
 
     Archives are read as streams. ValueError names the file, the fault and the remedy.
     """
     empty = set(splits)
+    progress.start(sum(part.path.stat().st_size for part in parts))
     for part in parts:
         missing = set(part.members)
         try:
-            for name, stream in _members(part.path, part.members):
+            for name, stream in _members(part.path, part.members, progress):
                 pattern = next((p for p in part.members if fnmatchcase(name, p)), None)
                 if pattern is None:
                     continue
@@ -66,20 +69,22 @@ def read_parts(parts: Iterable[Part], reader: Reader, splits: Iterable[str]) -> 
         )
 
 
-def _members(path: Path, labels: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
+def _members(
+    path: Path, labels: Iterable[str], progress: ReadingProgress
+) -> Iterator[tuple[str, IO[bytes]]]:
     """The files of an archive, each to be read before the next; or the file itself, as labels."""
-    if path.name.endswith(".zip"):
-        with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                with archive.open(info) as stream:
-                    yield info.filename, stream
-    elif path.name.endswith((".tar.gz", ".tar.xz")):
-        with (gzip.open if path.suffix == ".gz" else lzma.open)(path) as unpacked:
-            yield from _tar_members(unpacked)
-    else:
-        (label,) = labels
-        with path.open("rb") as stream:
-            yield label, stream
+    with progress.opened(path) as file:
+        if path.name.endswith(".zip"):
+            with zipfile.ZipFile(file) as archive:
+                for info in archive.infolist():
+                    with archive.open(info) as stream:
+                        yield info.filename, stream
+        elif path.name.endswith((".tar.gz", ".tar.xz")):
+            with (gzip.open if path.suffix == ".gz" else lzma.open)(file) as unpacked:
+                yield from _tar_members(unpacked)
+        else:
+            (label,) = labels
+            yield label, file
 
 
 def _tar_members(unpacked: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:

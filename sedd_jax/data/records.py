@@ -44,6 +44,12 @@ class Records:
         """Tokens in a block."""
         return self.fingerprint["length"]
 
+    @property
+    def scored_split(self) -> str:
+        """The split that evaluations take unless another is named: of those held out, the last."""
+        splits = self.fingerprint["splits"]
+        return next((split for split in ("test", "validation") if split in splits), min(splits))
+
     def tokens_per_block(self, split: str) -> float:
         """Tokens of a block of this split that are no padding, on average."""
         counts = self.counts(split)
@@ -71,12 +77,12 @@ class Records:
             reason = str(error).split("\n")[0]
             raise ValueError(
                 f"cannot read the records of split {split!r} in {str(self.folder)!r}: {reason}; "
-                "delete the folder and prepare it again"
+                "prepare it again in another folder"
             ) from error
         if num_records != blocks:
             raise ValueError(
                 f"{str(self.folder)!r} holds {num_records} blocks in split {split!r}, its "
-                f"fingerprint says {blocks}; delete the folder and prepare it again"
+                f"fingerprint says {blocks}; prepare it again in another folder"
             )
         return source
 
@@ -110,13 +116,13 @@ def open_records(folder: str | Path) -> Records:
             raise ValueError("tokenizer.json is not the tokenizer it was prepared with")
     except FileNotFoundError as error:
         raise ValueError(
-            f"{str(folder)!r} is no complete folder of records, {Path(error.filename).name} is "
-            "missing; delete the folder or choose another"
+            f"{str(folder)!r} holds no whole records, {Path(error.filename).name} is missing; name "
+            "the folder of records, or another for new ones"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"cannot open the records in {str(folder)!r}: {error}; delete the folder and prepare "
-            "it again"
+            f"cannot open the records in {str(folder)!r}: {error}; prepare them again in another "
+            "folder"
         ) from error
     return Records(folder, fingerprint, tokenizer)
 

@@ -114,35 +114,51 @@ def saved_config(workdir: Path) -> ConfigDict | None:
     return configuration.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
+def with_stored_data(config: ConfigDict) -> ConfigDict:
+    """The config with the corpus and tokenizer of config.data.records, if that names records.
+
+    They know both; the config that comes with them may be another's default.
+    """
+    folder = config.data.records and local_path(config.data.records)
+    if not folder or not (folder / "fingerprint.json").is_file():
+        return config
+    records = data.open_records(folder)
+    source = records.fingerprint["source"]
+    values = {"data.tokenizer": records.tokenizer.name}
+    if data.is_corpus(source.get("corpus", "")):
+        values["data.corpus"] = source["corpus"]
+    if 0 < source.get("heldout_fraction", 0) < 1:
+        values["data.heldout_fraction"] = source["heldout_fraction"]
+    return configuration.with_values(config, values)
+
+
 def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
     """The packed corpus, made on first use; ValueError if it does not fit config and run."""
     folder, section = records_folder(config, workdir), config.data
     is_new = not (folder / "fingerprint.json").exists()
     if is_new:
-        log.info("preparing corpus %s in blocks of %d tokens", section.corpus, section.length)
-        progress = section.corpus != "pydoc"
-        corpus = data.make_corpus(
-            section.corpus, section.path, section.heldout_fraction, progress=progress
-        )
         data.make_records(
-            corpus,
+            section.corpus,
             folder,
+            path=section.path,
+            heldout_fraction=section.heldout_fraction,
             tokenizer=section.tokenizer,
             tokenizer_path=section.tokenizer_path,
             length=section.length,
             form=section.form,
-            progress=progress,
+            splits=(section.train_split, section.heldout_split),
+            progress=section.corpus != "pydoc",
         )
     records = open_records(config, workdir)
     source = records.fingerprint["source"]
-    stored = {
-        "corpus": source.get("corpus"),
-        # A corpus with splits of its own has no such fraction.
-        "heldout_fraction": source.get("heldout_fraction", section.heldout_fraction),
-        "tokenizer": records.tokenizer.name,
-        "length": records.length,
-        "form": records.fingerprint["form"],
-    }
+    stored = {"length": records.length, "form": records.fingerprint["form"]}
+    if not section.records:  # see with_stored_data
+        stored |= {
+            "corpus": source.get("corpus"),
+            # A corpus with splits of its own has no such fraction.
+            "heldout_fraction": source.get("heldout_fraction", section.heldout_fraction),
+            "tokenizer": records.tokenizer.name,
+        }
     for field, value in stored.items():
         if value != section[field]:
             raise ValueError(
@@ -150,17 +166,30 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
                 f"{section[field]!r}; name another folder in config.data.records or change the "
                 "config"
             )
-    text = section.path and local_path(section.path)
-    if not is_new and section.corpus == "text" and text and text.exists():
-        now = data.text_source(str(text), section.heldout_fraction)
-        if source["files"] != now["files"]:
-            raise ValueError(
-                f"the records in {str(folder)!r} are not of the text that is at {section.path!r} "
-                "now; name another folder in config.data.records, or put the old text back"
-            )
+    if not is_new and section.corpus == "text" and section.path:
+        _check_text(records, section.path, section.heldout_fraction)
     for split in (section.train_split, section.heldout_split):
         records.counts(split)
     return records
+
+
+def _check_text(records: data.Records, path: str, heldout_fraction: float) -> None:
+    """ValueError if the records are of another text than lies at path; it may be gone."""
+    if not local_path(path).exists():
+        return
+    source, reason = records.fingerprint["source"], ""
+    try:
+        now = data.text_source(path, heldout_fraction)
+        # Of a version that took splits by other rules, the files cannot be compared.
+        is_same = source["version"] != now["version"] or source["files"] == now["files"]
+    except ValueError as error:
+        is_same, reason = False, f" ({error})"
+    if not is_same:
+        raise ValueError(
+            f"the records in {str(records.folder)!r} are not of the text that is at {path!r} "
+            f"now{reason}; name another folder in config.data.records, put the old text back, or "
+            "leave config.data.path empty to use the records as they are"
+        )
 
 
 def records_folder(config: ConfigDict, workdir: Path) -> Path:

@@ -98,6 +98,7 @@ def set_up(
     processes.check_same("config", dict(configuration.flatten(config)))
     processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
     configuration.check(config)
+    config = runs.with_stored_data(config)
     mesh = make_mesh(config)
     processes.on_all_processes(lambda: runs.check_workdir(config, workdir))
 
