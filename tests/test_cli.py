@@ -33,14 +33,20 @@ def fails(capsys, command, *arguments):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--config.train.stepz=3", "unknown config key train.stepz; did you mean train.steps"),
-        ("--config.foo=1", "unknown config key foo"),
-        ("--config.train.steps=many", "invalid literal for int"),
-        ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate nan is not"),
+        (
+            "--config.train.stepz=3",
+            "unknown flag --config.train.stepz; did you mean --config.train.steps",
+        ),
+        ("--config.foo=1", "unknown flag --config.foo; did you mean"),
+        (
+            "--config.train.steps=many",
+            "config.train.steps 'many' is not allowed; it must be a whole number",
+        ),
+        ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate 'nan' is not"),
         ("--config.graph.name=absorb", "one of absorbing, uniform"),
         ("--config.data.corpus=wiki", "one of pydoc, text"),
         ("--config.model.heads=3", "not divisible by config.model.heads 3"),
-        ("--nonsense=1", "Unknown command line flag 'nonsense'"),
+        ("--nonsense=1", "unknown flag --nonsense; sedd-train --help"),
         ("nonsense", "unknown argument 'nonsense'"),
     ],
 )

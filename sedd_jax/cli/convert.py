@@ -1,6 +1,5 @@
 """sedd-convert."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +62,13 @@ def _named_tokenizer(name: str | None, path: str):
 
 
 def _changes(arguments: list[str]) -> dict[str, Any]:
-    """{"data.records": "DIR"} of --config.data.records=DIR; numbers and truths as JSON has them."""
+    """{"data.records": "DIR"} of --config.data.records=DIR."""
+    from sedd_jax.config import parse
+
     changes = {}
     for argument in arguments:
         key, equals, text = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise ValueError(f"unknown argument {argument!r}; sedd-convert --help lists them")
-        try:
-            changes[key] = json.loads(text)
-        except (ValueError, RecursionError):  # no JSON, or more of it than Python takes
-            changes[key] = {"True": True, "False": False}.get(text, text)
+        changes[key] = parse(key, text)
     return changes
