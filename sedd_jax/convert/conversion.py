@@ -14,6 +14,7 @@ from sedd_jax.convert import names, original_config, original_run
 from sedd_jax.convert.folder import Pretrained
 from sedd_jax.data import Tokenizer
 from sedd_jax.files import check_new
+from sedd_jax.parallel.devices import check_platform
 from sedd_jax.runs import workdir
 
 
@@ -69,6 +70,8 @@ def convert(
     source, target, changes = Path(source), Path(target), changes or {}
     read = recognise(source)
     _check_options(str(source), read, form, weights, optimizer, tokenizer, changes)
+    if "workdir" in (read, form):
+        check_platform()
     (hub.check_replaceable if form == "hub" else check_new)(target)  # before the weights are read
     if form == "original":
         step, notices = original_run.export_run(source, target), ()

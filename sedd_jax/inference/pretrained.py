@@ -14,6 +14,7 @@ from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import sharding
+from sedd_jax.parallel.devices import check_platform
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def load(
     """
     if dtype is not None and dtype not in configuration.DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
+    check_platform()
     if mesh is not None and any(d.process_index != jax.process_index() for d in mesh.devices.flat):
         raise ValueError("the mesh has devices of other processes; give one of this process's own")
     folder = Path(source)

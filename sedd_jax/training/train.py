@@ -16,7 +16,7 @@ from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import processes, sharding
-from sedd_jax.parallel.devices import device, format_bytes, program_bytes
+from sedd_jax.parallel.devices import check_platform, device, format_bytes, program_bytes
 from sedd_jax.runs import workdir as runs
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
@@ -90,6 +90,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
 
 def set_up(config: ConfigDict, workdir: Path) -> tuple[Experiment, data.Records]:
     """The experiment and its packed corpus; the same on every process, or an error on each."""
+    check_platform()
     processes.check_same("config", dict(configuration.flatten(config)))
     processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
     configuration.check(config)
