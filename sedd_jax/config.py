@@ -291,7 +291,7 @@ def from_json(text: str) -> ConfigDict:
         isinstance(values.get(section, default), dict) for section, default in absent.items()
     ):
         raise ValueError(
-            f"{' '.join(text.split())[:60]!r} is no config of sedd_jax; give the folder of a run"
+            f"{' '.join(text.split())[:60]!r} is not a config of sedd_jax; give the folder of a run"
         )
     for key in RETIRED:
         section, _, name = key.rpartition(".")

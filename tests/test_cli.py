@@ -119,18 +119,18 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
         (["--prefix", "x" * 20, "--suffix", "y" * 20], "more than length 32"),
         (["--template", "a[MASK]", "--prefix", "b"], "--template cannot go with --prefix"),
         (["--template", "a[MASK]", "--length", "9"], "--template cannot go with --length"),
-        (["--length", "33"], "length 33 is no whole number in [1, 32]"),
+        (["--length", "33"], "length 33 is not a whole number in [1, 32]"),
         (["--length", "8", "--prefix", "x" * 9], "more than length 8"),
         (["--format", "csv"], "unknown format 'csv'; known: text, jsonl"),
         (["--model", "some/one"], "give --workdir, a run's folder, or --model"),
         (["--out", "/"], "--out: '/' exists already"),
         (["--html", "/none/a.html"], "--html: '/none/a.html' is in no folder"),
-        (["--batch_size", "0"], "batch_size 0 is no whole number in"),
-        (["--steps", "0"], "steps 0 is no whole number in [1, 1000000]"),
-        (["--steps", "3000000000"], "steps 3000000000 is no whole number in"),
+        (["--batch_size", "0"], "batch_size 0 is not a whole number in"),
+        (["--steps", "0"], "steps 0 is not a whole number in [1, 1000000]"),
+        (["--steps", "3000000000"], "steps 3000000000 is not a whole number in"),
         (["--steps", "x"], "invalid int value"),
-        (["--seed", "-1"], "seed -1 is no whole number in [0, 4294967295]"),
-        (["--num_samples", "0"], "num_samples 0 is no whole number in"),
+        (["--seed", "-1"], "seed -1 is not a whole number in [0, 4294967295]"),
+        (["--num_samples", "0"], "num_samples 0 is not a whole number in"),
         (["--predictor", "ddim"], "unknown predictor 'ddim'; known: euler, tweedie, none"),
         (["--draw", "float16"], "unknown draw 'float16'; known: exact, float32_gumbel"),
     ],
@@ -155,7 +155,9 @@ def test_a_foreign_config_is_one_line(capsys, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     for text in ("[]", '{"model": "bert"}'):
         (tmp_path / "config.json").write_text(text)
-        assert "is no config of sedd_jax" in fails(capsys, sample_command, f"--workdir={tmp_path}")
+        assert "is not a config of sedd_jax" in fails(
+            capsys, sample_command, f"--workdir={tmp_path}"
+        )
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS.values()))

@@ -308,9 +308,9 @@ def test_a_stopped_process_ends_the_whole_group(tmp_path):
     [
         (Cluster(coordinator="h:1"), ("process_count None", "give all three")),
         (Cluster("h:1", 2, 2), ("process_index 2 is not in [0, 2)",)),
-        (Cluster("h", 2, 0), ("coordinator 'h' is no HOST:PORT",)),
-        (Cluster("h:70000", 2, 0), ("'h:70000' is no HOST:PORT",)),
-        (Cluster(coordinator_bind="all"), ("coordinator_bind 'all' is no HOST:PORT",)),
+        (Cluster("h", 2, 0), ("coordinator 'h' is not HOST:PORT",)),
+        (Cluster("h:70000", 2, 0), ("'h:70000' is not HOST:PORT",)),
+        (Cluster(coordinator_bind="all"), ("coordinator_bind 'all' is not HOST:PORT",)),
         (Cluster(join_timeout=0), ("join_timeout 0 is below 1",)),
         (Cluster(heartbeat=-1), ("heartbeat -1 is below 1",)),
     ],

@@ -32,7 +32,7 @@ On several machines, the same command on each; SLURM (in srun) and TPU pods are 
   --join_timeout=60            seconds until a missing process is an error
   --heartbeat=100              seconds until a dead process ends the others
 
-Exit status: 0 all steps are done; 2 a mistake to mend; 3 training cannot go on; else run it again.
+Exit status: 0 all steps are done; 2 a mistake to correct; 3 it cannot go on; else run it again.
   --requeue_status=75          the status when a signal stopped it, after a checkpoint; default 0"""
 
 BASE = "configs/base.py"

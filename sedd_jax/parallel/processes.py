@@ -90,7 +90,7 @@ def check(cluster: Cluster) -> None:
     for name, address in addresses.items():
         host, _, port = (address or "").rpartition(":")
         if address is not None and not (host and port.isdecimal() and 0 < int(port) < 2**16):
-            raise ValueError(f"{name} {address!r} is no HOST:PORT; for example 10.0.0.2:8476")
+            raise ValueError(f"{name} {address!r} is not HOST:PORT; for example 10.0.0.2:8476")
     for name in ("join_timeout", "heartbeat"):
         if getattr(cluster, name) < 1:
             raise ValueError(f"{name} {getattr(cluster, name)} is below 1; give seconds")
@@ -142,8 +142,8 @@ def join(cluster: Cluster) -> None:
     """Join the other processes, before anything touches a device; nothing on a plain machine.
 
     The process ends with one line and exit status 2 if it cannot start its devices, and 1 if the
-    coordinator, or one of the others, is not there within join_timeout seconds. A process that dies later ends the others after
-    `heartbeat` seconds.
+    coordinator, or one of the others, is not there within join_timeout seconds. A process that dies
+    later ends the others after `heartbeat` seconds.
     """
     check(cluster)
     kind = None if cluster.coordinator is not None else kind_of_cluster()
