@@ -59,13 +59,15 @@ def check_platform() -> None:
         reason = " ".join(str(error).split()).partition(" (")[0].rstrip(".")
         if "gpu" in requested:
             reason = "the name is of all kinds of GPU at once, cuda of NVIDIA's"
-        setting = f"JAX_PLATFORMS={platforms}" if platforms else f"JAX_PLATFORM_NAME={name or ''}"
+        settings = {"JAX_PLATFORMS": platforms, "JAX_PLATFORM_NAME": name}
+        setting = " ".join(f"{key}={value}" for key, value in settings.items() if value)
         here = {"cpu": True, "cuda": has_gpu(), "tpu": has_tpu()}
-        extras = [EXTRAS[kind] for kind in requested if kind in EXTRAS]
+        extras = [EXTRAS[kind] for kind in requested if kind in EXTRAS] or EXTRAS.values()
         raise ValueError(
-            f"{setting} cannot be used here: {reason[:200] or 'no NVIDIA GPU is visible'}; this "
-            f"machine has {', '.join(kind for kind in here if here[kind])}: set JAX_PLATFORMS to "
-            f"one of these, or install {' or '.join(extras or EXTRAS.values())}"
+            f"{setting or 'the default platform'} cannot be used here: "
+            f"{reason[:200] or 'no NVIDIA GPU is visible'}; this machine has "
+            f"{', '.join(kind for kind in here if here[kind])}: set JAX_PLATFORMS to one of these, "
+            f"or install {' or '.join(extras)}"
         ) from error
 
 
@@ -75,11 +77,13 @@ def has_gpu() -> bool:
 
 
 def has_tpu() -> bool:
-    """Whether a TPU chip is visible: on the PCI bus, or where that is hidden, as a device file."""
+    """Whether a TPU is visible: its device files, which others may have, and Google's PCI devices.
+
+    Google's network cards are such devices too; a container may hide them all.
+    """
+    files = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     vendors = [file.read_text().strip() for file in Path("/sys/bus/pci/devices").glob("*/vendor")]
-    if vendors:
-        return "0x1ae0" in vendors  # Google's
-    return any([*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")])
+    return bool(files) and ("0x1ae0" in vendors or not vendors)
 
 
 def device(kind: str) -> Device | None:
