@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs sedd-train until it is finished: a run that died is started again and goes on from its newest
-# checkpoint, a mistake that a person must mend is not.
+# checkpoint, a mistake that a person must correct is not.
 # usage: bash launch/supervise.sh [--dry-run] -- sedd-train --workdir=DIR ...
 #
 # exit status   0  finished

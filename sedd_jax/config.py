@@ -4,7 +4,10 @@
 tables of the parts themselves, so a part that is added there is allowed here.
 """
 
+import contextlib
+import copy
 import dataclasses
+import difflib
 import json
 import math
 import sys
@@ -13,6 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
+from ml_collections.config_dict import RequiredValueError
 
 from sedd_jax.configs import base
 from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
@@ -41,13 +45,17 @@ def _is_number(x: Any) -> bool:
     return is_number and abs(x) <= sys.float_info.max
 
 
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, int) and _is_number(x)
+
+
 def _one_of(table: Mapping[str, Any]) -> Constraint:
     return Constraint(lambda x: isinstance(x, str) and x in table, f"one of {', '.join(table)}")
 
 
 def _whole(low: int, high: float = math.inf) -> Constraint:
     words = f"a whole number >= {low}" + ("" if high == math.inf else f" and <= {high}")
-    return Constraint(lambda x: isinstance(x, int) and _is_number(x) and low <= x <= high, words)
+    return Constraint(lambda x: _is_whole(x) and low <= x <= high, words)
 
 
 _PATH = Constraint(
@@ -60,10 +68,8 @@ _POSITIVE = Constraint(lambda x: _is_number(x) and x > 0, "a finite number above
 _NOT_NEGATIVE = Constraint(lambda x: _is_number(x) and x >= 0, "a finite number >= 0")
 _INSIDE = Constraint(lambda x: _is_number(x) and 0 < x < 1, "inside (0, 1)")
 _DECAY = Constraint(lambda x: _is_number(x) and 0 <= x < 1, "in [0, 1)")
-_AXIS = Constraint(
-    lambda x: isinstance(x, int) and (x == -1 or x >= 1), "a whole number >= 1, or -1"
-)
-_PASSES = Constraint(lambda x: isinstance(x, int) and x >= 2 and x % 2 == 0, "an even number >= 2")
+_AXIS = Constraint(lambda x: _is_whole(x) and (x == -1 or x >= 1), "a whole number >= 1, or -1")
+_PASSES = Constraint(lambda x: _is_whole(x) and x >= 2 and x % 2 == 0, "an even number >= 2")
 
 KEYS: dict[str, Constraint] = {
     "seed": _whole(0, 2**32 - 1),
@@ -169,10 +175,35 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def check_value(key: str, value: Any) -> None:
     """ValueError unless there is such a key, like "data.length", and the value is allowed."""
     if key not in KEYS:
-        raise ValueError(f"unknown config key {key}; known: {', '.join(KEYS)}")
+        near = difflib.get_close_matches(key, KEYS, n=3)
+        known = f"did you mean {', '.join(near)}?" if near else "known: those of configs/base.py"
+        raise ValueError(f"unknown config key {key}; {known}")
     if not KEYS[key].holds(value):
         shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
         raise ValueError(f"config.{key} {shown} is not allowed; it must be {KEYS[key].words}")
+
+
+def parse(key: str, text: str) -> Any:
+    """The value of --config.KEY=TEXT on a command line; ValueError as by check_value.
+
+    A whole number may be written 1e6 too.
+    """
+    booleans = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+    readings: list[Any] = [text]
+    for read in (float, int, _whole_of_float, lambda text: booleans[text.lower()]):
+        with contextlib.suppress(ValueError, LookupError):
+            readings.append(read(text))
+    allowed = (value for value in readings if key in KEYS and KEYS[key].holds(value))
+    value = next(allowed, text)
+    check_value(key, value)
+    return value
+
+
+def _whole_of_float(text: str) -> int:
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(number)
 
 
 def check(config: ConfigDict) -> None:
@@ -217,12 +248,22 @@ def _has_field(cls: type, name: str) -> bool:
 
 
 def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """The config with values such as {"data.records": DIR}; ValueError for a bad key or value."""
-    config = config.copy_and_resolve_references()
+    """The config with values such as {"data.records": DIR}; ValueError for a bad key or value.
+
+    What a config file has derived from one of them by a reference follows it.
+    """
+    config = copy.deepcopy(config)
     for key, value in values.items():
         check_value(key, value)
-    with config.ignore_type():  # JSON may hold 20 where the config has 20.0
-        config.update_from_flattened_dict(values)
+    try:
+        with config.ignore_type():  # JSON may hold 20 where the config has 20.0
+            config.update_from_flattened_dict(values)
+        config = config.copy_and_resolve_references()
+    except (KeyError, RequiredValueError) as error:
+        reason = " ".join(str(error.args[0]).split())
+        raise ValueError(
+            f"the config is not complete: {reason}; start from configs/base.py"
+        ) from error
     check(config)
     return config
 
@@ -257,7 +298,7 @@ def from_json(text: str) -> ConfigDict:
         isinstance(values.get(section, default), dict) for section, default in absent.items()
     ):
         raise ValueError(
-            f"{' '.join(text.split())[:60]!r} is no config of sedd_jax; give the folder of a run"
+            f"{' '.join(text.split())[:60]!r} is not a config of sedd_jax; give the folder of a run"
         )
     for key in RETIRED:
         section, _, name = key.rpartition(".")

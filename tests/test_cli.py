@@ -33,14 +33,20 @@ def fails(capsys, command, *arguments):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--config.train.stepz=3", "unknown config key train.stepz; did you mean train.steps"),
-        ("--config.foo=1", "unknown config key foo"),
-        ("--config.train.steps=many", "invalid literal for int"),
-        ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate nan is not"),
+        (
+            "--config.train.stepz=3",
+            "unknown flag --config.train.stepz; did you mean --config.train.steps",
+        ),
+        ("--config.foo=1", "unknown flag --config.foo; did you mean"),
+        (
+            "--config.train.steps=many",
+            "config.train.steps 'many' is not allowed; it must be a whole number",
+        ),
+        ("--config.optimizer.learning_rate=nan", "config.optimizer.learning_rate 'nan' is not"),
         ("--config.graph.name=absorb", "one of absorbing, uniform"),
         ("--config.data.corpus=wiki", "one of pydoc, text"),
         ("--config.model.heads=3", "not divisible by config.model.heads 3"),
-        ("--nonsense=1", "Unknown command line flag 'nonsense'"),
+        ("--nonsense=1", "unknown flag --nonsense; sedd-train --help"),
         ("nonsense", "unknown argument 'nonsense'"),
     ],
 )
@@ -113,18 +119,18 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
         (["--prefix", "x" * 20, "--suffix", "y" * 20], "more than length 32"),
         (["--template", "a[MASK]", "--prefix", "b"], "--template cannot go with --prefix"),
         (["--template", "a[MASK]", "--length", "9"], "--template cannot go with --length"),
-        (["--length", "33"], "length 33 is no whole number in [1, 32]"),
+        (["--length", "33"], "length 33 is not a whole number in [1, 32]"),
         (["--length", "8", "--prefix", "x" * 9], "more than length 8"),
         (["--format", "csv"], "unknown format 'csv'; known: text, jsonl"),
         (["--model", "some/one"], "give --workdir, a run's folder, or --model"),
         (["--out", "/"], "--out: '/' exists already"),
         (["--html", "/none/a.html"], "--html: '/none/a.html' is in no folder"),
-        (["--batch_size", "0"], "batch_size 0 is no whole number in"),
-        (["--steps", "0"], "steps 0 is no whole number in [1, 1000000]"),
-        (["--steps", "3000000000"], "steps 3000000000 is no whole number in"),
+        (["--batch_size", "0"], "batch_size 0 is not a whole number in"),
+        (["--steps", "0"], "steps 0 is not a whole number in [1, 1000000]"),
+        (["--steps", "3000000000"], "steps 3000000000 is not a whole number in"),
         (["--steps", "x"], "invalid int value"),
-        (["--seed", "-1"], "seed -1 is no whole number in [0, 4294967295]"),
-        (["--num_samples", "0"], "num_samples 0 is no whole number in"),
+        (["--seed", "-1"], "seed -1 is not a whole number in [0, 4294967295]"),
+        (["--num_samples", "0"], "num_samples 0 is not a whole number in"),
         (["--predictor", "ddim"], "unknown predictor 'ddim'; known: euler, tweedie, none"),
         (["--draw", "float16"], "unknown draw 'float16'; known: exact, float32_gumbel"),
     ],
@@ -149,7 +155,9 @@ def test_a_foreign_config_is_one_line(capsys, tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     for text in ("[]", '{"model": "bert"}'):
         (tmp_path / "config.json").write_text(text)
-        assert "is no config of sedd_jax" in fails(capsys, sample_command, f"--workdir={tmp_path}")
+        assert "is not a config of sedd_jax" in fails(
+            capsys, sample_command, f"--workdir={tmp_path}"
+        )
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS.values()))
@@ -465,3 +473,105 @@ def test_a_config_is_found_by_path_and_by_name():
     assert (by_name.seed, by_path.seed) == (0, 3)
     by_name.seed = 3
     assert by_name.to_dict() == by_path.to_dict()
+
+
+CONFIG_FILES = {  # the text of a config file, the words of the message
+    "a_name": ("def get_config():\n    return STEPS\n", "line 2: NameError: name 'STEPS'"),
+    "a_syntax": ("def get_config():\n    return (\n", "line 2: SyntaxError: '(' was never closed"),
+    "an_import": ("import no_such_package\n", "line 1: ModuleNotFoundError"),
+    "an_exit": ("import sys\n\nsys.exit(7)\n", "line 3: SystemExit: 7"),
+    "a_null": ("x = '\0'\n", "SyntaxError: source code"),
+    "a_key": ("def get_config(name):\n    return {}[name]\n", "takes one: --config=FILE:ARGUMENT"),
+    "no_function": ("config = 1\n", "has no function get_config"),
+    "no_return": ("def get_config():\n    pass\n", "returns a value of type NoneType; return a"),
+    "empty": (
+        "from ml_collections import ConfigDict\nget_config = lambda: ConfigDict()\n",
+        "config.seed is missing; start from configs/base.py",
+    ),
+    "a_type": (
+        "from sedd_jax.configs import base\ndef get_config():\n    base.get_config().seed = ''\n",
+        "line 3: TypeError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIG_FILES)
+def test_a_mistake_in_a_config_file_is_one_line_with_its_place(capsys, tmp_path, name):
+    text, words = CONFIG_FILES[name]
+    file = tmp_path / f"{name}.py"
+    file.write_text(text)
+    for more in ([], ["--config.train.steps=3"]):
+        workdir = f"--workdir={tmp_path / 'run'}"
+        line = fails(capsys, train_command, f"--config={file}", workdir, *more)
+        assert words in line and (name in line or name == "empty")
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ("quickstart:v9", "takes no argument; leave out 'v9'"),
+        ("openwebtext_small:v9", "line 15: ValueError: unknown hardware 'v9'; known: a100x8"),
+        ("{file}:b", "line 2: KeyError: 'b'"),
+    ],
+)
+def test_an_argument_that_a_config_does_not_know_is_one_line(capsys, tmp_path, config, words):
+    file = tmp_path / "c.py"
+    file.write_text(CONFIG_FILES["a_key"][0])
+    config = f"--config={config.format(file=file)}"
+    line = fails(capsys, train_command, config, f"--workdir={tmp_path / 'run'}")
+    assert words in line and config.partition(":")[0].rpartition("/")[2][-10:] in line
+
+
+@pytest.mark.parametrize(
+    "spelling, key, value",
+    [
+        ("--config.train.steps=1e6", "train.steps", 1_000_000),
+        ("--config.train.steps 7", "train.steps", 7),
+        ("-config.mesh.data -1", "mesh.data", -1),
+        ("--config.seed=4294967295", "seed", 2**32 - 1),
+        ("--config.model.dropout=0", "model.dropout", 0.0),
+        ("--config.data.path=123", "data.path", "123"),
+        ("--config.data.path=", "data.path", ""),
+        ("--config.graph.scale_by_sigma=false", "graph.scale_by_sigma", False),
+        ("--noconfig.graph.scale_by_sigma", "graph.scale_by_sigma", False),
+        ("--config.graph.scale_by_sigma", "graph.scale_by_sigma", True),
+    ],
+)
+def test_a_value_is_read_as_its_key_takes_it(spelling, key, value):
+    argv = ["--config", "quickstart", "--workdir", "a b", *spelling.split(" ")]
+    request = cli.train.parse_train("sedd-train", argv)
+    read = request.config.to_dict()
+    for name in key.split("."):
+        read = read[name]
+    assert (read, type(read)) == (value, type(value)) and str(request.workdir) == "a b"
+
+
+@pytest.mark.parametrize("text", ["", "many", "2.5", "inf", "nan", "true", "-1", "1e-3"])
+def test_what_is_no_whole_number_is_refused_with_the_key_and_the_rule(capsys, tmp_path, text):
+    argv = ["--config=quickstart", f"--workdir={tmp_path / 'run'}", f"--config.train.steps={text}"]
+    line = fails(capsys, train_command, *argv)
+    assert f"config.train.steps {text!r} is not allowed; it must be a whole number >= 1" in line
+
+
+def test_what_a_config_file_derives_from_a_key_follows_the_command_line(tmp_path):
+    file = tmp_path / "c.py"
+    file.write_text(
+        "from ml_collections import FrozenConfigDict\nfrom sedd_jax.configs import base\n\n"
+        "def get_config(frozen=''):\n"
+        "    c = base.get_config()\n"
+        "    c.checkpoint.every = c.train.get_ref('eval_every') * 2\n"
+        "    return FrozenConfigDict(c) if frozen else c\n"
+    )
+    argv = ["--workdir=x", "--config.train.eval_every=7"]
+    config = cli.train.parse_train("sedd-train", [f"--config={file}", *argv]).config
+    assert (config.train.eval_every, config.checkpoint.every) == (7, 14)
+    config = cli.train.parse_train("sedd-train", [f"--config={file}:frozen", *argv]).config
+    assert (config.train.eval_every, config.checkpoint.every) == (7, 10_000)
+
+
+@pytest.mark.parametrize("evaluation", ["generative_perplexity", "pareto"])
+@pytest.mark.usefixtures("no_loading")
+def test_samples_too_short_to_be_measured_are_refused_first(capsys, tiny_run, evaluation):
+    line = fails(capsys, eval_command, evaluation, f"--workdir={tiny_run}", "--length=2")
+    assert "length 2 is too short" in line and "give at least 3" in line

@@ -319,7 +319,7 @@ def test_targets_are_parsed(text, count, shape, slices):
         ("v5p:8x4x4", "A <= B <= C"),
         ("v4:16x16x20", "at most 4096 chips"),
         ("v5p:4x4x6", "multiple of 4"),
-        ("a100:12", "12 GPUs are no whole number of nodes of 8"),
+        ("a100:12", "12 GPUs are not a whole number of nodes of 8"),
         ("a100:0", "is no number of devices"),
         ("cpu:", "is no number of devices"),
         ("cpu:9999", "at most 512"),

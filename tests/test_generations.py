@@ -127,7 +127,7 @@ def test_gpt2_is_scored_on_records_of_its_own_tokenizer(capsys, scorer_folder, t
         (
             "generative_perplexity",
             ["workdir={run}", "scorer={scorer}", "length=33", "steps=2"],
-            "length 33 is no whole number in [1, 32]",
+            "length 33 is not a whole number in [1, 32]",
         ),
     ],
 )

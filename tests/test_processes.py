@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY, command_line, says
@@ -308,9 +309,9 @@ def test_a_stopped_process_ends_the_whole_group(tmp_path):
     [
         (Cluster(coordinator="h:1"), ("process_count None", "give all three")),
         (Cluster("h:1", 2, 2), ("process_index 2 is not in [0, 2)",)),
-        (Cluster("h", 2, 0), ("coordinator 'h' is no HOST:PORT",)),
-        (Cluster("h:70000", 2, 0), ("'h:70000' is no HOST:PORT",)),
-        (Cluster(coordinator_bind="all"), ("coordinator_bind 'all' is no HOST:PORT",)),
+        (Cluster("h", 2, 0), ("coordinator 'h' is not HOST:PORT",)),
+        (Cluster("h:70000", 2, 0), ("'h:70000' is not HOST:PORT",)),
+        (Cluster(coordinator_bind="all"), ("coordinator_bind 'all' is not HOST:PORT",)),
         (Cluster(join_timeout=0), ("join_timeout 0 is below 1",)),
         (Cluster(heartbeat=-1), ("heartbeat -1 is below 1",)),
     ],
@@ -342,6 +343,51 @@ def test_a_cluster_is_known_by_its_environment(monkeypatch, environment, kind):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert processes.kind_of_cluster() == kind
+
+
+ALL_OF_SRUN = {**SRUN, "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}
+WORKERS = {"TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": ""}
+CLUSTER_VARIABLES = ("SLURM_", "TPU_", "OMPI_", "MEGASCALE_", "JAX_COORD", "JAX_LOCAL", "JAX_PART")
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (SRUN, "SLURM_JOB_ID is missing, but SLURM_STEP_NODELIST is set"),
+        ({**ALL_OF_SRUN, "SLURM_NTASKS": "two"}, "SLURM_NTASKS 'two' is not a whole number"),
+        ({**ALL_OF_SRUN, "SLURM_PROCID": ""}, "SLURM_PROCID '' is not a whole number"),
+        ({**ALL_OF_SRUN, "SLURM_PROCID": "7"}, "process_id=7, num_processes=2"),
+        ({**ALL_OF_SRUN, "OMPI_MCA_orte_hnp_uri": "1"}, "OMPI_COMM_WORLD_SIZE is missing"),
+        ({**ALL_OF_SRUN, "JAX_COORDINATOR_PORT": "x"}, "JAX_COORDINATOR_PORT 'x' is not a"),
+        (WORKERS, "TPU_WORKER_ID is missing, but TPU_WORKER_HOSTNAMES is set"),
+        ({**WORKERS, "TPU_WORKER_ID": "0"}, "TPU_WORKER_HOSTNAMES 'a,b' names several workers"),
+        (
+            {"TPU_PROCESS_ADDRESSES": "a:1,b:1", "JAX_PLATFORMS": "tpu"},
+            "TPU_WORKER_ID is missing, but TPU_PROCESS_ADDRESSES is set",
+        ),
+        (
+            {**WORKERS, "TPU_WORKER_ID": "0", "MEGASCALE_NUM_SLICES": "2"},
+            "MEGASCALE_SLICE_ID is missing",
+        ),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, "JAX_COORDINATOR_ADDRESS is set, but not how many"),
+        ({"JAX_PARTITION_INDEX": "a"}, "JAX_PARTITION_INDEX 'a' is not a whole number"),
+        ({"JAX_LOCAL_DEVICE_IDS": "0,"}, "JAX_LOCAL_DEVICE_IDS '0,' is not a whole number"),
+    ],
+    ids=str,
+)
+def test_a_cluster_that_is_half_described_is_refused_with_the_variable(
+    monkeypatch, environment, words
+):
+    for name in os.environ:
+        if name.startswith(CLUSTER_VARIABLES):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "has_tpu", lambda: False)
+    # jax.distributed refuses to begin where devices are in use, as in this process.
+    monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
+    with says(words, "to run as one process"):
+        processes.join(Cluster(join_timeout=5))
 
 
 def test_one_process_agrees_with_itself():

@@ -1,6 +1,5 @@
 """sedd-convert."""
 
-import json
 from typing import Any
 
 from sedd_jax.cli.arguments import joined, make_parser, name_or_path, path
@@ -64,14 +63,13 @@ def _named_tokenizer(name: str | None, path: str):
 
 
 def _changes(arguments: list[str]) -> dict[str, Any]:
-    """{"data.records": "DIR"} of --config.data.records=DIR; numbers and truths as JSON has them."""
+    """{"data.records": "DIR"} of --config.data.records=DIR."""
+    from sedd_jax.config import parse
+
     changes = {}
     for argument in arguments:
         key, equals, text = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise ValueError(f"unknown argument {argument!r}; sedd-convert --help lists them")
-        try:
-            changes[key] = json.loads(text)
-        except (ValueError, RecursionError):  # no JSON, or more of it than Python takes
-            changes[key] = {"True": True, "False": False}.get(text, text)
+        changes[key] = parse(key, text)
     return changes

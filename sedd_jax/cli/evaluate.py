@@ -121,6 +121,7 @@ def _generative_perplexity(parser: argparse.ArgumentParser, argv: list[str]) -> 
     options = parser.parse_args(argv)
     from sedd_jax.evaluation import generations
 
+    generations.check_length(options.length)
     result = generations.generative_perplexity(
         *_model_and_scorer(options), **_sampling(options, "num_samples", "length", "steps")
     )
@@ -168,6 +169,7 @@ def _pareto(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         check_matplotlib("--picture")
     from sedd_jax.evaluation import generations
 
+    generations.check_length(options.length)
     steps = [int(count) for count in options.steps.split(",")]
     results = generations.pareto(
         *_model_and_scorer(options), steps, **_sampling(options, "num_samples", "length")

@@ -1,18 +1,20 @@
 """sedd-train, and its dry run."""
 
 import difflib
+import inspect
 import logging
 import os
+import runpy
 import sys
 import traceback
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from sedd_jax.cli.arguments import joined
 from sedd_jax.cli.messages import say
 from sedd_jax.files import local_path
 
@@ -31,8 +33,10 @@ On several machines, the same command on each; SLURM (in srun) and TPU pods are 
   --join_timeout=60            seconds until a missing process is an error
   --heartbeat=100              seconds until a dead process ends the others
 
-Exit status: 0 all steps are done; 2 a mistake to mend; 3 training cannot go on; else run it again.
+Exit status: 0 all steps are done; 2 a mistake to correct; 3 it cannot go on; else run it again.
   --requeue_status=75          the status when a signal stopped it, after a checkpoint; default 0"""
+
+BASE = "configs/base.py"
 
 
 class Request(NamedTuple):
@@ -46,61 +50,120 @@ class Request(NamedTuple):
     vocab_size: int | None
 
 
+class _WholeNumber(flags.IntegerParser):
+    def convert(self, argument):
+        try:
+            return super().convert(argument)
+        except ValueError:
+            raise ValueError(f"{argument!r} is not a whole number; write digits") from None
+
+
+class _ConfigValue(flags.ArgumentParser):
+    """What config.parse makes of a --config.KEY=TEXT."""
+
+    def __init__(self, key: str, parse: Callable[[str, str], Any]):
+        self._key, self._parse = key, parse
+
+    def parse(self, argument: str) -> Any:
+        return self._parse(self._key, argument)
+
+
 def parse_train(name: str, argv: list[str]) -> Request:
     """--config=FILE[:ARGUMENT], --config.key=value, --workdir=DIR and the flags of `USAGE`."""
-    from sedd_jax.config import KEYS
+    from sedd_jax import config as configuration
     from sedd_jax.parallel.processes import Cluster
     from sedd_jax.runs.workdir import saved_config
 
-    argv = joined(argv)
-    # First what names the config, which then defines a flag for each of its keys.
-    first = flags.FlagValues()
-    first.set_gnu_getopt(True)
-    for flag in ("config", "workdir"):
-        flags.DEFINE_string(flag, None, "", flag_values=first)
-    others = first([name, *argv], known_only=True)
-    for key in (other[len("--config.") :] for other in others if other.startswith("--config.")):
-        if (key := key.split("=")[0]) not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, n=3) or list(KEYS)
-            raise ValueError(f"unknown config key {key}; did you mean {', '.join(near)}?")
-    workdir = local_path(first.workdir) if first.workdir else None
-    config = first.config and _find_config(first.config)
-    saved = saved_config(workdir) if workdir and not config else None
-
     values = flags.FlagValues()
-    about = {"flag_values": values, "sys_argv": others}
-    if saved is None:
-        config_flags.DEFINE_config_file("config", config, "the experiment", **about)
-    else:
-        config_flags.DEFINE_config_dict("config", saved, **about)
+    values.set_gnu_getopt(True)
+
+    def define(flag: str, parser: flags.ArgumentParser, default: Any = None, **options) -> None:
+        new = flags.Flag(parser, flags.ArgumentSerializer(), flag, default, "", **options)
+        flags.DEFINE_flag(new, values)
+
+    for flag in ("config", "workdir", "target"):
+        define(flag, flags.ArgumentParser())
+    for key, constraint in configuration.KEYS.items():
+        parser = _ConfigValue(key, configuration.parse)
+        define(f"config.{key}", parser, boolean=constraint.holds(True))
     for flag, default in Cluster._field_defaults.items():
-        define = flags.DEFINE_string if "coordinator" in flag else flags.DEFINE_integer
-        define(flag, default, "", flag_values=values)
-    flags.DEFINE_integer("requeue_status", 0, "", 0, 255, flag_values=values)
+        define(flag, flags.ArgumentParser() if "coordinator" in flag else _WholeNumber(), default)
+    define("vocab_size", _WholeNumber())
+    define("requeue_status", _WholeNumber(lower_bound=0, upper_bound=255), 0)
     flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
-    flags.DEFINE_string("target", None, "", flag_values=values)
-    flags.DEFINE_integer("vocab_size", None, "", flag_values=values)
-    rest = values(others)[1:]
+    try:
+        rest = values([name, *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, list(values), n=3)
+        known = f"did you mean --{', --'.join(near)}?" if near else f"{name} --help lists the flags"
+        raise ValueError(f"unknown flag --{error.flagname}; {known}") from error
     if rest:
         raise ValueError(f"unknown argument {rest[0]!r}; write --config.key=value")
     if values.dry_run != (values.target is not None):
         raise ValueError(
             "--dry_run and --target go together; for example --dry_run --target=v5e:4x4"
         )
-    for flag, value in (("config", config or saved), ("workdir", workdir or values.dry_run)):
-        if not value:
+    workdir = local_path(values.workdir) if values.workdir else None
+    if values.config:
+        config = _read_config(values.config)
+    else:
+        config = saved_config(workdir) if workdir else None
+    has_workdir = workdir is not None or values.dry_run
+    for flag, is_there in (("config", config is not None), ("workdir", has_workdir)):
+        if not is_there:
             raise ValueError(
                 f"--{flag} is missing; for example {name} --config=configs/quickstart.py "
                 "--workdir=runs/quickstart"
             )
+    keys = [key for key in configuration.KEYS if values[f"config.{key}"].present]
     return Request(
-        config=values.config,
+        config=configuration.with_values(config, {k: values[f"config.{k}"].value for k in keys}),
         workdir=workdir,
         cluster=Cluster(**{field: values[field].value for field in Cluster._fields}),
         requeue_status=values.requeue_status,
         target=values.target,
         vocab_size=values.vocab_size,
     )
+
+
+def _read_config(argument: str) -> ConfigDict:
+    """What get_config of FILE[:ARGUMENT] returns; ValueError for any mistake in the file."""
+    path, colon, text = _find_config(argument).partition(":")
+    arguments = [text] if colon else []
+    get_config = _in_config_file(path, lambda: runpy.run_path(path).get("get_config"))
+    is_function = callable(get_config)
+    if not is_function:
+        raise ValueError(f"config file {path!r} has no function get_config; write one as in {BASE}")
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        rule = f"no argument; leave out {text!r}" if colon else "one: --config=FILE:ARGUMENT"
+        raise ValueError(f"get_config of config file {path!r} takes {rule}") from error
+    config = _in_config_file(path, lambda: get_config(*arguments))
+    if isinstance(config, FrozenConfigDict):
+        return ConfigDict(config)
+    if isinstance(config, ConfigDict):
+        return config
+    raise ValueError(
+        f"get_config of config file {path!r} returns a value of type {type(config).__name__}; "
+        f"return a ConfigDict as in {BASE}"
+    )
+
+
+def _in_config_file(path: str, action: Callable[[], Any]) -> Any:
+    """action(), which runs code of the file; ValueError with the line for whatever it raises."""
+    try:
+        return action()
+    except (Exception, SystemExit) as error:
+        reason, frames = str(error), traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == path]
+        if isinstance(error, SyntaxError) and error.filename == path:
+            reason, lines = error.msg, [error.lineno]
+        where = f", line {lines[-1]}" if lines and lines[-1] else ""
+        raise ValueError(
+            f"config file {path!r}{where}: {type(error).__name__}: {reason}; correct the file, or "
+            "what --config has after the colon"
+        ) from error
 
 
 def _find_config(argument: str) -> str:

@@ -14,6 +14,7 @@ from sedd_jax.convert import names, original_config, original_run
 from sedd_jax.convert.folder import Pretrained
 from sedd_jax.data import Tokenizer
 from sedd_jax.files import check_new, local_path
+from sedd_jax.parallel.devices import check_platform
 from sedd_jax.runs import workdir
 
 
@@ -75,6 +76,8 @@ def convert(
         hub.check_target(target, replace)
     else:
         check_new(target)
+    if "workdir" in (read, form):
+        check_platform()
     if form == "original":
         step, notices = original_run.export_run(source, target), ()
         run = workdir.open_workdir(source)

@@ -137,7 +137,9 @@ class Ids(Tokenizer):
         words = text.split()
         for word in words:
             if not (re.fullmatch(r"[0-9]{1,9}", word) and int(word) < self.size):
-                raise ValueError(f"{shorten(repr(word))} is no id in [0, {self.size}); mend it")
+                raise ValueError(
+                    f"{shorten(repr(word))} is no id in [0, {self.size}); choose others"
+                )
         return np.array([int(word) for word in words], np.int32)
 
     def decode(self, ids: np.ndarray, mask: str = "░") -> str:

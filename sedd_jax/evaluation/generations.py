@@ -20,6 +20,7 @@ from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 
 MIN_REFERENCES = 500  # below, MAUVE says little
+MIN_LENGTH = 3  # of samples: their 3-grams are counted
 
 
 # --- statistics of texts
@@ -29,11 +30,16 @@ def text_perplexity(nats: np.ndarray) -> dict[str, float]:
     """Perplexity of texts under another model, from its nats [N, L - 1], NaN beyond a text's end.
 
     mean_of_exp, the original's protocol, is the mean over texts of exp(mean nats of the text);
-    token_mean, that of others, is exp(mean nats over all tokens) and never larger.
+    token_mean, that of others, is exp(mean nats over all tokens) and never larger. A text of one
+    token has no nats and does not count.
     """
     nats = np.asarray(nats, np.float64)
-    if nats.ndim != 2 or not nats.size:
-        raise ValueError(f"nats must be [N, L - 1] and not empty, not {list(nats.shape)}")
+    if nats.ndim != 2 or np.isnan(nats).all():
+        raise ValueError(
+            f"nats must be [N, L - 1] and not empty or all NaN, not {list(nats.shape)}; score "
+            "longer texts"
+        )
+    nats = nats[~np.isnan(nats).all(axis=1)]
     return {
         "mean_of_exp": float(np.exp(np.nanmean(nats, axis=1)).mean()),
         "token_mean": float(np.exp(np.nanmean(nats))),
@@ -70,6 +76,15 @@ def distinct(tokens: np.ndarray, n: int) -> float:
 # --- evaluations of a model
 
 
+def check_length(length: int | None) -> None:
+    """ValueError for samples too short to be measured; None is the model's length."""
+    if length is not None and length < MIN_LENGTH:
+        raise ValueError(
+            f"length {length} is too short for the measures of samples, which count {MIN_LENGTH}-"
+            f"grams; give at least {MIN_LENGTH} tokens"
+        )
+
+
 def generative_perplexity(
     model: SEDD,
     scorer: Scorer,
@@ -86,6 +101,13 @@ def generative_perplexity(
     sampling: steps, predictor, draw, grid and t_min, as SEDD.sample_tokens takes them; what is
     missing or None is model.sampling's.
     """
+    length = model.length if length is None else length
+    check_length(length)
+    if _shares_tokens(model, scorer) and length > scorer.network.positions:
+        raise ValueError(
+            f"length {length} is more than the {scorer.network.positions} positions of scorer "
+            f"{scorer.name!r}; give a --length of at most that"
+        )
     chosen = model.sampling.replaced(**sampling)
     sampling = dataclasses.asdict(chosen)
     batching = {"length": length, "batch_size": batch_size, "seed": seed}
@@ -147,6 +169,7 @@ def conditional_mauve(
     chosen = model.sampling.replaced(**sampling)
     sampling = dataclasses.asdict(chosen)
     mauve.check(form, references, repeats, seed=seed, buckets=buckets)
+    _shares_tokens(model, scorer)  # refuses before the sampling
     texts = _read_references(records, split, references, model.length)
     batching = {"batch_size": batch_size, "progress": progress}
 
@@ -207,23 +230,30 @@ def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: Sampling) -> dic
     }
 
 
+def _shares_tokens(model: SEDD, scorer: Scorer) -> bool:
+    """Whether the model's tokens are the scorer's; ValueError if theirs cannot be made of them."""
+    theirs, ours = scorer.tokenizer, model.tokenizer
+    if theirs is not None:
+        return theirs.fingerprint() == ours.fingerprint()
+    if ours.name != "gpt2":
+        raise ValueError(
+            f"scorer {scorer.name!r} comes without a tokenizer, and the model's is {ours.name!r}; "
+            "put vocab.json and merges.txt into the scorer's folder"
+        )
+    return True
+
+
 def scorer_rows(model: SEDD, scorer: Scorer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same texts in the scorer's tokens: int32 [N, L], lengths [N]; the padding is 0.
 
     The ids themselves where both have GPT-2's tokenizer, else the decoded text encoded again.
     """
-    theirs = scorer.tokenizer
-    is_same = theirs is not None and theirs.fingerprint() == model.tokenizer.fingerprint()
-    if is_same or (theirs is None and model.tokenizer.name == "gpt2"):
+    if _shares_tokens(model, scorer):
         return tokens, np.full(len(tokens), tokens.shape[1])
-    if theirs is None:
-        raise ValueError(
-            f"scorer {scorer.name!r} comes without a tokenizer, and the model's is "
-            f"{model.tokenizer.name!r}; put vocab.json and merges.txt into the scorer's folder"
-        )
+    theirs = scorer.tokenizer
     encoded = [theirs.encode(text)[: scorer.network.positions] for text in model.decode(tokens)]
     lengths = np.array([len(row) for row in encoded])
-    rows = np.zeros((len(encoded), lengths.max()), np.int32)
+    rows = np.zeros((len(encoded), max(2, lengths.max())), np.int32)
     for row, ids in zip(rows, encoded, strict=True):
         row[: len(ids)] = ids
     return rows, lengths

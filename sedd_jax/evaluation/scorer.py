@@ -27,6 +27,7 @@ from sedd_jax.files import load_json, local_path
 from sedd_jax.inference.bounds import batches
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
+from sedd_jax.parallel.devices import check_platform
 
 # Short name -> owner/name@commit, so that a number has one meaning on every day.
 SCORERS = {
@@ -190,6 +191,7 @@ def load_scorer(name: str, *, dtype: str = "float32") -> Scorer:
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+    check_platform()
     full_name, folder = _locate(str(name))
     network = _read_network(folder / CONFIG, DTYPES[dtype])
     return Scorer(full_name, network, _read_params(folder, network), _tokenizer(folder, network))

@@ -15,6 +15,7 @@ from sedd_jax.files import local_path
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import sharding
+from sedd_jax.parallel.devices import check_platform
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ def load(
     """
     if dtype is not None and dtype not in configuration.DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
+    check_platform()
     if mesh is not None and any(d.process_index != jax.process_index() for d in mesh.devices.flat):
         raise ValueError("the mesh has devices of other processes; give one of this process's own")
     folder = local_path(source)

@@ -106,7 +106,7 @@ def check_whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
     """ValueError unless value is a whole number in [low, high]."""
     is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not (is_whole and low <= value <= high):
-        raise ValueError(f"{name} {value!r} is no whole number in [{low}, {high}]; mend it")
+        raise ValueError(f"{name} {value!r} is not a whole number in [{low}, {high}]; choose one")
 
 
 def known_at_positions(
@@ -121,8 +121,10 @@ def known_at_positions(
         )
     outside = positions[(positions < 0) | (positions >= length)]
     if outside.size or len(np.unique(positions)) < positions.size:
-        wrong = f"position {outside[0]}" if outside.size else "a position given twice"
-        raise ValueError(f"{wrong} is not in [0, {length}) once; mend positions or length")
+        fault = "a position is there twice"
+        if outside.size:
+            fault = f"position {outside[0]} is not in [0, {length})"
+        raise ValueError(f"{fault}; correct the positions or the length")
     all_tokens, is_known = np.zeros(length, np.int64), np.zeros(length, bool)
     all_tokens[positions], is_known[positions] = tokens, True
     return all_tokens, is_known
@@ -173,5 +175,5 @@ def _integers(name: str, values: Any) -> np.ndarray:
     if array.size == 0:
         array = array.astype(np.int64)  # an empty list is float64 to numpy
     if not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"{name} of dtype {array.dtype} are no whole numbers; give integers")
+        raise ValueError(f"{name} of dtype {array.dtype} are not whole numbers; give integers")
     return array

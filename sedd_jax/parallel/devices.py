@@ -1,7 +1,11 @@
-"""Peak figures of accelerators, and the memory that a compiled program needs."""
+"""The devices that jax may use, their peak figures, and the memory that a program needs."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import jax
 
 GIB = 2**30
 
@@ -32,6 +36,54 @@ DEVICES = {
     "NVIDIA H100 80GB HBM3": Device(989e12, int(0.9 * 84_942_979_072), 3352e9, 450e9),
     "NVIDIA H200": Device(989e12, int(0.9 * 150_754_820_096), 4800e9, 450e9),
 }
+
+
+EXTRAS = {
+    "cuda": "sedd_jax[cuda12] or sedd_jax[cuda13] for an NVIDIA GPU",
+    "tpu": "sedd_jax[tpu] for a TPU",
+}
+
+
+def check_platform() -> None:
+    """ValueError unless jax can start the platform that its environment names, or any by default.
+
+    The first call starts it, so not before jax.distributed.initialize.
+    """
+    platforms, name = jax.config.jax_platforms, os.environ.get("JAX_PLATFORM_NAME")
+    requested = (platforms or name or "").split(",")
+    try:
+        if "tpu" in requested and not has_tpu():  # libtpu would write lines of its own
+            raise RuntimeError("no TPU is visible")
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where cuda finds no GPU
+        reason = " ".join(str(error).split()).partition(" (")[0].rstrip(".")
+        if "gpu" in requested:
+            reason = "the name is of all kinds of GPU at once, cuda of NVIDIA's"
+        settings = {"JAX_PLATFORMS": platforms, "JAX_PLATFORM_NAME": name}
+        setting = " ".join(f"{key}={value}" for key, value in settings.items() if value)
+        here = {"cpu": True, "cuda": has_gpu(), "tpu": has_tpu()}
+        extras = [EXTRAS[kind] for kind in requested if kind in EXTRAS] or EXTRAS.values()
+        raise ValueError(
+            f"{setting or 'the default platform'} cannot be used here: "
+            f"{reason[:200] or 'no NVIDIA GPU is visible'}; this machine has "
+            f"{', '.join(kind for kind in here if here[kind])}: set JAX_PLATFORMS to one of these, "
+            f"or install {' or '.join(extras)}"
+        ) from error
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA GPU is visible, as jax sees it."""
+    return any(Path("/dev", name).exists() for name in ("nvidia0", "nvidiactl", "dxg"))
+
+
+def has_tpu() -> bool:
+    """Whether a TPU is visible: its device files, which others may have, and Google's PCI devices.
+
+    Google's network cards are such devices too; a container may hide them all.
+    """
+    files = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    vendors = [file.read_text().strip() for file in Path("/sys/bus/pci/devices").glob("*/vendor")]
+    return bool(files) and ("0x1ae0" in vendors or not vendors)
 
 
 def device(kind: str) -> Device | None:

@@ -1,4 +1,4 @@
-"""Several processes that act as one: joining, agreeing, stopping. Imports jax only.
+"""Several processes that act as one: joining, agreeing, stopping.
 
 Every process runs the same program on its own devices. What one of them sees alone (a signal, a
 missing file, a config that differs) is shared with all here, so that all go on or all stop at the
@@ -10,6 +10,7 @@ import faulthandler
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -26,7 +27,36 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sedd_jax.parallel.devices import check_platform, has_tpu
+
 T = TypeVar("T")
+ALONE = "to run as one process"
+
+# What jax.distributed reads of a cluster's environment: by the variable that shows the cluster,
+# the whole numbers that it needs too.
+NUMBERS = {
+    "slurm": {
+        "SLURM_STEP_NODELIST": ("SLURM_JOB_ID", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+        "OMPI_MCA_orte_hnp_uri": (
+            "OMPI_COMM_WORLD_SIZE",
+            "OMPI_COMM_WORLD_RANK",
+            "OMPI_COMM_WORLD_LOCAL_RANK",
+        ),
+    },
+    "tpu": {
+        "TPU_PROCESS_ADDRESSES": ("TPU_WORKER_ID",),
+        "TPU_WORKER_HOSTNAMES": ("TPU_WORKER_ID",),
+        "MEGASCALE_COORDINATOR_ADDRESS": ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"),
+        "MEGASCALE_NUM_SLICES": ("MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"),
+    },
+}
+JAX_ADDRESSES = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_BIND_ADDRESS")
+JAX_NUMBERS = (
+    "JAX_COORDINATOR_PORT",
+    "JAX_LOCAL_DEVICE_IDS",
+    "JAX_PARTITION_INDEX",
+    "JAX_SLICE_INDEX",
+)
 
 
 class Cluster(NamedTuple):
@@ -55,11 +85,12 @@ def check(cluster: Cluster) -> None:
             f"process_index {cluster.process_index} is not in [0, {cluster.process_count}), "
             "the process_count; number the processes from 0"
         )
-    for name in ("coordinator", "coordinator_bind"):
-        address = getattr(cluster, name)
+    addresses = {name: getattr(cluster, name) for name in ("coordinator", "coordinator_bind")}
+    addresses |= {name: os.environ.get(name) for name in JAX_ADDRESSES}
+    for name, address in addresses.items():
         host, _, port = (address or "").rpartition(":")
         if address is not None and not (host and port.isdecimal() and 0 < int(port) < 2**16):
-            raise ValueError(f"{name} {address!r} is no HOST:PORT; for example 10.0.0.2:8476")
+            raise ValueError(f"{name} {address!r} is not HOST:PORT; for example 10.0.0.2:8476")
     for name in ("join_timeout", "heartbeat"):
         if getattr(cluster, name) < 1:
             raise ValueError(f"{name} {getattr(cluster, name)} is below 1; give seconds")
@@ -67,30 +98,64 @@ def check(cluster: Cluster) -> None:
 
 def kind_of_cluster() -> str | None:
     """The kind of cluster that the environment describes: slurm, tpu, or None for one machine."""
-    environment = os.environ
     # Inside srun, that is: a batch script's own shell has the other names, and is one process.
-    if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    if "SLURM_STEP_NODELIST" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
         return "slurm"
-    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] in ("", "tpu"):
-        # Kubernetes names a worker's peers; a Cloud TPU machine has the chips' device files.
-        if "," in environment.get("TPU_WORKER_HOSTNAMES", ""):
-            return "tpu"
-        if os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0"):
-            return "tpu" if importlib.util.find_spec("libtpu") else None
-    return None
+    if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("", "tpu"):
+        return None
+    # Kubernetes names a worker's peers; a Cloud TPU machine has chips and its metadata server.
+    return "tpu" if "," in _tpu_workers()[1] or _can_use_tpu() else None
+
+
+def _tpu_workers() -> tuple[str, str]:
+    """The variable that names the workers of a TPU slice, as jax looks for it, and its value."""
+    names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+    name = names[0] if names[0] in os.environ else names[1]
+    return name, os.environ.get(name, "")
+
+
+def _can_use_tpu() -> bool:
+    return importlib.util.find_spec("libtpu") is not None and has_tpu()
+
+
+def check_environment(kind: str | None) -> None:
+    """ValueError for a variable that jax.distributed reads and that is missing or no number."""
+    needed = [(name, name) for name in JAX_NUMBERS if name in os.environ]
+    for shows, numbers in NUMBERS.get(kind, {}).items():
+        needed += [(shows, name) for name in numbers if shows in os.environ]
+    for shows, name in needed:
+        text = os.environ.get(name)
+        form = r"\d+(,\d+)*" if name == "JAX_LOCAL_DEVICE_IDS" else r"\d+"
+        if text is None or not re.fullmatch(form, text):
+            fault = "is missing" if text is None else f"{text!r} is not a whole number"
+            beside = "" if shows == name else f", but {shows} is set, as for several processes"
+            raise ValueError(f"{name} {fault}{beside}; correct it, or unset {shows} {ALONE}")
+    name, workers = _tpu_workers()
+    if kind == "tpu" and "," in workers and not _can_use_tpu():
+        raise ValueError(
+            f"{name} {workers!r} names several workers, but no TPU and libtpu are here; install "
+            f"sedd_jax[tpu] on a TPU machine, or unset {name} {ALONE}"
+        )
 
 
 def join(cluster: Cluster) -> None:
     """Join the other processes, before anything touches a device; nothing on a plain machine.
 
-    The process ends with one line and exit status 1 if the coordinator, or one of the others, is
-    not there within join_timeout seconds. A process that dies later ends the others after
-    `heartbeat` seconds.
+    The process ends with one line and exit status 2 if it cannot start its devices, and 1 if the
+    coordinator, or one of the others, is not there within join_timeout seconds. A process that dies
+    later ends the others after `heartbeat` seconds.
     """
     check(cluster)
     kind = None if cluster.coordinator is not None else kind_of_cluster()
-    if cluster.coordinator is None and kind is None:
-        return
+    is_alone = cluster.coordinator is None and kind is None
+    if is_alone and "JAX_COORDINATOR_ADDRESS" in os.environ:
+        raise ValueError(
+            "JAX_COORDINATOR_ADDRESS is set, but not how many processes there are; give "
+            f"--coordinator, --process_count and --process_index, or unset it {ALONE}"
+        )
+    check_environment(kind)
+    if is_alone:
+        return check_platform()
     where = (
         f"the coordinator at {cluster.coordinator}"
         if cluster.coordinator
@@ -102,16 +167,27 @@ def join(cluster: Cluster) -> None:
         "process came; start all processes within that time, check that they reach HOST:PORT, or "
         "raise --join_timeout",
     ):
-        jax.distributed.initialize(
-            cluster.coordinator,
-            cluster.process_count,
-            cluster.process_index,
-            # Explicit processes have the devices that they see; SLURM's share a machine's.
-            local_device_ids=None if kind else [],
-            coordinator_bind_address=cluster.coordinator_bind,
-            initialization_timeout=cluster.join_timeout + 60,
-            heartbeat_timeout_seconds=cluster.heartbeat,
-        )
+        try:
+            jax.distributed.initialize(
+                cluster.coordinator,
+                cluster.process_count,
+                cluster.process_index,
+                # Explicit processes have the devices that they see; SLURM's share a machine's.
+                local_device_ids=None if kind else [],
+                coordinator_bind_address=cluster.coordinator_bind,
+                initialization_timeout=cluster.join_timeout + 60,
+                heartbeat_timeout_seconds=cluster.heartbeat,
+            )
+        except (ValueError, TypeError, LookupError) as error:  # of what it reads about the others
+            raise ValueError(
+                f"cannot join {where}: {error}; correct its variables in the environment, or give "
+                f"--coordinator=localhost:8476 --process_count=1 --process_index=0 {ALONE}"
+            ) from error
+        try:
+            check_platform()
+        except ValueError as error:  # of this process perhaps: a proper exit waits for the others
+            print(f"sedd_jax: error: {error}", file=sys.stderr, flush=True)
+            os._exit(2)
         # The first collective: the devices find each other here, or not at all.
         gather_text("")
     # jax has installed a handler that only records that the signal came.

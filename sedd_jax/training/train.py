@@ -17,7 +17,7 @@ from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import processes, sharding
-from sedd_jax.parallel.devices import device, format_bytes, program_bytes
+from sedd_jax.parallel.devices import check_platform, device, format_bytes, program_bytes
 from sedd_jax.runs import workdir as runs
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
@@ -95,6 +95,7 @@ def set_up(
 
     Nothing is written before workdir is this run's alone, which it is until the stack is closed.
     """
+    check_platform()
     processes.check_same("config", dict(configuration.flatten(config)))
     processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
     configuration.check(config)

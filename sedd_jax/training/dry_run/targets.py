@@ -143,7 +143,7 @@ def parse_target(text: str) -> Target:
         return Target(text, "cpu", kind, str(count), count)
     if count > GPUS_PER_NODE and count % GPUS_PER_NODE:
         raise ValueError(
-            f"target {text!r}: {count} GPUs are no whole number of nodes of {GPUS_PER_NODE}; "
+            f"target {text!r}: {count} GPUs are not a whole number of nodes of {GPUS_PER_NODE}; "
             f"give 1 to {GPUS_PER_NODE}, or a multiple of {GPUS_PER_NODE}"
         )
     nodes = -(-count // GPUS_PER_NODE)
