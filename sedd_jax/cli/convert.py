@@ -1,7 +1,6 @@
 """sedd-convert."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from sedd_jax.cli.arguments import make_parser
@@ -14,8 +13,8 @@ def run(name: str, argv: list[str]) -> None:
         "--config.KEY=VALUE sets a key of the run's config.",
     )
     add = parser.add_argument
-    add("--from", dest="source", type=Path, required=True, help="hub folder, run, .pth or workdir")
-    add("--to", dest="target", type=Path, required=True, help="folder to write")
+    add("--from", dest="source", required=True, help="hub folder, run, .pth or workdir")
+    add("--to", dest="target", required=True, help="folder to write")
     add("--form", default="hub", help="of what is written: hub, original (a run) or workdir")
     add("--weights", default="ema", help="which of a run's go into a hub folder: ema or raw")
     add("--fresh_optimizer", action="store_true", help="begin AdamW's moments and warm-up again")
