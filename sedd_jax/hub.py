@@ -129,10 +129,14 @@ def push(folder: Path | str, name: str, *, private: bool, token: str | None, mes
     raise ValueError(f"{name!r} is public already; give another name, or push without private")
 
 
+class _OddToken(ValueError):
+    """Says what to do, and not what the token is."""
+
+
 def _check_token(token: str | None) -> None:
-    """ValueError, without the token, for one that an HTTP library's error would show."""
+    """_OddToken for one that cannot be in a request: an HTTP library's error would show it."""
     if token and not re.fullmatch(r"[!-~]+", token):
-        raise ValueError(
+        raise _OddToken(
             "the token has a character that no token has; copy it again into HF_TOKEN or with "
             "`hf auth login`, or unset HF_TOKEN"
         )
@@ -164,6 +168,8 @@ def _reason(error: Exception, *, writing: bool = False, is_cached: bool = False)
     elsewhere = "" if writing else ", or download its files elsewhere and give their folder"
     status = getattr(getattr(error, "response", None), "status_code", None)
     message = _short(" ".join(f"{type(error).__name__}: {error}".split()))
+    if isinstance(error, _OddToken):
+        return str(error)
     if isinstance(error, errors.GatedRepoError):
         return "its owner gives access on request; ask on its page, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError) and not writing:
@@ -187,11 +193,11 @@ def _reason(error: Exception, *, writing: bool = False, is_cached: bool = False)
         return f"HF_HUB_OFFLINE is set{lack}; unset it{elsewhere}"
     no_answer = (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
     if type(error).__module__.split(".")[0] in _HTTP or isinstance(error, no_answer):
-        return f"no answer ({message}); check the network{elsewhere}"
+        return f"no answer ({message}); check the network, and HF_ENDPOINT if it is set{elsewhere}"
     if isinstance(error, errors.HFValidationError):
         return "no name that the hub allows; write owner/name or owner/name@revision"
-    if isinstance(error, ValueError):  # ours: it says what to do
-        return str(error)
+    if isinstance(error, OSError):  # after those of the network
+        return f"{message}; see to the cache's folder, HF_HOME, and its disk{elsewhere}"
     return f"{message}; run again{elsewhere}"
 
 

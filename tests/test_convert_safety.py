@@ -315,7 +315,7 @@ def test_shards_are_the_files_that_the_index_names(tmp_path):
     with says("b.bias is in", "two.safetensors' or in", "index.json', not in both"):
         weights.open_tensors(index, PARTS)
     (tmp_path / "two.safetensors").unlink()
-    with says("no '", "two.safetensors', one of the 2 files that", "index.json' names"):
+    with says("no '", "two.safetensors', which", "index.json' names; get this file"):
         weights.open_tensors(index, PARTS)
 
 

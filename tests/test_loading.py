@@ -140,7 +140,7 @@ def test_weights_in_shards_are_loaded_from_a_folder_and_from_the_hub(model, fold
     alone(NOWHERE)
     assert_same(model, sedd_jax.load(f"me/shards@{commit}"))
     (folder / "s-1.safetensors").unlink()
-    with says("no '", "s-1.safetensors', one of the 2 files"):
+    with says("no '", "s-1.safetensors', which"):
         sedd_jax.load(folder)
 
 

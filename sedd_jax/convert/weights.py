@@ -105,9 +105,7 @@ def open_tensors(
         opened = {}
         for shard, listed in shards.items():
             if listed is not None and not shard.is_file():
-                raise ValueError(
-                    f"no {str(shard)!r}, one of the {len(shards)} files that {where} names; get it"
-                )
+                raise ValueError(f"no {str(shard)!r}, which {where} names; get this file too")
             # Far more than the expected names need: a longer header cannot be theirs.
             _check_header(shard, 2**16 + 1024 * len(expected))
             with _reading(repr(str(shard))):

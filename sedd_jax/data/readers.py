@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from sedd_jax.data.corpora import Pairs, decode, json_lines, split_of
+from sedd_jax.files import refuse_pointer_file
 
 SPLITS = ("train", "validation", "test")
 REMEDY = "download it again or repair it"  # of a published file, for errors
@@ -68,6 +69,7 @@ def read_parts(parts: Iterable[Part], reader: Reader, splits: Iterable[str]) -> 
 
 def _members(path: Path, labels: Iterable[str]) -> Iterator[tuple[str, IO[bytes]]]:
     """The files of an archive, each to be read before the next; or the file itself, as labels."""
+    refuse_pointer_file(path)
     if path.name.endswith(".zip"):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():

@@ -16,6 +16,7 @@ from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.sentencepiece import SentencePiece
 from sedd_jax.data.subwords import GPT2, Bert, Subwords
 from sedd_jax.data.tokenizer import Tokenizer, check_ids, shorten, to_utf8
+from sedd_jax.files import refuse_pointer_file
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ def named_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer of "gpt2", "gpt2:FOLDER", "ids:4096", or of a run's tokenizer.json."""
     file = Path(name)
     if file.is_file():
+        refuse_pointer_file(file)
         try:
             return tokenizer_from_dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:

@@ -81,7 +81,9 @@ def claim_workdir(config: ConfigDict, workdir: Path, records: data.Records) -> N
 def saved_config(workdir: Path) -> ConfigDict | None:
     """The config of the run in workdir, not checked; None if there is none."""
     file = Path(workdir) / CONFIG
-    return configuration.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    return configuration.from_json(file.read_text(encoding="utf-8"), repr(str(file)))
 
 
 def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
