@@ -125,6 +125,10 @@ def open_tensors(
         _check_tensors(stored, opened, expected, extra, where, model)
         for shard, tensors in opened.items():
             _check_digest(tensors, repr(str(shard)))
+    for name, (_, old) in stored.items():  # the first of them stands for all
+        if name in expected and old not in (name, _USUAL + name):
+            log.info("%s: %s is read as %s, and so on", where, shown(old, 120), name)
+            break
     return Tensors(where, stored)
 
 
@@ -140,7 +144,7 @@ def _reading(where: str) -> Iterator[None]:
 
 
 def _read_index(index: Path) -> dict[Path, set[str]]:
-    """The names of the tensors in each file that the index names, all of which are there."""
+    """The names of the tensors in each file that the index names, which may not be there."""
     where = repr(str(index))
     if index.stat().st_size > MAX_INDEX:
         raise ValueError(f"{where} has over {MAX_INDEX} bytes; get it again")
@@ -160,7 +164,7 @@ def _read_index(index: Path) -> dict[Path, set[str]]:
 def _bare_names(names: Sequence[str], expected: Shapes, extra: str, where: str) -> dict[str, str]:
     """Each of a file's names without what wrappers of the model put before it."""
     plain = {name: _WRAPPED.sub("", name) for name in names}
-    extras = {name: re.search(rf"(?:^|\.)({extra})$", plain[name]) for name in names}
+    extras = {name: re.search(rf"(?:^|\.)({extra})\Z", plain[name]) for name in names}
     inner = [plain[name] for name in names if not extras[name]]
     prefix = _common_prefix(inner).removesuffix(_common_prefix(expected))
     if not any(name.removeprefix(prefix) in expected for name in inner):
@@ -169,9 +173,6 @@ def _bare_names(names: Sequence[str], expected: Shapes, extra: str, where: str) 
     if len(set(bare.values())) != len(bare):
         twice = next(name for name in names if list(bare.values()).count(bare[name]) > 1)
         raise ValueError(f"tensor {shown(bare[twice])} is in {where} twice; get it again")
-    changed = [n for n in names if bare[n] in expected and n not in (bare[n], _USUAL + bare[n])]
-    if changed:
-        log.info("%s: %s is read as %s, and so on", where, shown(changed[0], 120), bare[changed[0]])
     return bare
 
 

@@ -90,8 +90,6 @@ def _download(name: str, revision: str | None) -> Path:
 
 def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | None) -> Pretrained:
     model = convert.open_folder(folder)
-    for notice in model.notices:
-        log.info("%s", notice)
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None and model.vocab_size != GPT2_TOKENS:
         raise ValueError(
@@ -102,6 +100,8 @@ def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | N
         tokenizer = data.named_tokenizer(tokenizer or "gpt2")  # the only one of the original code
     convert.check_tokenizer(tokenizer, model.vocab_size, folder)
     params = convert.read_params(folder, model)
+    for notice in model.notices:  # not before an error, which is one line
+        log.info("%s", notice)
     params = jax.device_put(params, sharding.tree_shardings(params, mesh))
     return model._replace(params=params, tokenizer=tokenizer)
 
