@@ -24,7 +24,7 @@ from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.samplers import DRAWS, GRIDS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES
-from sedd_jax.files import is_address
+from sedd_jax.files import is_address, load_json
 from sedd_jax.kernels import attention
 from sedd_jax.models.transformer import SAVED
 
@@ -288,17 +288,18 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=1)
 
 
-def from_json(text: str) -> ConfigDict:
-    """The config of `to_json`; ValueError if the text is not one."""
-    values = json.loads(text)
+def from_json(text: str, where: str = "the config") -> ConfigDict:
+    """The config of `to_json`; ValueError, naming `where`, if the text is not one."""
+    values = load_json(text, where)
     # A run from before a section that changes nothing of what it did may lack it.
     absent = {key.split(".")[0]: None for key in KEYS if "." in key}
     absent |= {section: {} for section in MAY_CHANGE_SECTIONS}
-    if not isinstance(values, dict) or not all(
+    if not all(
         isinstance(values.get(section, default), dict) for section, default in absent.items()
     ):
         raise ValueError(
-            f"{' '.join(text.split())[:60]!r} is not a config of sedd_jax; give the folder of a run"
+            f"{where}, {' '.join(text.split())[:60]!r}, is not a config of sedd_jax; give the "
+            "folder of a run"
         )
     for key in RETIRED:
         section, _, name = key.rpartition(".")

@@ -48,6 +48,25 @@ def local_path(path: str | os.PathLike) -> Path:
         raise ValueError(f"{text!r} names no user's home folder; write the whole path") from error
 
 
+def refuse_pointer(content: bytes | str, where: str) -> None:
+    """ValueError if git holds this in place of a large file: git-lfs's pointer to it.
+
+    content is the file's, or its first bytes. For every file of a stranger, before its format.
+    """
+    head = content[:64] if isinstance(content, bytes) else content[:64].encode("utf-8", "replace")
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise ValueError(
+            f"{where} is git-lfs's pointer to the file, not the file; run `git lfs pull` in its "
+            "repository, or download it again"
+        )
+
+
+def refuse_pointer_file(file: Path) -> None:
+    """`refuse_pointer` of what the file begins with; OSError if it cannot be read."""
+    with file.open("rb") as opened:
+        refuse_pointer(opened.read(64), repr(str(file)))
+
+
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hex, in one pass."""
     with path.open("rb") as file:
@@ -264,6 +283,7 @@ def load_json(text: str | bytes, where: str) -> dict[str, Any]:
     def no_constants(word):
         raise ValueError(f"{word} is no number of JSON")
 
+    refuse_pointer(text, where)
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")

@@ -35,7 +35,7 @@ def download(
     ValueError of one line: no such repository, revision or file; no right to read it; no network
     and not in the cache; a download that broke off, or a file of the cache that is not whole.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, get_token, snapshot_download
     from huggingface_hub.errors import RevisionNotFoundError
     from huggingface_hub.utils import filter_repo_objects
 
@@ -47,6 +47,7 @@ def download(
             return folder
     # One request: snapshot_download would try again for 20 seconds before it reports no answer.
     try:
+        _check_token(get_token())
         info = HfApi().model_info(
             repository, revision=revision, timeout=TIMEOUT, files_metadata=True
         )
@@ -54,7 +55,8 @@ def download(
         folder = _cached(repository, revision, files, optional)
         # That a revision is gone is news, not a fault of the network.
         if folder is not None and not isinstance(error, RevisionNotFoundError):
-            log.info("%s from the cache: %s", name, _reason(error).split(";")[0])
+            reason = _reason(error, is_cached=True).split(";")[0]
+            log.info("%s is taken from the cache: %s", name, reason)
             return folder
         raise ValueError(f"cannot get {name!r} from the hub: {_reason(error)}") from error
 
@@ -103,10 +105,7 @@ def push(folder: Path | str, name: str, *, private: bool, token: str | None, mes
     token = token or get_token()
     if not token:
         raise ValueError(f"no token to write to {name!r}; run `hf auth login` or set HF_TOKEN")
-    if not re.fullmatch(r"[!-~]+", token):  # an HTTP library's error would show it
-        raise ValueError(
-            f"the token to write to {name!r} has a character that no token has; copy it again"
-        )
+    _check_token(token)
     files = sorted(
         file.relative_to(folder)
         for file in folder.rglob("*")
@@ -130,6 +129,19 @@ def push(folder: Path | str, name: str, *, private: bool, token: str | None, mes
     raise ValueError(f"{name!r} is public already; give another name, or push without private")
 
 
+class _OddToken(ValueError):
+    """Says what to do, and not what the token is."""
+
+
+def _check_token(token: str | None) -> None:
+    """_OddToken for one that cannot be in a request: an HTTP library's error would show it."""
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise _OddToken(
+            "the token has a character that no token has; copy it again into HF_TOKEN or with "
+            "`hf auth login`, or unset HF_TOKEN"
+        )
+
+
 def _cached(
     repository: str, revision: str | None, files: Sequence[str], optional: Sequence[str] = ()
 ) -> Path | None:
@@ -149,13 +161,15 @@ def _cached(
     return folder if all((folder / file).is_file() for file in files) else None
 
 
-def _reason(error: Exception, *, writing: bool = False) -> str:
+def _reason(error: Exception, *, writing: bool = False, is_cached: bool = False) -> str:
     """What went wrong; and what to do, in a line."""
     from huggingface_hub import errors
 
     elsewhere = "" if writing else ", or download its files elsewhere and give their folder"
     status = getattr(getattr(error, "response", None), "status_code", None)
     message = _short(" ".join(f"{type(error).__name__}: {error}".split()))
+    if isinstance(error, _OddToken):
+        return str(error)
     if isinstance(error, errors.GatedRepoError):
         return "its owner gives access on request; ask on its page, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError) and not writing:
@@ -168,17 +182,22 @@ def _reason(error: Exception, *, writing: bool = False) -> str:
     if status in (401, 403, 404) and writing:
         return f"the hub refuses ({status}); use a token with the right to write there"
     if status in (401, 403):
-        return f"the hub refuses ({status}); run `hf auth login` with a token that may read it"
+        return (
+            f"the hub refuses ({status}) the token; set HF_TOKEN to one that may read it, or unset "
+            "HF_TOKEN and run `hf auth login`"
+        )
     if status is not None:
         return f"the hub answers {status}, {message}; try again later{elsewhere}"
     if isinstance(error, errors.OfflineModeIsEnabled):
-        lack = "" if writing else " and the cache does not have it"
+        lack = "" if writing or is_cached else " and the cache does not have it"
         return f"HF_HUB_OFFLINE is set{lack}; unset it{elsewhere}"
     no_answer = (ConnectionError, TimeoutError, errors.LocalEntryNotFoundError)
     if type(error).__module__.split(".")[0] in _HTTP or isinstance(error, no_answer):
-        return f"no answer ({message}); check the network{elsewhere}"
+        return f"no answer ({message}); check the network, and HF_ENDPOINT if it is set{elsewhere}"
     if isinstance(error, errors.HFValidationError):
         return "no name that the hub allows; write owner/name or owner/name@revision"
+    if isinstance(error, OSError):  # after those of the network
+        return f"{message}; see to the cache's folder, HF_HOME, and its disk{elsewhere}"
     return f"{message}; run again{elsewhere}"
 
 

@@ -153,11 +153,13 @@ def test_odd_passes_and_no_blocks_are_one_line(capsys, tiny_run):
 def test_a_foreign_config_is_one_line(capsys, tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "tokenizer.json").write_text("{}")
-    for text in ("[]", '{"model": "bert"}'):
+    for text, words in (
+        ("[]", "config.json' holds a list, not an object"),
+        ('{"model": "bert"}', "is not a config of sedd_jax"),
+        ('{"seed": ', "config.json' is no JSON"),
+    ):
         (tmp_path / "config.json").write_text(text)
-        assert "is not a config of sedd_jax" in fails(
-            capsys, sample_command, f"--workdir={tmp_path}"
-        )
+        assert words in fails(capsys, sample_command, f"--workdir={tmp_path}")
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS.values()))

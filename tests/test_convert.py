@@ -425,8 +425,8 @@ def test_newer_config_keys_are_taken_from_base_and_told(exported):
 
 def test_missing_weights_are_named(exported):
     folder, *_ = exported
-    (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")
-    with says("no model.safetensors or pytorch_model.bin in", "with the weights in one file"):
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    with says("no model.safetensors, model.safetensors.index.json or pytorch_model.bin in"):
         convert.read_folder(folder)
     with says(f"no config.json in {str(folder / 'nowhere')!r}"):
         convert.read_folder(folder / "nowhere")
@@ -437,7 +437,7 @@ def test_another_rotary_embedding_is_refused(exported):
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     tensors[names.BUFFER] = tensors[names.BUFFER] * 0.5
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    with says("has rotary_emb.inv_freq of another base than 10000"):
+    with says("model.safetensors' has rotary_emb.inv_freq of another base than 10000"):
         convert.read_folder(folder)
 
 

@@ -248,7 +248,7 @@ def test_what_is_not_wanted_of_a_checkpoint_may_be_odd(theirs, tmp_path):
     assert read(tmp_path / "two").step == STEP
     del state[0]
     torch.save(checkpoint, file)
-    with says("exp_avg of 39 parameters, its config gives 40"):
+    with says("exp_avg of 39 parameters, its config gives 40: both must be of one run"):
         import_run(odd, tmp_path / "three")
     convert.convert(odd, tmp_path / "hub", weights="raw")
     params = convert.read_folder(tmp_path / "hub").params
@@ -263,6 +263,57 @@ def test_a_target_that_is_there_is_refused_before_weights_are_read(theirs, tmp_p
         convert.convert(theirs.parent / "one", tmp_path, replace=True)
     with says("is there and is not empty"):
         convert.convert(golden("hf_absorb/config.json").parent, tmp_path, form="workdir")
+
+
+def test_tokenizer_and_changes_are_refused_before_weights_are_read(theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(original_run.torch_files, "read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(convert.weights, "open_tensors", lambda *_: pytest.fail("read"))
+    bytes_ = make_tokenizer("bytes", "", None)
+    for source in (theirs, golden("hf_absorb/model.safetensors").parent):
+
+        def converted(tokenizer=TOKENIZER, source=source, **changes):
+            changes = {key.replace("__", "."): value for key, value in changes.items()}
+            target = tmp_path / "two"
+            convert.convert(source, target, form="workdir", tokenizer=tokenizer, changes=changes)
+
+        with says("a workdir needs the model's tokenizer"):
+            converted(tokenizer=None)
+        with says("tokenizer 'bytes' has 256 tokens, the model in", "37"):
+            converted(tokenizer=bytes_)
+        with says("config.train.batch_size 4 is not divisible by config.train.microbatches 3"):
+            converted(train__microbatches=3)
+        for key in ("blocks", "hidden_size", "cond_dim"):
+            with says(f"config.model.{key} 8 cannot be set: the weights in", "leave it out"):
+                converted(**{f"model__{key}": 8})
+        with says("tokenizer 'bytes' has 256 tokens, the model in", "37"):
+            convert.convert(source, tmp_path / "two", tokenizer=bytes_)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pth_file_is_named_whatever_is_wrong_with_it(tmp_path):
+    bad = tmp_path / "bad.pth"
+    bad.write_bytes(b"no archive")
+    with says("bad.pth' is no archive as torch.save has written"):
+        convert.convert(bad, tmp_path / "out")
+    torch.save({"w": torch.zeros(2)}, bad)
+    with says(".hydra/config.yaml' for", "bad.pth'; give the folder of a run"):
+        convert.convert(bad, tmp_path / "out")
+    run = the_originals_run(tmp_path / "run", "absorb")
+    file = run / "checkpoints-meta/checkpoint.pth"
+    state = torch.load(file, weights_only=False)  # our own
+    torch.save(state["model"], file)
+    with says("checkpoint.pth' holds parameters only; give a checkpoint of a run"):
+        convert.convert(run, tmp_path / "out", weights="raw")
+    torch.save({**state, "step": -1}, file)
+    with says("step in", "checkpoint.pth' -1 of the checkpoint is not in [0,"):
+        convert.convert(run, tmp_path / "out")
+    wrapped = {f"module._orig_mod.{name}": value for name, value in state["model"].items()}
+    torch.save({**state, "model": wrapped}, file)
+    convert.convert(run, tmp_path / "wrapped", weights="raw")
+    torch.save(state, file)
+    convert.convert(run, tmp_path / "plain", weights="raw")
+    one, two = (convert.read_folder(tmp_path / name).params for name in ("wrapped", "plain"))
+    assert_same(one, two)
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,16 @@ import zipfile
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.numpy
 from conftest import says
 from original_models import write_safetensors
 
 from sedd_jax.convert import torch_files, weights
-from sedd_jax.convert.weights import DIGEST
+from sedd_jax.convert.weights import BUFFER, DIGEST
 from sedd_jax.files import load_json
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
 SHAPES = {"a.weight": (3, 4), "b.weight": (3, 4), "bias": (5,), "nothing": (0, 2)}
 VALUES = {
     name: np.random.default_rng(1).normal(size=shape).astype(np.float32)
@@ -45,8 +48,6 @@ def good(tmp_path):
 
 
 def test_what_is_written_is_read_by_the_library_too(good):
-    import safetensors.numpy
-
     ours, theirs = opened(good), safetensors.numpy.load_file(good)
     for name, value in VALUES.items():
         assert ours[name].tobytes() == theirs[name].tobytes() == value.tobytes()
@@ -238,6 +239,108 @@ def test_a_header_larger_than_its_tensors_need_is_refused(tmp_path):
         weights.open_tensors(tmp_path / "nowhere", {"w": (2,)})
 
 
+def save(file, values):
+    safetensors.numpy.save_file(values, file)
+    return file
+
+
+PARTS = {"a.1.weight": (2,), "a.2.weight": (2,), "b.bias": (3,)}
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        *(
+            lambda name, prefix=prefix: prefix + name
+            for prefix in (
+                "_orig_mod.", "module.", "model.", "backbone.", "score_model.", "net.a.",
+                "module._orig_mod.", "_orig_mod.module.model.", "_fsdp_wrapped_module.",
+            )
+        ),
+        lambda name: name.replace("a.", "a._orig_mod."),  # each block compiled by itself
+        lambda name: "module." + name.replace("1.", "1._checkpoint_wrapped_module."),
+    ],
+)  # fmt: skip
+def test_what_wrappers_put_before_names_is_left_out_and_told(tmp_path, caplog, rename):
+    values = {name: np.full(shape, i, np.float32) for i, (name, shape) in enumerate(PARTS.items())}
+    names = {rename(name): value for name, value in values.items()}
+    names[rename("x").removesuffix("x") + BUFFER] = np.ones(2, np.float32)
+    with caplog.at_level("INFO", logger="sedd_jax"):
+        tensors = weights.open_tensors(save(tmp_path / "x.safetensors", names), PARTS)
+    assert set(tensors) == {*PARTS, BUFFER}
+    for name, value in values.items():
+        np.testing.assert_array_equal(tensors[name], value)
+    (line,) = caplog.messages
+    assert f"{rename('a.1.weight')} is read as a.1.weight" in line and "\n" not in line
+    caplog.clear()
+    plain = {f"transformer.{name}": value for name, value in values.items()}
+    weights.open_tensors(save(tmp_path / "x.safetensors", plain), PARTS)
+    assert not caplog.messages  # every GPT-2's
+
+
+def test_names_of_something_else_are_shown(tmp_path):
+    other = {f"encoder.layer.{n}": np.zeros(1, np.float32) for n in range(5)}
+    file = save(tmp_path / "x.safetensors", other)
+    with says(
+        "lacks a.1.weight and 2 more", "has encoder.layer.0, encoder.layer.1", "2 and 2 more"
+    ):
+        weights.open_tensors(file, PARTS)
+    twice = {p + n: np.zeros(s, np.float32) for n, s in PARTS.items() for p in ("", "_orig_mod.")}
+    with says("tensor a.1.weight is in", "twice"):
+        weights.open_tensors(save(file, twice), PARTS)
+    save(file, {f"{p}.{n}": np.zeros(s, np.float32) for n, s in PARTS.items() for p in "xy"})
+    with says("lacks a.1.weight", "and has x.a.1.weight"):
+        weights.open_tensors(file, PARTS)
+
+
+def in_shards(folder, names=("one.safetensors", "two.safetensors")):
+    """PARTS in two files; the index."""
+    values = {name: np.ones(shape, np.float32) for name, shape in PARTS.items()}
+    held = dict(zip(values, (names[0], names[0], names[1])))
+    for file in names:
+        save(folder / file, {name: values[name] for name in held if held[name] == file})
+    index = folder / weights.INDEX
+    index.write_text(json.dumps({"weight_map": held}))
+    return index
+
+
+def test_shards_are_the_files_that_the_index_names(tmp_path):
+    index = in_shards(tmp_path)
+    save(tmp_path / "model-00001-of-00001.safetensors", {"x": np.ones(1)})  # it does not
+    assert dict(weights.open_tensors(index, PARTS)).keys() == PARTS.keys()
+    (tmp_path / "two.safetensors").write_text(POINTER)
+    with says("two.safetensors' is git-lfs's pointer"):
+        weights.open_tensors(index, PARTS)
+    save(tmp_path / "two.safetensors", {"b.scale": np.ones(3, np.float32)})
+    with says("b.bias is in", "two.safetensors' or in", "index.json', not in both"):
+        weights.open_tensors(index, PARTS)
+    (tmp_path / "two.safetensors").unlink()
+    with says("no '", "two.safetensors', which", "index.json' names; get this file"):
+        weights.open_tensors(index, PARTS)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ('{"weight_map": {"a": "../two.safetensors"}}', ["names '../two.safetensors'"]),
+        ('{"weight_map": {"a": "/etc/x.safetensors"}}', ["names '/etc/x.safetensors'"]),
+        ('{"weight_map": {"a": "sub/x.safetensors"}}', ["names 'sub/x.safetensors'"]),
+        ('{"weight_map": {"a": "c\\\\x.safetensors"}}', ["no safetensors file beside it"]),
+        ('{"weight_map": {"a": "x.bin"}}', ["names 'x.bin', no safetensors file beside it"]),
+        ('{"weight_map": {"a": 3}}', ["names 3, no safetensors file"]),
+        ('{"weight_map": ["one.safetensors"]}', ["has no weight_map"]),
+        ('{"metadata": {}}', ["has no weight_map"]),
+        ("[", ["is no JSON"]),
+        ("version https://git-lfs.github.com/spec/v1\n", ["git-lfs's pointer", "git lfs pull"]),
+    ],
+)
+def test_an_index_that_is_odd_is_refused(tmp_path, content, words):
+    index = in_shards(tmp_path)
+    index.write_text(content)
+    with says("model.safetensors.index.json'", *words):
+        weights.open_tensors(index, PARTS)
+
+
 def test_the_digest_is_of_names_shapes_and_bytes(good):
     import hashlib
 
@@ -294,12 +397,13 @@ def test_a_payload_is_refused_and_named_and_not_run(tmp_path, torch):
     "state, words",
     [
         ([1, 2], ["holds a list that is not as the original saves it"]),
-        ({"w": 3}, ["'model/w' is int, no tensor"]),
-        ({"../w": "zeros"}, ["lacks model/w"]),
-        ({"w": "integers"}, ["'model/w' is torch.int64, no tensor in memory of float32"]),
+        ({"w": 3}, ["'w' in", "x.pth' is int, no tensor"]),
+        ({"../w": "zeros"}, ["x.pth' lacks w, and has ../w"]),
+        ({"w": "integers"}, ["'w' in", "is torch.int64, no tensor in memory of float32"]),
         ({"w": "huge"}, ["larger than it is"]),
-        ({"w": "zeros", "/etc/x": "zeros"}, ["a tensor too many: model//etc/x"]),
-        ({"w": "nan"}, ["model/w in", "not finite"]),
+        ({"w": "zeros", "/etc/x": "zeros"}, ["x.pth' has a tensor too many: /etc/x"]),
+        ({"w": "nan"}, ["w in", "x.pth' holds values that are not finite"]),
+        ({"state_dict": {"w": "zeros"}, "epoch": 3}, ["'state_dict' in", "x.pth' is dict"]),
         ({"model": {}, "ema": 3}, ["not as the original saves it"]),
         ({"model": {}, "ema": {}, "optimizer": {}, "step": 1}, ["not as the original saves it"]),
     ],
@@ -330,6 +434,9 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path, monkeypatch):
                 archive.writestr("b/data.pkl", b"x")
         with says(name, "no archive as torch.save writes"):
             read(tmp_path / name)
+    (tmp_path / "pointer.pth").write_text(POINTER)
+    with says("pointer.pth' is git-lfs's pointer to the file", "git lfs pull"):
+        read(tmp_path / "pointer.pth")
     (tmp_path / "text.pth").write_text("hello")
     with says("text.pth", "no archive as torch.save has written"):
         read(tmp_path / "text.pth")
@@ -345,8 +452,7 @@ import json, sys
 from pathlib import Path
 from sedd_jax.convert import torch_child
 for folder in sorted(Path(sys.argv[1]).iterdir()):
-    file, tensors = (str(folder / name) for name in ("x.pth", "tensors.safetensors"))
-    request = {"work": "read", "file": file, "tensors": tensors, "names": ["w"]}
+    request = {"work": "read", "file": str(folder / "x.pth"), "folder": str(folder), "names": ["w"]}
     request["parts"] = ["model"]
     (folder / "answer.json").write_text(json.dumps(torch_child.answer(request)))
 """
@@ -363,7 +469,7 @@ def test_mutated_pth_files_end_in_one_error(tmp_path, torch):
         mutated = (flipped, flipped, truncated, lengthened)[i % 4](random, whole)
         (folder / "x.pth").write_bytes(mutated)
         try:
-            torch_files._check_archive(folder / "x.pth")
+            torch_files.check_archive(folder / "x.pth")
         except ValueError as error:
             assert "x.pth" in str(error) and "\n" not in str(error)
             outcomes["archive"] += 1
@@ -378,8 +484,8 @@ def test_mutated_pth_files_end_in_one_error(tmp_path, torch):
             outcomes["torch"] += 1
             continue
         try:
-            found = weights.open_tensors(folder / "tensors.safetensors", {"model/w": (2,)})
-            assert np.isfinite(found["model/w"]).all()
+            found = weights.open_tensors(folder / "model.safetensors", {"w": (2,)})
+            assert np.isfinite(found["w"]).all()
             outcomes["read"] += 1
         except ValueError as error:
             assert "\n" not in str(error)

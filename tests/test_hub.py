@@ -81,7 +81,7 @@ def test_every_fault_of_a_download_is_named(server, alone, monkeypatch):
     with says("'a--b/c'", "no name that the hub allows; write owner/name"):
         get("a--b/c")
     monkeypatch.setenv("HF_TOKEN", "hf_expired")
-    with says("'me/model'", "the hub refuses (401); run `hf auth login`") as told:
+    with says("'me/model'", "the hub refuses (401) the token; set HF_TOKEN to one") as told:
         get("me/model")
     assert "hf_expired" not in str(told.value)
     monkeypatch.setenv("HF_TOKEN", READER)
@@ -100,6 +100,36 @@ def test_every_fault_of_a_download_is_named(server, alone, monkeypatch):
     del server.repositories["me/model"]["commits"]["main"]
     with says("'me/model' from the hub: no such revision"):
         get("me/model")
+
+
+def test_an_odd_token_or_cache_is_named_and_a_good_cache_is_enough(
+    server, alone, monkeypatch, caplog, tmp_path
+):
+    server.add("me/model", FILES)
+    folder = hub.download("me/model", None, ["config.json"])
+    caplog.set_level(logging.INFO, logger="sedd_jax")
+    for token in ("hf_odd one", "hf_odd\u00fc"):
+        monkeypatch.setenv("HF_TOKEN", token)
+        assert hub.download("me/model", None, ["config.json"]) == folder
+        with says(
+            "'me/other'", "the token has a character that no token has", "unset HF_TOKEN"
+        ) as e:
+            hub.download("me/other", None, ["config.json"])
+        assert "odd" not in str(e.value)
+    assert "me/model is taken from the cache: the token has a character" in caplog.messages[0]
+    assert "odd" not in caplog.text
+    monkeypatch.delenv("HF_TOKEN")
+    caplog.clear()
+    alone(NOWHERE, HF_HUB_OFFLINE=True)
+    assert hub.download("me/model", None, ["config.json"]) == folder
+    assert caplog.messages == ["me/model is taken from the cache: HF_HUB_OFFLINE is set"]
+    alone(server.url)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "file/token"))
+    with says(
+        "cannot get 'me/other' from the hub: NotADirectoryError", "see to the cache's folder"
+    ):
+        hub.download("me/other", None, ["config.json"])
 
 
 def test_without_a_network_the_fault_is_told_at_once(alone):

@@ -123,6 +123,43 @@ def test_a_damaged_folder_loads_nothing(folder):
         sedd_jax.load(folder)
 
 
+def test_weights_in_shards_are_loaded_from_a_folder_and_from_the_hub(model, folder, server, alone):
+    from safetensors.numpy import load_file, save_file
+
+    whole = folder / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    held = {name: f"s-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(held.values()):
+        save_file({n: tensors[n] for n in held if held[n] == file}, folder / file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": held}))
+    assert_same(model, sedd_jax.load(folder))
+    commit = server.add("me/shards", {f.name: f.read_bytes() for f in folder.iterdir()})
+    assert_same(model, sedd_jax.load("me/shards"))
+    alone(NOWHERE)
+    assert_same(model, sedd_jax.load(f"me/shards@{commit}"))
+    (folder / "s-1.safetensors").unlink()
+    with says("no '", "s-1.safetensors', which"):
+        sedd_jax.load(folder)
+
+
+def test_a_pointer_of_git_lfs_is_named_in_every_file(folder):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+    for name in ("model.safetensors", "config.json", "sedd_jax.json"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_text(pointer)
+        with says(f"{name}' is git-lfs's pointer to the file", "git lfs pull"):
+            sedd_jax.load(folder)
+        (folder / name).write_bytes(content)
+
+
+def test_an_address_is_no_folder(folder):
+    for source in ("gs://bucket/run", "s3://bucket/model"):
+        with says(repr(source), "is an address, not a path; mount"):
+            sedd_jax.load(source)
+
+
 def test_the_package_is_imported_quickly_and_touches_no_device():
     """Importing it loads none of its dependencies: its time is the interpreter's."""
     code = (

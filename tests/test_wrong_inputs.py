@@ -280,6 +280,20 @@ CASES = [
     Case(f"{TOKENS} --tokenizer=text8", "text8", "bytes"),
     # --- model folders and runs
     Case("sample --model={models}/lfs", "model.safetensors", "git lfs pull"),
+    Case("sample --model={models}/lfs_config", "config.json", "git lfs pull"),
+    Case("sample --workdir={models}/lfs_run", "config.json", "git lfs pull"),
+    Case("convert --from={models}/lfs.pth --to=out", "lfs.pth", "git lfs pull"),
+    Case("convert --from={models}/lfs --to=out", "model.safetensors", "git lfs pull"),
+    Case(f"{PREPARE}{{corpora}}/lfs", "a.txt", "git lfs pull"),
+    Case("convert --from={models}/lost_shard --to=out", "two.safetensors", "get this file"),
+    Case("sample --model={models}/far_shard", "'../x.safetensors'", "beside it"),
+    Case("convert --from={hub} --to=out --form=workdir --config.model.blocks=9", "9", "leave"),
+    Case(
+        "convert --from={hub} --to=out --form=workdir --tokenizer=bytes",
+        "'bytes'",
+        "give the tokenizer",
+    ),
+    Case("sample --model=owner/name", "token", "unset HF_TOKEN", {"HF_TOKEN": "hf_odd token"}),
     Case("sample --model={models}/torn", "model.safetensors", "again"),
     Case("sample --model={models}/no_weights", "no_weights", "model.safetensors"),
     Case("sample --model={models}/no_config", "no_config", "config.json"),
@@ -289,7 +303,7 @@ CASES = [
     Case("sample --workdir={models}/no_checkpoint", "no_checkpoint", "checkpoint"),
     Case("sample --workdir={models}/bad_run_config", "config.json", "JSON"),
     Case("sample --workdir={models}/damaged_ema", "checkpoint", "damaged"),
-    Case("sample --model=owner/name@main", "main", "commit"),
+    Case("sample --model=owner/name@main", "main", "unset it"),
     Case("sample --model=a/b/c", "a/b/c", "owner/name"),
     Case("convert --from={models}/bad.pth --to=out", "bad.pth", "torch"),
     # --- the environment
@@ -380,7 +394,13 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     from safetensors.numpy import load_file, save_file
 
     weights = load_file(earlier / "hub_absorbing/model.safetensors")
+    files("corpora/lfs", a__txt=pointer)
     model("lfs", model__safetensors=pointer)
+    model("lfs_config", config__json=pointer)
+    index = json.dumps({"weight_map": dict.fromkeys(weights, "two.safetensors")})
+    model("lost_shard", model__safetensors=None, model__safetensors__index__json=index)
+    index = index.replace("two", "../x")
+    model("far_shard", model__safetensors=None, model__safetensors__index__json=index)
     torn = (earlier / "hub_absorbing/model.safetensors").read_bytes()
     model("torn", model__safetensors=torn[: len(torn) // 2])
     model("no_weights", model__safetensors=None)
@@ -393,11 +413,12 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     name = next(iter(weights))
     wrong = {**weights, name: weights[name][..., :1].copy()}
     save_file(wrong, top / "models/other_shape/model.safetensors")
-    files("models", bad__pth=b"not a torch file")
-    for name in ("no_checkpoint", "bad_run_config", "damaged_ema"):
+    files("models", bad__pth=b"not a torch file", lfs__pth=pointer)
+    for name in ("no_checkpoint", "bad_run_config", "lfs_run", "damaged_ema"):
         shutil.copytree(top / "run", top / "models" / name)
     shutil.rmtree(top / "models/no_checkpoint/checkpoints")
     files("models/bad_run_config", config__json='{"seed": ')
+    files("models/lfs_run", config__json=pointer)
     for step in (top / "models/damaged_ema/checkpoints").iterdir():
         for file in (step / "ema").rglob("*"):
             if file.is_file() and file.stat().st_size > 200 and file.name != "sha256.json":

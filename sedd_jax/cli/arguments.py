@@ -128,9 +128,9 @@ def new_file(text: str) -> Path:
 def check_run(source: Path, remedy: str) -> None:
     """ValueError for a model alone where the command needs its run; load refuses other things."""
     from sedd_jax import hub
-    from sedd_jax.convert.folder import PICKLED, WEIGHTS
+    from sedd_jax.convert.folder import INDEX, PICKLED, WEIGHTS
 
-    if any((source / name).is_file() for name in (WEIGHTS, PICKLED)):
+    if any((source / name).is_file() for name in (WEIGHTS, INDEX, PICKLED)):
         fault = f"{str(source)!r} is an exported model, which has no records of its own"
     elif not source.exists() and hub.parse(str(source)) is not None:
         fault = f"no folder at {str(source)!r}, and a model of the hub has no records of its own"

@@ -7,13 +7,22 @@ process of its own and the only module that imports torch.
 """
 
 from sedd_jax.convert.conversion import convert, read_workdir, recognise
-from sedd_jax.convert.folder import Pretrained, check_tokenizer, read_folder, write_folder
+from sedd_jax.convert.folder import (
+    Pretrained,
+    check_tokenizer,
+    open_folder,
+    read_folder,
+    read_params,
+    write_folder,
+)
 
 __all__ = [
     "Pretrained",
     "check_tokenizer",
     "convert",
+    "open_folder",
     "read_folder",
+    "read_params",
     "read_workdir",
     "recognise",
     "write_folder",

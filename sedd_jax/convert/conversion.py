@@ -34,6 +34,13 @@ FORMS = {
 }
 
 
+# What the weights were made for: with another value they are of other shapes or mean nothing.
+_FIXED = (
+    "graph.name", "graph.scale_by_sigma", "model.hidden_size", "model.blocks", "model.heads",
+    "model.cond_dim",
+)  # fmt: skip
+
+
 class Conversion(NamedTuple):
     """What was read and written, for a table."""
 
@@ -72,34 +79,40 @@ def convert(
     source, target, changes = local_path(source), local_path(target), changes or {}
     read = recognise(source)
     _check_options(str(source), read, form, weights, optimizer, tokenizer, changes)
-    if form == "hub":  # all before the weights are read
+    # All that can be refused without the weights is, before they are read.
+    if form == "hub":
         hub.check_target(target, replace)
     else:
         check_new(target)
     if "workdir" in (read, form):
         check_platform()
+    model = _OPEN[read](source)
+    tokenizer, config, vocab_size = tokenizer or model.tokenizer, model.config, model.vocab_size
+    if tokenizer is not None or form == "workdir":
+        hub.check_tokenizer(tokenizer, vocab_size, source)
+    if form == "workdir":
+        config = configuration.with_values(config, {"data.tokenizer": tokenizer.name, **changes})
+        for key, value in configuration.flatten(model.config):
+            if key in _FIXED and changes.get(key, value) != value:
+                raise ValueError(
+                    f"config.{key} {changes[key]!r} cannot be set: the weights in {str(source)!r} "
+                    f"are those of {value!r}; leave it out"
+                )
     if form == "original":
         step, notices = original_run.export_run(source, target), ()
-        run = workdir.open_workdir(source)
-        config, vocab_size = run.config, run.tokenizer.vocab_size
     else:
         model, state = _read(source, read, form, weights, optimizer)
-        model = model._replace(tokenizer=tokenizer or model.tokenizer)
-        config, vocab_size = model.config, model.vocab_size
+        model = model._replace(tokenizer=tokenizer)
         step, notices = model.step, model.notices
-        if model.tokenizer is not None or form == "workdir":
-            hub.check_tokenizer(model.tokenizer, vocab_size, source)
-        # Without a tokenizer, load takes that of GPT-2.
-        elif original_config.TOKENIZERS.get(vocab_size) != "gpt2":
-            lack = f"no tokenizer is known for {vocab_size} tokens; add --tokenizer"
-            notices = (*notices, lack)
+    # Without a tokenizer, load takes that of GPT-2.
+    if tokenizer is None and original_config.TOKENIZERS.get(vocab_size) != "gpt2":
+        notices = (*notices, f"no tokenizer is known for {vocab_size} tokens; add --tokenizer")
     if form == "workdir":
-        name, step = model.tokenizer.name, state.get("step", 0)
-        config = configuration.with_values(config, {"data.tokenizer": name, **changes})
+        step = state.get("step", 0)
         workdir.write_workdir(
             target,
             config=config,
-            tokenizer=model.tokenizer,
+            tokenizer=tokenizer,
             train_state=experiment.imported_state(config, vocab_size, **state),
             original=model.original,
         )
@@ -192,18 +205,28 @@ def _read(
     return model, {"params": model.params, "ema": model.params}
 
 
+def open_workdir(source: Path) -> Pretrained:
+    """The model of a training run, without its parameters and its step."""
+    run = workdir.open_workdir(source)
+    vocab_size = run.tokenizer.vocab_size
+    return Pretrained(run.config, vocab_size, None, run.tokenizer, original=run.original)
+
+
+_OPEN = {"hub": hub.open_folder, "original": original_run.open_run, "workdir": open_workdir}
+
+
 def read_workdir(
-    source: Path, weights: str = "ema", *, mesh: Mesh | None = None, step: int | None = None
+    source: Path | str, weights: str = "ema", *, mesh: Mesh | None = None, step: int | None = None
 ) -> Pretrained:
     """The model of a training run: its moving average, or on one device its "raw" parameters.
 
     step: of the checkpoint with that average; None for the newest.
     """
-    run = workdir.open_workdir(source)
+    source = local_path(source)
+    run, model = workdir.open_workdir(source), open_workdir(source)
     if weights == "ema":  # whose numbers sedd-report has written
         (step, params), about = workdir.read_average(run, mesh, step), workdir.about(run)
     else:
         train_state, about = workdir.read_state(run), {"weights": weights}
         step, params = int(train_state.step), train_state.params
-    vocab_size = run.tokenizer.vocab_size
-    return Pretrained(run.config, vocab_size, params, run.tokenizer, step, (), about, run.original)
+    return model._replace(params=params, step=step, about=about)

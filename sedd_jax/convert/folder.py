@@ -18,12 +18,13 @@ from sedd_jax import config as configuration
 from sedd_jax.configs import base
 from sedd_jax.convert import names, original_config, torch_files, weights
 from sedd_jax.convert.card import model_card
+from sedd_jax.convert.weights import INDEX, WEIGHTS
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
-from sedd_jax.files import appearing, check_new, load_json
+from sedd_jax.files import appearing, check_new, load_json, local_path, refuse_pointer_file
 
 log = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS, OURS, CARD = "config.json", "model.safetensors", "sedd_jax.json", "README.md"
+CONFIG, OURS, CARD = "config.json", "sedd_jax.json", "README.md"
 PICKLED = "pytorch_model.bin"
 FORMAT = 1
 MAX_OURS = 1 << 27  # bytes of sedd_jax.json: it holds the tokenizer
@@ -41,7 +42,7 @@ class Pretrained(NamedTuple):
 
     config: ConfigDict | Mapping[str, Any]
     vocab_size: int  # clean tokens
-    params: dict  # our tree, float32
+    params: dict | None  # our tree, float32; None until they are read
     tokenizer: Tokenizer | None = None
     step: int | None = None
     notices: tuple[str, ...] = ()  # what the reader had to assume
@@ -49,21 +50,29 @@ class Pretrained(NamedTuple):
     original: dict | None = None  # the config that it came with
 
 
-def read_folder(folder: Path) -> Pretrained:
-    """The model in a folder with config.json and model.safetensors, or pytorch_model.bin.
+def read_folder(folder: Path | str) -> Pretrained:
+    """The model in a folder with config.json and the weights, in one of these forms.
 
-    The .bin is read by a child process that needs torch. Peak memory is one copy of the weights
-    and their largest tensor. ValueError for whatever is missing, damaged or contradictory.
+    model.safetensors; or the files that model.safetensors.index.json names; or pytorch_model.bin,
+    which is read by a child process that needs torch. Peak memory is one copy of the weights and
+    their largest tensor. ValueError for whatever is missing, damaged or contradictory.
     """
-    folder = Path(folder)
-    file = folder / WEIGHTS if (folder / WEIGHTS).is_file() else folder / PICKLED
+    folder = local_path(folder)
+    model = open_folder(folder)
+    return model._replace(params=read_params(folder, model))
+
+
+def open_folder(folder: Path) -> Pretrained:
+    """The model in a folder, without its parameters."""
+    file = weights.locate(folder) or folder / PICKLED
     for name in (CONFIG, file.name):
         if not (folder / name).is_file():
-            name = f"{WEIGHTS} or {PICKLED}" if name == PICKLED else name
+            name = f"{WEIGHTS}, {INDEX} or {PICKLED}" if name == PICKLED else name
             raise ValueError(
                 f"no {name} in {str(folder)!r}; give a folder that the original's save_pretrained "
-                "or sedd-convert has written, with the weights in one file"
+                "or sedd-convert has written"
             )
+        refuse_pointer_file(folder / name)
     theirs, (config, vocab_size, notices) = original_config.open_config(folder / CONFIG)
     tokenizer, step, about = None, None, {}
     if (folder / OURS).exists():
@@ -74,13 +83,18 @@ def read_folder(folder: Path) -> Pretrained:
         written, notices = _config(ours["config"], str(folder / OURS))
         _check_agreement(folder, (config, vocab_size), (written, ours["vocab_size"]))
         config = written
-    expected, heads = names.expected_tensors(config, vocab_size), config.model.heads
-    if file.name == WEIGHTS:
-        params = names.from_original(weights.open_tensors(file, expected), heads)
-    else:
-        with torch_files.read(file, expected, ("model",)) as (tensors, _):
-            params = names.from_original(tensors["model"], heads)
-    return Pretrained(config, vocab_size, params, tokenizer, step, notices, about, theirs)
+    return Pretrained(config, vocab_size, None, tokenizer, step, notices, about, theirs)
+
+
+def read_params(folder: Path, model: Pretrained) -> dict:
+    """The parameters of the model that `open_folder` has opened."""
+    expected = names.expected_tensors(model.config, model.vocab_size)
+    file, heads = weights.locate(folder), model.config.model.heads
+    if file is not None:
+        return names.from_original(weights.open_tensors(file, expected), heads, repr(str(file)))
+    file = folder / PICKLED
+    with torch_files.read(file, expected, ("model",)) as (tensors, _):
+        return names.from_original(tensors["model"], heads, repr(str(file)))
 
 
 def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int, where: str | Path) -> None:
@@ -146,7 +160,7 @@ def _check_agreement(folder: Path, theirs: tuple, ours: tuple) -> None:
 
 
 def write_folder(
-    folder: Path, model: Pretrained, *, name: str | None = None, replace: bool = False
+    folder: Path | str, model: Pretrained, *, name: str | None = None, replace: bool = False
 ) -> None:
     """Write the model as a folder that the original's from_pretrained and `read_folder` read.
 
@@ -155,6 +169,7 @@ def write_folder(
     whole: written beside and renamed. ValueError if anything is there; with replace, if that is
     no such export.
     """
+    folder = local_path(folder)
     check_target(folder, replace)
     config, vocab_size, tokenizer = ConfigDict(model.config), model.vocab_size, model.tokenizer
     name = name or os.path.basename(os.path.abspath(folder))

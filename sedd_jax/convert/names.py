@@ -94,11 +94,14 @@ def buffer(head_dim: int) -> np.ndarray:
     return (np.float32(1.0) / np.float32(ROTARY_BASE) ** exponents).astype(np.float32)
 
 
-def from_original(tensors: Mapping[str, np.ndarray], heads: int) -> dict:
+def from_original(
+    tensors: Mapping[str, np.ndarray], heads: int, where: str = "the state dict"
+) -> dict:
     """Our parameter tree from the original's state dict, whose names and shapes are checked.
 
     tensors may read an array at its use: each is used once, and one is held beside the result.
-    The buffer is not needed; ValueError if there is one, of another rotary embedding.
+    The buffer is not needed; ValueError, naming `where`, if there is one, of another rotary
+    embedding.
     """
     count = 0
     while f"blocks.{count}.norm1.weight" in tensors:
@@ -116,7 +119,7 @@ def from_original(tensors: Mapping[str, np.ndarray], heads: int) -> dict:
     stored = tensors.get(BUFFER, frequencies)
     if stored.shape != frequencies.shape or not np.allclose(stored, frequencies, 1e-2, atol=0.0):
         raise ValueError(
-            f"the state has {BUFFER} of another base than {ROTARY_BASE:.0f}, all that this network "
+            f"{where} has {BUFFER} of another base than {ROTARY_BASE:.0f}, all that this network "
             "computes; give a model of the original code"
         )
     return flax.traverse_util.unflatten_dict(flat, sep="/")

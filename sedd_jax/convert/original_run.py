@@ -5,7 +5,7 @@ checkpoints/. What moves: parameters, their moving average, AdamW's moments and 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,7 @@ NEWEST = Path("checkpoints-meta/checkpoint.pth")
 _MAX_COUNT = 2**31 - 1  # our counters are int32
 
 
-def _count(facts: Mapping[str, Any], name: str) -> int:
-    value = facts.get(name)
+def _count(value: Any, name: str) -> int:
     if type(value) is not int or not 0 <= value <= _MAX_COUNT:
         raise ValueError(
             f"{name} {value!r} of the checkpoint is not in [0, {_MAX_COUNT}]; give a checkpoint "
@@ -35,23 +34,40 @@ def _count(facts: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _read(source: Path, parts: Sequence[str]) -> tuple[Pretrained, dict[str, dict], dict]:
-    """(the model without weights, our tree by part, the checkpoint's facts) of a run."""
-    folder = source.absolute().parents[1] if source.is_file() else source
-    checkpoint = source if source.is_file() else source / NEWEST
-    for file in (folder / YAML, checkpoint):
-        if not file.is_file():
+def _checkpoint(source: Path) -> Path:
+    return source if source.is_file() else source / NEWEST
+
+
+def open_run(source: Path) -> Pretrained:
+    """The model of a run, without its parameters and its step."""
+    file = (source.absolute().parents[1] if source.is_file() else source) / YAML
+    checkpoint = _checkpoint(source)
+    if checkpoint.is_file():
+        torch_files.check_archive(checkpoint)
+    for needed in (file, checkpoint):
+        if not needed.is_file():
             raise ValueError(
-                f"no {str(file)!r}; give the folder of a run of the original code, or a .pth file "
-                "in its checkpoints or checkpoints-meta"
+                f"no {str(needed)!r} for {str(source)!r}; give the folder of a run of the original "
+                "code, or a .pth file in its checkpoints or checkpoints-meta"
             )
-    theirs, (config, vocab_size, notices) = original_config.open_config(folder / YAML)
-    expected = names.expected_tensors(config, vocab_size)
-    with torch_files.read(checkpoint, expected, parts) as (tensors, facts):
-        step = _count(facts, "step")
-        heads = config.model.heads
-        trees = {part: names.from_original(tensors[part], heads) for part in tensors}
-    return Pretrained(config, vocab_size, None, None, step, notices, {}, theirs), trees, facts
+    theirs, (config, vocab_size, notices) = original_config.open_config(file)
+    return Pretrained(config, vocab_size, None, notices=notices, original=theirs)
+
+
+def _read(source: Path, parts: Sequence[str]) -> tuple[Pretrained, dict[str, dict], dict]:
+    """(the model without parameters, our tree by part, the checkpoint's facts) of a run."""
+    model, file = open_run(source), _checkpoint(source)
+    where, heads = repr(str(file)), model.config.model.heads
+    expected = names.expected_tensors(model.config, model.vocab_size)
+    with torch_files.read(file, expected, parts) as (tensors, facts):
+        if not facts:
+            raise ValueError(
+                f"{where} holds parameters only; give a checkpoint of a run of the original code, "
+                "with step, moving average and optimizer"
+            )
+        step = _count(facts["step"], f"step in {where}")
+        trees = {part: names.from_original(tensors[part], heads, where) for part in tensors}
+    return model._replace(step=step), trees, facts
 
 
 def read_run(source: Path, weights: str) -> Pretrained:
@@ -82,10 +98,10 @@ def read_training(source: Path, *, optimizer: bool) -> tuple[Pretrained, dict[st
         "params": trees["model"],
         "ema": trees["ema"],
         "step": model.step,
-        "ema_updates": _count(facts, "ema_updates"),
+        "ema_updates": _count(facts["ema_updates"], "ema_updates"),
     }
     if counts:
-        count = _count({"count": counts[0]}, "count")
+        count = _count(counts[0], "count")
         state["moments"] = optax.ScaleByAdamState(count, trees["exp_avg"], trees["exp_avg_sq"])
     else:
         notices.append("AdamW's moments and the warm-up of the learning rate begin again")

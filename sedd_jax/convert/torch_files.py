@@ -1,6 +1,6 @@
 """torch's .pth and .bin files, read and written by a child process, `torch_child`.
 
-This process sees only the safetensors and the JSON that the child leaves, and checks them as it
+This process sees only the safetensors and JSON that the child leaves, and checks them as it
 would a stranger's. It needs no torch.
 """
 
@@ -18,14 +18,13 @@ from typing import Any
 import numpy as np
 
 from sedd_jax.convert.weights import Shapes, Tensors, open_tensors, write_tensors
-from sedd_jax.files import load_json, sync_folder
+from sedd_jax.files import load_json, refuse_pointer_file, sync_folder
 
 MAX_FILE = 32 << 30  # bytes
 MAX_PICKLE = 64 << 20  # bytes of the pickle in it, which holds names and offsets but no numbers
 MAX_RECORDS = 100_000
 SECONDS = 3600.0
 PARTS = ("model", "ema", "exp_avg", "exp_avg_sq")
-TENSORS = "tensors.safetensors"
 CHILD = Path(__file__).with_name("torch_child.py")
 # What the child may know of this process: where its libraries are, and no secrets.
 _ENVIRONMENT = (
@@ -45,18 +44,22 @@ def read(
     no facts. ValueError if torch >= 2.10 is absent, or the file is too large, is not torch's,
     holds anything but such tensors, or takes too long. TMPDIR must hold a copy of the file.
     """
-    _check_archive(file)
+    check_archive(file)
     with tempfile.TemporaryDirectory(prefix="sedd_jax.") as folder:
-        tensors = Path(folder) / TENSORS
         request = {"names": list(expected), "parts": list(parts)}
-        facts = _run("read", file, tensors, seconds, **request)
+        facts = _run("read", file, folder, seconds, **request)
         if not facts:
             parts = ("model",)
         elif not facts["counts"]:
             parts = [part for part in parts if part in ("model", "ema")]
-        shapes = {f"{part}/{name}": expected[name] for part in parts for name in expected}
-        opened = open_tensors(tensors, shapes)
-        yield {part: opened.part(part) for part in parts}, facts
+        where = repr(str(file))
+        yield (
+            {
+                part: open_tensors(Path(folder) / f"{part}.safetensors", expected, where=where)
+                for part in parts
+            },
+            facts,
+        )
 
 
 def write(file: Path, parts: Mapping[str, Mapping[str, np.ndarray]], facts: dict) -> None:
@@ -66,24 +69,25 @@ def write(file: Path, parts: Mapping[str, Mapping[str, np.ndarray]], facts: dict
     "exp_avg" and "exp_avg_sq" where facts["counts"] holds AdamW's updates. facts: step, counts,
     ema_decay, ema_updates and optimizer, the arguments of torch's AdamW.
     """
-    tensors = {f"{part}/{name}": array for part in parts for name, array in parts[part].items()}
     facts = {**facts, "model": list(parts["model"])}
     # Beside the target, whose disk must hold a file of this size anyway.
     with tempfile.TemporaryDirectory(prefix=".sedd_jax.", dir=file.parent) as folder:
-        stored, written = Path(folder) / TENSORS, Path(folder) / file.name
-        write_tensors(stored, tensors)
-        _run("write", written, stored, SECONDS, names=list(parts["ema"]), facts=facts)
+        for part, tensors in parts.items():
+            write_tensors(Path(folder) / f"{part}.safetensors", tensors)
+        written = Path(folder) / file.name
+        _run("write", written, folder, SECONDS, names=list(parts["ema"]), facts=facts)
         written.replace(file)
     sync_folder(file.parent)
 
 
-def _check_archive(file: Path) -> None:
+def check_archive(file: Path) -> None:
     """ValueError unless it is an archive as torch.save writes: uncompressed, a small pickle."""
     where = repr(str(file))
     try:
         size = file.stat().st_size
         if size > MAX_FILE:
             raise ValueError(f"{where} has {size} bytes, over the limit of {MAX_FILE}")
+        refuse_pointer_file(file)
         with zipfile.ZipFile(file) as archive:
             records = archive.infolist()
     except OSError as error:
@@ -107,9 +111,9 @@ def _check_archive(file: Path) -> None:
         )
 
 
-def _run(work: str, file: Path, tensors: Path, seconds: float, **request: Any) -> dict[str, Any]:
+def _run(work: str, file: Path, folder: str, seconds: float, **request: Any) -> dict[str, Any]:
     """The child's facts; ValueError with its error, or that it ended without an answer."""
-    request |= {"work": work, "file": os.path.abspath(file), "tensors": str(tensors)}
+    request |= {"work": work, "file": os.path.abspath(file), "folder": folder}
     try:
         # -P: no module is taken from the script's folder, whose names.py is none of torch's.
         ended = subprocess.run(

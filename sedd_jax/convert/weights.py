@@ -4,107 +4,216 @@ The safetensors library reads them and checks that the header fits the file. It 
 tensors of whatever names and shapes, so these are compared before a byte of a tensor is read.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
 import numpy as np
 import safetensors
 
-from sedd_jax.files import load_json, shown
+from sedd_jax import hub
+from sedd_jax.files import load_json, refuse_pointer_file, shown
 
+log = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor is in which
 DIGEST = "sedd_jax.sha256"  # in the metadata of our own files
 DTYPES = ("F32", "F16", "BF16")
 # Of the original's state dict; it follows from the sizes, and a file may lack it.
 BUFFER = "rotary_emb.inv_freq"
+_SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)  # beside the index, nowhere else
+MAX_INDEX = 1 << 24  # bytes
+# What torch.compile, FSDP and activation checkpointing put before a name, or amid it.
+_WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_USUAL = "transformer."  # of every GPT-2 with a head: no news
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a checked file, each read at its use and widened to float32.
+    """The tensors of checked files, each read at its use and widened to float32.
 
     ValueError, with the tensor's name, if one holds a NaN or an infinity.
     """
 
-    def __init__(self, file: Path, stored: Mapping[str, str]):
-        self.file, self.stored = file, dict(stored)  # stored: its name in the file, by name
+    def __init__(self, where: str, stored: Mapping[str, tuple[Path, str]]):
+        self.where, self._stored = where, dict(stored)  # name -> its file, its name there
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self.stored)
+        return len(self._stored)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.stored
+        return name in self._stored
 
     def __getitem__(self, name: str) -> np.ndarray:
-        with safetensors.safe_open(self.file, "numpy") as opened:
-            array = opened.get_tensor(self.stored[name]).astype(np.float32, copy=False)
+        file, stored_name = self._stored[name]
+        with _reading(self.where), safetensors.safe_open(file, "numpy") as opened:
+            array = opened.get_tensor(stored_name).astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             raise ValueError(
-                f"{self.stored[name]} in {str(self.file)!r} holds values that are not finite; "
-                "get it again"
+                f"{stored_name} in {self.where} holds values that are not finite; get it again"
             )
         return array
 
-    def part(self, name: str) -> "Tensors":
-        """Those tensors whose name begins with "name/", without it."""
-        prefix = f"{name}/"
-        stored = {n.removeprefix(prefix): self.stored[n] for n in self if n.startswith(prefix)}
-        return Tensors(self.file, stored)
+
+def download(repository: str, revision: str | None, *, optional: Sequence[str] = ()) -> Path:
+    """`hub.download` of config.json and the weights: WEIGHTS, else the shards of INDEX, if any."""
+    files = ["config.json"]
+    folder = hub.download(repository, revision, files, optional=[WEIGHTS, INDEX, *optional])
+    if locate(folder) == folder / INDEX:
+        with _reading(repr(str(folder / INDEX))):
+            shards = [shard.name for shard in _read_index(folder / INDEX)]
+        hub.download(repository, folder.name, shards)  # of the same commit
+    return folder
 
 
-def open_tensors(file: Path, expected: Shapes) -> Tensors:
-    """The tensors of a file that holds exactly `expected`, name -> shape, and perhaps BUFFER.
+def locate(folder: Path) -> Path | None:
+    """The file of `folder` for `open_tensors`: WEIGHTS, else INDEX."""
+    return next((folder / name for name in (WEIGHTS, INDEX) if (folder / name).is_file()), None)
 
-    F32 is read as it is, F16 and BF16 are widened, which is exact. A prefix "module." of every
-    name, as DistributedDataParallel saves them, is left out. A file written here holds the sha256
-    of its names, shapes and bytes, so that every change to them is seen; in another's file a
-    flipped bit that leaves a finite number cannot be. ValueError, before anything large is
-    allocated, for whatever is wrong.
+
+def open_tensors(
+    file: Path,
+    expected: Shapes,
+    *,
+    extra: str = re.escape(BUFFER),
+    model: str = "SEDD",
+    where: str = "",
+) -> Tensors:
+    """The tensors of a file that holds exactly `expected`, name -> shape, and perhaps `extra`.
+
+    file is of safetensors, or the index of such files; extra is a pattern of names whose shapes
+    are free; model and where, by default the file, are for messages. F32 is read as it is, F16 and
+    BF16 are widened, which is exact. What wrappers put before every name is left out, and told in
+    the log. A file written here holds the sha256 of its names, shapes and bytes, so that every
+    change to them is seen; in another's file a flipped bit that leaves a finite number cannot be.
+    ValueError, before anything large is allocated, for whatever is wrong.
     """
-    file = Path(file)
-    where = repr(str(file))
-    try:
-        # Far more than the expected names need: a longer header cannot be theirs.
-        _check_header(file, 2**16 + 1024 * len(expected))
-        with safetensors.safe_open(file, "numpy") as opened:
-            names = opened.offset_keys()
-            is_wrapped = all(name.startswith("module.") for name in names)
-            stored = {name.removeprefix("module.") if is_wrapped else name: name for name in names}
-            slices = {name: opened.get_slice(old) for name, old in stored.items()}
-            shapes = {name: tensor.get_shape() for name, tensor in slices.items()}
-            shapes = {name: shapes[name] for name in shapes if not name.endswith(BUFFER)}
-            compare(shapes, expected, where)
-            for name, tensor in slices.items():
-                if tensor.get_dtype() not in DTYPES:
-                    raise ValueError(
-                        f"{name} in {where} is stored as {tensor.get_dtype()}; known: "
-                        f"{', '.join(DTYPES)}"
-                    )
-            # The file's own order: by name, as all of ours are float32.
-            arrays = ((name, opened.get_tensor(name)) for name in names)
-            written = (opened.metadata() or {}).get(DIGEST)
-            if written is not None and (actual := _digest(arrays)) != written:
+    where = where or repr(str(file))
+    with _reading(where), contextlib.ExitStack() as stack:
+        shards = _read_index(file) if file.name.endswith(".json") else {file: None}
+        opened = {}
+        for shard, listed in shards.items():
+            if listed is not None and not shard.is_file():
+                raise ValueError(f"no {str(shard)!r}, which {where} names; get this file too")
+            # Far more than the expected names need: a longer header cannot be theirs.
+            _check_header(shard, 2**16 + 1024 * len(expected))
+            with _reading(repr(str(shard))):
+                opened[shard] = stack.enter_context(safetensors.safe_open(shard, "numpy"))
+            if listed is not None and (wrong := listed ^ set(opened[shard].keys())):
                 raise ValueError(
-                    f"{where} has sha256 {actual}, its header says {shown(written, 70)}: it was "
-                    "damaged after it was written; get it again"
+                    f"{shown(min(wrong))} is in {str(shard)!r} or in {where}, not in both; get "
+                    "both again"
                 )
+        names = [name for tensors in opened.values() for name in tensors.keys()]  # noqa: SIM118
+        bare = _bare_names(names, expected, extra, where)
+        stored = {
+            bare[name]: (shard, name)
+            for shard, tensors in opened.items()
+            for name in tensors.keys()  # noqa: SIM118 (no mapping: it has no __iter__)
+        }
+        _check_tensors(stored, opened, expected, extra, where, model)
+        for shard, tensors in opened.items():
+            _check_digest(tensors, repr(str(shard)))
+    for name, (_, old) in stored.items():  # the first of them stands for all
+        if name in expected and old not in (name, _USUAL + name):
+            log.info("%s: %s is read as %s, and so on", where, shown(old, 120), name)
+            break
+    return Tensors(where, stored)
+
+
+@contextlib.contextmanager
+def _reading(where: str) -> Iterator[None]:
+    """Faults of the system and of the library as a ValueError that says what was read."""
+    try:
+        yield
     except OSError as error:
         raise ValueError(f"cannot read {where}: {error.strerror or error}; get it again") from error
     except safetensors.SafetensorError as error:
         raise ValueError(f"{where}: {shown(str(error), 300)}; get it again") from error
-    return Tensors(file, stored)
+
+
+def _read_index(index: Path) -> dict[Path, set[str]]:
+    """The names of the tensors in each file that the index names, which may not be there."""
+    where = repr(str(index))
+    if index.stat().st_size > MAX_INDEX:
+        raise ValueError(f"{where} has over {MAX_INDEX} bytes; get it again")
+    files = load_json(index.read_bytes(), where).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f"{where} has no weight_map, from tensors to files; get it again")
+    shards: dict[Path, set[str]] = {}
+    for tensor, name in files.items():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ValueError(
+                f"{where} names {shown(repr(name))}, no safetensors file beside it; get it again"
+            )
+        shards.setdefault(index.with_name(name), set()).add(tensor)
+    return shards
+
+
+def _bare_names(names: Sequence[str], expected: Shapes, extra: str, where: str) -> dict[str, str]:
+    """Each of a file's names without what wrappers of the model put before it."""
+    plain = {name: _WRAPPED.sub("", name) for name in names}
+    extras = {name: re.search(rf"(?:^|\.)({extra})\Z", plain[name]) for name in names}
+    inner = [plain[name] for name in names if not extras[name]]
+    prefix = _common_prefix(inner).removesuffix(_common_prefix(expected))
+    if not any(name.removeprefix(prefix) in expected for name in inner):
+        prefix = ""  # another model's names: a message shows them as they are
+    bare = {n: extras[n][1] if extras[n] else plain[n].removeprefix(prefix) for n in names}
+    if len(set(bare.values())) != len(bare):
+        twice = next(name for name in names if list(bare.values()).count(bare[name]) > 1)
+        raise ValueError(f"tensor {shown(bare[twice])} is in {where} twice; get it again")
+    return bare
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """The longest "a.b." that begins every name."""
+    prefix = os.path.commonprefix(list(names))
+    return prefix[: prefix.rfind(".") + 1]
+
+
+def _check_tensors(stored, opened, expected, extra, where, model) -> None:
+    """ValueError unless the names, shapes and dtypes are those that are expected."""
+    slices = {
+        name: opened[shard].get_slice(stored_name)
+        for name, (shard, stored_name) in stored.items()
+        if not re.fullmatch(extra, name)
+    }
+    shapes = {name: tensor.get_shape() for name, tensor in slices.items()}
+    compare(shapes, expected, where, model=model)
+    for name, tensor in slices.items():
+        if (dtype := tensor.get_dtype()) not in DTYPES:
+            raise ValueError(f"{name} in {where} is stored as {dtype}; known: {', '.join(DTYPES)}")
+
+
+def _check_digest(tensors, where: str) -> None:
+    """ValueError if the file says what its sha256 is and that is not so."""
+    written = (tensors.metadata() or {}).get(DIGEST)
+    if written is None:
+        return
+    # The file's own order: by name, as all of ours are float32.
+    actual = _digest((name, tensors.get_tensor(name)) for name in tensors.offset_keys())
+    if actual != written:
+        raise ValueError(
+            f"{where} has sha256 {actual}, its header says {shown(written, 70)}: it was damaged "
+            "after it was written; get it again"
+        )
 
 
 def _check_header(file: Path, max_bytes: int) -> None:
     """ValueError for what the library lets pass: a huge header, a name twice, an unknown field."""
     where = repr(str(file))
+    refuse_pointer_file(file)
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > max_bytes:
@@ -124,19 +233,24 @@ def _check_header(file: Path, max_bytes: int) -> None:
 def compare(actual: Shapes, expected: Shapes, where: str, *, model: str = "SEDD") -> None:
     """ValueError if names or shapes are not the expected ones of a `model`."""
     rule = f"weights and config must be of one {model}"
-    for fault, wrong in (
-        ("lacks", [name for name in expected if name not in actual]),
-        ("has a tensor too many:", [name for name in actual if name not in expected]),
-    ):
-        if wrong:
-            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise ValueError(f"{where} {fault} {shown(wrong[0])}{more}; {rule}")
+    missing = [name for name in expected if name not in actual]
+    unknown = [name for name in actual if name not in expected]
+    if missing:
+        others = f", and has {_some(unknown, 3)}" if unknown else ""
+        raise ValueError(f"{where} lacks {_some(missing, 1)}{others}; {rule}")
+    if unknown:
+        raise ValueError(f"{where} has a tensor too many: {_some(unknown, 1)}; {rule}")
     for name, shape in expected.items():
         if tuple(actual[name]) != tuple(shape):
             raise ValueError(
                 f"{name} in {where} has shape {shown(str(list(actual[name])))}, not "
                 f"{list(shape)}; {rule}"
             )
+
+
+def _some(names: Sequence[str], count: int) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(shown, names[:count])) + more
 
 
 def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from sedd_jax.data.detokenizers import DETOKENIZERS
-from sedd_jax.files import sha256
+from sedd_jax.files import refuse_pointer, sha256
 
 SPLITS = ("train", "validation")
 WINDOW = 50  # characters; text shared over this many or more counts as a leak between splits
@@ -165,6 +165,8 @@ def split_of(identity: str, heldout_fraction: float) -> str:
 
 def decode(data: bytes, name: str, offset: int, remedy: str) -> str:
     """UTF-8 bytes as text; ValueError names the file and the byte, counted from offset."""
+    if not offset:
+        refuse_pointer(data, name)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from sedd_jax.data.corpora import Pairs, ReadingProgress, decode, json_lines, split_of
+from sedd_jax.files import refuse_pointer_file
 
 SPLITS = ("train", "validation", "test")
 REMEDY = "download it again or repair it"  # of a published file, for errors
@@ -73,6 +74,7 @@ def _members(
     path: Path, labels: Iterable[str], progress: ReadingProgress
 ) -> Iterator[tuple[str, IO[bytes]]]:
     """The files of an archive, each to be read before the next; or the file itself, as labels."""
+    refuse_pointer_file(path)
     with progress.opened(path) as file:
         if path.name.endswith(".zip"):
             with zipfile.ZipFile(file) as archive:

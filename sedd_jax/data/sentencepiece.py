@@ -17,6 +17,7 @@ import numpy as np
 
 from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.tokenizer import PATH, Tokenizer, cut, to_utf8
+from sedd_jax.files import refuse_pointer_file
 
 BLANK = "\u2581"  # how SentencePiece writes a space
 LINE = 1000  # characters of a training sentence at most
@@ -157,6 +158,7 @@ def _read_model(path: str, documents: Iterable[str]) -> bytes:
             raise ValueError(f"{len(files)} .model files in {path!r}; name one in {PATH}")
         file = files[0]
     try:
+        refuse_pointer_file(file)
         return file.read_bytes()
     except OSError as error:
         raise ValueError(

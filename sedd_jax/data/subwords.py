@@ -17,6 +17,7 @@ import numpy as np
 from sedd_jax import hub
 from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.tokenizer import PATH, Tokenizer, check_ids, cut
+from sedd_jax.files import refuse_pointer_file
 
 # What a file may say in place of the library's default without a change of the ids.
 EQUIVALENT = {
@@ -54,6 +55,8 @@ class Subwords(Tokenizer):
     @classmethod
     def make(cls, path: str, corpus: Corpus) -> Self:
         files = _locate(path, cls.source)
+        for file in files:
+            refuse_pointer_file(file)
         try:
             vocabulary = cls._read(files)
             for token in cls.source.needed:

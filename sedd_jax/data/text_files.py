@@ -30,7 +30,7 @@ from sedd_jax.data.corpora import (
     text_of,
 )
 from sedd_jax.data.readers import DAMAGE
-from sedd_jax.files import local_path
+from sedd_jax.files import local_path, refuse_pointer_file
 
 FEW = 20  # documents; below this a split by document is too coarse, so the text is cut instead
 REMEDY = 'give UTF-8 text, in a .jsonl file {"text": "..."} a line, or move the file elsewhere'
@@ -185,7 +185,7 @@ def _check_file(file: Path) -> None:
     elif not os.access(file, os.R_OK):
         fault = "permission denied"
     else:
-        return
+        return refuse_pointer_file(file)
     raise ValueError(f"cannot read {str(file)!r}: {fault}; give its text as a file")
 
 

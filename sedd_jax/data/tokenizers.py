@@ -16,7 +16,7 @@ from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.sentencepiece import SentencePiece
 from sedd_jax.data.subwords import GPT2, Bert, Subwords
 from sedd_jax.data.tokenizer import Tokenizer, check_ids, shorten, to_utf8
-from sedd_jax.files import local_path
+from sedd_jax.files import local_path, refuse_pointer_file
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,7 @@ def named_tokenizer(name: str) -> Tokenizer:
     kind, _, path = name.partition(":")
     file = Path(name) if kind in TOKENIZERS else local_path(name)
     if file.is_file():
+        refuse_pointer_file(file)
         try:
             return tokenizer_from_dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:

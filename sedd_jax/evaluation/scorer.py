@@ -1,13 +1,11 @@
 """A pretrained GPT-2 that scores text: nats of its tokens, and features of whole texts.
 
-Its files are those of the Hugging Face hub: config.json, model.safetensors and, where there,
-vocab.json and merges.txt. Every tensor's name, shape and dtype is checked before one is read.
+Its files are those of the Hugging Face hub: config.json, model.safetensors, whole or in shards,
+and, where there, vocab.json and merges.txt.
 """
 
-import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,10 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from sedd_jax import hub
 from sedd_jax.config import DTYPES
-from sedd_jax.convert.weights import DTYPES as DTYPES_READ
-from sedd_jax.convert.weights import compare
+from sedd_jax.convert import weights
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
 from sedd_jax.files import load_json, local_path
 from sedd_jax.inference.bounds import batches
@@ -37,8 +33,7 @@ SCORERS = {
     "gpt2-xl": "openai-community/gpt2-xl@15ea56dee5df4983c59b2538573817e1667135e2",
 }
 
-CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model-*.safetensors"
-VOCAB, MERGES = "vocab.json", "merges.txt"
+CONFIG, VOCAB, MERGES = "config.json", "vocab.json", "merges.txt"
 
 # Field of the network: key of config.json.
 _SIZES = {
@@ -51,7 +46,6 @@ _SIZES = {
 # Keys that change the mathematics, each with the one value that the network computes, which is
 # also what an absent key means.
 _FIXED = {
-    "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": gpt2.LAYER_NORM_EPSILON,
     "scale_attn_weights": True,
@@ -80,8 +74,9 @@ _PARAMETERS = {
     "blocks/down/kernel": ("h.{}.mlp.c_proj.weight", "4C C"),
     "blocks/down/bias": ("h.{}.mlp.c_proj.bias", "C"),
 }
-_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, and its score
 _HEAD = "lm_head.weight"
+# What a file may hold beside the parameters: the causal mask, its score, and the embedding again.
+_EXTRA = r"h\.\d+\.attn\.bias|h\.\d+\.attn\.masked_bias|lm_head\.weight"
 _REMEDY = "give the folder of a GPT-2 saved by Hugging Face's save_pretrained"
 
 
@@ -199,15 +194,15 @@ def load_scorer(name: str, *, dtype: str = "float32") -> Scorer:
 
 def _locate(name: str) -> tuple[str, Path]:
     """The full name of a scorer, and the folder of its files."""
-    if name not in SCORERS and local_path(name).is_dir():
-        return name, local_path(name)
+    if name not in SCORERS and (folder := local_path(name)).is_dir():
+        return name, folder
     repository, revision = hub.parse(SCORERS.get(name, name)) or (None, None)
     if revision is None:
         raise ValueError(
             f"no scorer {name!r}: neither a folder, nor owner/name@revision on the hub, nor one of "
             f"{', '.join(SCORERS)}"
         )
-    folder = hub.download(repository, revision, [CONFIG], optional=[WEIGHTS, SHARDS, VOCAB, MERGES])
+    folder = weights.download(repository, revision, optional=[VOCAB, MERGES])
     return f"{repository}@{folder.name}", folder  # a snapshot's folder is called by its commit
 
 
@@ -217,6 +212,10 @@ def _read_network(file: Path, dtype: jnp.dtype) -> GPT2:
         raise ValueError(f"no {CONFIG} in {str(file.parent)!r}; {_REMEDY}")
     where = repr(str(file))
     config = load_json(file.read_bytes(), where)
+    if config.get("model_type") != "gpt2":  # Hugging Face writes it into every config
+        raise ValueError(
+            f"model_type {config.get('model_type')!r} in {where} is not 'gpt2', a GPT-2; {_REMEDY}"
+        )
     sizes = {field: config.get(key) for field, key in _SIZES.items()}
     channels, heads = sizes["hidden_size"], sizes["heads"]
     fixed = {**_FIXED, "n_ctx": sizes["positions"]}
@@ -250,29 +249,24 @@ def _tokenizer(folder: Path, network: GPT2) -> GPT2Tokenizer | None:
 
 def _read_params(folder: Path, network: GPT2) -> Any:
     """The parameters, float32; all names, dtypes and shapes are checked before one is read."""
+    file = weights.locate(folder)
+    if file is None:
+        raise ValueError(
+            f"no {weights.WEIGHTS} or {weights.INDEX} in {str(folder)!r}; {_REMEDY} "
+            "(pytorch_model.bin is not read)"
+        )
+    tensors = weights.open_tensors(file, _expected(network), extra=_EXTRA, model="GPT-2")
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
     params = {}
-    try:
-        with contextlib.ExitStack() as stack:
-            tensors = _open_tensors(folder, stack)
-            _check_tensors(folder, tensors, network)
-            for path, (template, _) in _PARAMETERS.items():  # one by one: nothing is held twice
-                parts = [tensors[name][:] for name in _tensor_names(template, network)]
-                leaf = np.stack(parts, dtype=np.float32).reshape(shapes[path].shape)
-                params[path] = jnp.asarray(leaf)
-            if _HEAD in tensors:
-                head = tensors[_HEAD][:].astype(np.float32)
-                if not np.array_equal(head, params["embedding"]):
-                    raise ValueError(
-                        f"{_HEAD} in {str(folder)!r} differs from wte.weight; give a GPT-2 whose "
-                        "output matrix is its embedding"
-                    )
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    for path, (template, _) in _PARAMETERS.items():  # one by one: nothing is held twice
+        parts = [tensors[name] for name in _tensor_names(template, network)]
+        params[path] = jnp.asarray(np.stack(parts).reshape(shapes[path].shape))
+    if _HEAD in tensors and not np.array_equal(tensors[_HEAD], params["embedding"]):
         raise ValueError(
-            f"cannot read the weights in {str(folder)!r}: {reason}; get them again"
-        ) from error
+            f"{_HEAD} in {str(folder)!r} differs from wte.weight; give a GPT-2 whose output matrix "
+            "is its embedding"
+        )
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -280,43 +274,16 @@ def _tensor_names(template: str, network: GPT2) -> list[str]:
     return [template.format(i) for i in range(network.blocks if "{}" in template else 1)]
 
 
-def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
-    """safetensors' slices by the tensors' names without "transformer."; none is read yet."""
-    files = [file for file in (folder / WEIGHTS,) if file.is_file()] or sorted(folder.glob(SHARDS))
-    if not files:
-        raise ValueError(
-            f"no {WEIGHTS} in {str(folder)!r}; {_REMEDY} (pytorch_model.bin is not read)"
-        )
-    tensors = {}
-    for file in files:
-        opened = stack.enter_context(safe_open(file, framework="numpy"))
-        for name in opened.keys():  # noqa: SIM118 (no mapping: it has no __iter__)
-            bare = name.removeprefix("transformer.")
-            if bare in tensors:
-                raise ValueError(f"tensor {name} is in {str(folder)!r} twice; get it again")
-            tensors[bare] = opened.get_slice(name)
-    return tensors
-
-
-def _check_tensors(folder: Path, tensors: dict[str, Any], network: GPT2) -> None:
-    """ValueError unless the names, shapes and dtypes are those of the network."""
+def _expected(network: GPT2) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor by its name, without "transformer."."""
     sizes = {"C": network.hidden_size, "V": network.vocab_size, "P": network.positions}
 
-    def shape(words: str) -> list[int]:
-        return [int(word[:-1] or 1) * sizes[word[-1]] for word in words.split()]
+    def shape(words: str) -> tuple[int, ...]:
+        return tuple(int(word[:-1] or 1) * sizes[word[-1]] for word in words.split())
 
-    expected = {
+    shapes = {
         name: shape(words)
         for template, words in _PARAMETERS.values()
         for name in _tensor_names(template, network)
     }
-    expected = dict(sorted(expected.items()))
-    ours = {name: tensor for name, tensor in sorted(tensors.items()) if not _BUFFER.fullmatch(name)}
-    where = f"the model in {str(folder)!r}"
-    if _HEAD in tensors:
-        expected[_HEAD] = expected["wte.weight"]
-    compare({name: t.get_shape() for name, t in ours.items()}, expected, where, model="GPT-2")
-    for name, tensor in ours.items():
-        if (stored := tensor.get_dtype()) not in DTYPES_READ:
-            known = ", ".join(DTYPES_READ)
-            raise ValueError(f"{name} in {where} is stored as {stored}; known: {known}")
+    return dict(sorted(shapes.items()))

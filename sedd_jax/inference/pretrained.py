@@ -9,7 +9,8 @@ from jax.sharding import Mesh
 
 from sedd_jax import config as configuration
 from sedd_jax import convert, data, experiment, hub
-from sedd_jax.convert.folder import CONFIG, OURS, PICKLED, WEIGHTS, Pretrained
+from sedd_jax.convert import weights
+from sedd_jax.convert.folder import OURS, PICKLED, Pretrained
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.files import local_path
 from sedd_jax.inference.model import SEDD
@@ -36,9 +37,10 @@ def load(
 ) -> SEDD:
     """The model at `source`, with a training run's moving average as its weights.
 
-    source is the workdir of a sedd-train, a folder with config.json and model.safetensors (of
-    `save_pretrained`, sedd-convert or the original code), or a hub id, "owner/name" or
-    "owner/name@commit"; revision pins the commit of a hub id that names none.
+    source is the workdir of a sedd-train, a folder with config.json and weights as
+    `convert.read_folder` reads them (of `save_pretrained`, sedd-convert or the original code), or a
+    hub id, "owner/name" or "owner/name@commit"; revision pins the commit of a hub id that names
+    none.
 
     dtype, "float32" or "bfloat16", is that of the matmuls; by default the run's, and float32 for
     the original's weights. mesh, of this process's devices, spreads weights and batches over them
@@ -86,8 +88,8 @@ def _download(name: str, revision: str | None) -> Path:
     if revision is not None and pinned is not None:
         raise ValueError(f"{name!r} names a revision and revision {revision!r} another; give one")
     try:
-        folder = hub.download(repository, pinned or revision, [CONFIG], optional=[OURS, WEIGHTS])
-        if not (folder / WEIGHTS).is_file():  # an older model: torch's own format, read by a child
+        folder = weights.download(repository, pinned or revision, optional=[OURS])
+        if weights.locate(folder) is None:  # an older model: torch's own format, read by a child
             folder = hub.download(repository, folder.name, [PICKLED])
     except ValueError as error:
         raise ValueError(f"no folder at {name!r}, and as a hub id: {error}") from error
@@ -97,9 +99,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | None) -> Pretrained:
-    model = convert.read_folder(folder)
-    for notice in model.notices:
-        log.info("%s", notice)
+    model = convert.open_folder(folder)
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None and model.vocab_size != GPT2_TOKENS:
         raise ValueError(
@@ -109,7 +109,10 @@ def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | N
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = data.named_tokenizer(tokenizer or "gpt2")  # the only one of the original code
     convert.check_tokenizer(tokenizer, model.vocab_size, folder)
-    params = jax.device_put(model.params, sharding.tree_shardings(model.params, mesh))
+    params = convert.read_params(folder, model)
+    for notice in model.notices:  # not before an error, which is one line
+        log.info("%s", notice)
+    params = jax.device_put(params, sharding.tree_shardings(params, mesh))
     return model._replace(params=params, tokenizer=tokenizer)
 
 

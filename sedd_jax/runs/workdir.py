@@ -111,7 +111,9 @@ def write_identity(config: ConfigDict, workdir: Path, records: data.Records) -> 
 def saved_config(workdir: Path) -> ConfigDict | None:
     """The config of the run in workdir, not checked; None if there is none."""
     file = Path(workdir) / CONFIG
-    return configuration.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    return configuration.from_json(file.read_text(encoding="utf-8"), repr(str(file)))
 
 
 def with_stored_data(config: ConfigDict) -> ConfigDict:
