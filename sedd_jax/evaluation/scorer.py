@@ -23,6 +23,7 @@ from sedd_jax.config import DTYPES
 from sedd_jax.convert.weights import DTYPES as DTYPES_READ
 from sedd_jax.convert.weights import compare
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
+from sedd_jax.diffusion.draws import make_key
 from sedd_jax.files import load_json
 from sedd_jax.inference.bounds import batches
 from sedd_jax.models import gpt2
@@ -248,7 +249,7 @@ def _tokenizer(folder: Path, network: GPT2) -> GPT2Tokenizer | None:
 
 def _read_params(folder: Path, network: GPT2) -> Any:
     """The parameters, float32; all names, dtypes and shapes are checked before one is read."""
-    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = jax.eval_shape(network.init, make_key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
     params = {}
     try:
