@@ -287,6 +287,7 @@ def test_signals_are_heard_while_the_main_thread_waits_for_something_else(number
         [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "ready\n"
+        time.sleep(1)  # until it waits
         process.send_signal(number)
         assert process.stderr.readline() == "stopping after this step; again: end now\n"
         process.send_signal(number)
