@@ -6,6 +6,7 @@ began=$(date +%s)
 source "$(dirname "$0")/environment.sh"
 run=${1:-runs/quickstart}
 install plot
-"$VENV/bin/sedd-train" --config=configs/quickstart.py --workdir="$run"
+# The status makes Ctrl-C end here: stopped by a signal, after a checkpoint, is otherwise a success.
+"$VENV/bin/sedd-train" --config=configs/quickstart.py --workdir="$run" --requeue_status=130
 "$VENV/bin/sedd-report" --workdir="$run" --began="$began" \
   --template "The [MASK:24] statement is used to [MASK:24]."

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from sedd_jax import state
 from sedd_jax.config import DTYPES
 from sedd_jax.data import Blocks
+from sedd_jax.diffusion.draws import check_settings, make_key
 from sedd_jax.diffusion.graphs import GRAPHS, Graph, lift
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
@@ -47,7 +48,7 @@ class Experiment:
     def keys(self) -> dict[str, jax.Array]:
         """The run's keys by use; never drawn from twice."""
         uses = ("init", "train", "evaluate")
-        return dict(zip(uses, jax.random.split(jax.random.key(self.config.seed), len(uses))))
+        return dict(zip(uses, jax.random.split(make_key(self.config.seed), len(uses))))
 
     def fresh(self) -> TrainState:
         """The state before the first step; a pure function of the config's seed."""
@@ -112,13 +113,15 @@ class Experiment:
 
 
 def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The config's mesh over all devices; ValueError if it cannot split the batch or the heads."""
+    """The config's mesh over all devices; ValueError if it cannot split the batch or the model."""
+    check_settings()
     mesh = sharding.make_mesh(config.mesh, devices)
-    if config.model.heads % mesh.shape["tensor"]:
-        raise ValueError(
-            f"config.model.heads {config.model.heads} is not divisible by the mesh's "
-            f"tensor={mesh.shape['tensor']}; change one of them"
-        )
+    for key, axis in (("heads", "tensor"), ("hidden_size", "fsdp")):
+        if config.model[key] % mesh.shape[axis]:
+            raise ValueError(
+                f"config.model.{key} {config.model[key]} is not divisible by the mesh's "
+                f"{axis}={mesh.shape[axis]}; change one of them"
+            )
     parts = sharding.batch_parts(mesh)
     rows = config.train.batch_size // config.train.microbatches
     if rows % parts:
@@ -218,6 +221,7 @@ def _build(table: Mapping[str, type], section: ConfigDict, **fields: Any) -> Any
 
 def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Transformer:
     """The network for the graph's states, its activations split as their rows on the mesh."""
+    check_settings()
     fields = {**config.model.to_dict(), "dtype": DTYPES[config.model.dtype]}
     return Transformer(dim=graph.dim, placement=Placement(mesh), **fields)
 

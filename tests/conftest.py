@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+# A background job of a script (nohup ... &, cron, a CI's) inherits that SIGINT is ignored, and so
+# would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEST_DATA = Path(os.environ.get("SEDD_TEST_DATA", REPOSITORY / "../shared/data"))

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import REPOSITORY, says
 
+from sedd_jax import experiment
 from sedd_jax.diffusion import draws
 
 # Of groups of 4: fewer tokens than two groups; a last group of one, of three, and a whole one.
@@ -76,3 +78,47 @@ def test_rare_tokens_beside_a_dominant_one_are_drawn_at_their_rate(monkeypatch):
     expected = rare * (int(is_rare.sum()) - 1) * rows * rounds
     assert expected > 15
     assert abs(int(run(jax.random.key(2))) - expected) < 3 * expected**0.5
+
+
+@pytest.mark.parametrize("generator", ["rbg", "unsafe_rbg"])
+def test_the_generator_is_threefry_whatever_jax_is_set_to(generator):
+    expected = jax.random.key_data(jax.random.split(draws.make_key(7)))
+    with jax.default_prng_impl(generator):
+        key = draws.make_key(7)
+        assert jax.random.key_impl(key) == "threefry2x32"
+        assert (jax.random.key_data(jax.random.split(key)) == expected).all()
+
+
+def test_no_other_line_of_the_package_makes_a_key_of_a_seed():
+    lines = [
+        f"{path}: {line}"
+        for path in (REPOSITORY / "sedd_jax").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"random\.(key|PRNGKey|seed)\(", line)
+    ]
+    assert len(lines) == 1 and "draws.py" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("jax_threefry_partitionable", False),
+        ("jax_random_seed_offset", 3),
+        ("jax_enable_x64", True),
+        ("jax_numpy_rank_promotion", "raise"),
+        ("jax_numpy_dtype_promotion", "strict"),
+    ],
+)
+def test_a_setting_of_jax_that_would_change_the_noise_is_refused(tiny_config, name, value):
+    before = getattr(jax.config, name)
+    jax.config.update(name, value)
+    try:
+        for action in (
+            lambda: draws.make_key(0),
+            lambda: experiment.make_mesh(tiny_config),
+            lambda: experiment.make_model(tiny_config, None),
+        ):
+            with says(f"{name.upper()} is {value!r}", "unset it", f"{draws.SETTINGS[name][0]!r})"):
+                action()
+    finally:
+        jax.config.update(name, before)

@@ -266,6 +266,17 @@ def stand_in(folder, name, text=""):
     path.chmod(0o755)
 
 
+def test_the_quickstart_ends_where_training_was_stopped_by_a_signal(tmp_path):
+    folder = tmp_path / "bin"
+    stand_in(folder, "python")
+    stand_in(folder, "sedd-report")
+    stand_in(folder, "sedd-train", 'last=${*: -1}; exit "${last#--requeue_status=}"')
+    result = bash("quickstart.sh", tmp_path / "run", VENV=str(tmp_path))
+    assert result.returncode == 130, result.stderr
+    assert len(calls(folder, "sedd-train.calls")) == 1
+    assert calls(folder, "sedd-report.calls") == []
+
+
 SLURM = ["--nodes=2", "--gpus-per-node=a100:8", "--time=1:00", "--", "--config=c", "--workdir=/w/r"]
 
 

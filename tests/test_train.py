@@ -5,6 +5,10 @@ import fcntl
 import json
 import shutil
 import signal
+import struct
+import subprocess
+import sys
+import textwrap
 import time
 
 import jax
@@ -12,14 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import command_line, start
+from conftest import command_line, says, start
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sedd_jax import config as configuration
 from sedd_jax import experiment, state
 from sedd_jax.cli import eval_command, sample_command, train_command
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.runs.workdir import check_workdir, read_metrics
-from sedd_jax.training.progress import Signals, TrainingStopped
+from sedd_jax.training.progress import Progress, Signals, TrainingStopped
 from sedd_jax.training.train import train
 
 
@@ -270,6 +275,16 @@ def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path, tiny_config):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_hidden_size_that_the_mesh_cannot_split_is_refused_before_the_corpus_is_packed(
+    tmp_path, tiny_config
+):
+    tiny_config.mesh.data, tiny_config.mesh.fsdp = 1, 8
+    tiny_config.model.hidden_size, tiny_config.model.heads = 20, 2
+    with says("config.model.hidden_size 20 is not divisible by the mesh's fsdp=8", "change one"):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_training_on_nothing_but_nan_stops_with_the_reason_and_keeps_the_parameters(
     tmp_path, tiny_config, monkeypatch
 ):
@@ -321,6 +336,119 @@ def test_data_that_changed_under_a_run_is_refused(tmp_path, tiny_config):
     tiny_config.data.path = str(tmp_path)
     with pytest.raises(ValueError, match="are not of the text that is at"):
         train(tiny_config, tmp_path / "other")
+
+
+BLOCKED = """
+import hashlib
+from sedd_jax.training.progress import Signals
+with Signals():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes, in which Python calls no handler
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_heard_while_the_main_thread_waits_for_something_else(number):
+    with subprocess.Popen(
+        [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(1)  # until it waits
+        process.send_signal(number)
+        assert process.stderr.readline() == "stopping after this step; again: end now\n"
+        process.send_signal(number)
+        code, errors = finish(process)
+    assert code == 128 + number and errors == "ended; the newest checkpoint is as it was\n"
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Signals() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.received and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_two_signals_before_a_handler_is_called_are_two():
+    with pytest.raises(KeyboardInterrupt), Signals() as stop:
+        stop._count = 2  # as the listening thread counts while the main thread waits
+        signal.raise_signal(signal.SIGINT)
+
+
+def make_progress(workdir, step):
+    options = {"tokens_per_sequence": 1.0, "tokens_per_step": 1.0, "peak_share_per_step": None}
+    return Progress(workdir, step, steps=9, max_skipped=9, **options)
+
+
+def test_at_most_one_step_is_in_flight_and_the_bar_counts_those_that_are_done(tmp_path):
+    class Loss:
+        is_done = False
+
+        def block_until_ready(self):
+            self.is_done = True
+
+    losses = [Loss() for _ in range(5)]
+    with make_progress(tmp_path, 0) as progress:
+        for n, loss in enumerate(losses):
+            progress.collect({"loss": loss})
+            assert [one.is_done for one in losses] == [m < n for m in range(5)]
+            assert progress._bar.n == n
+        progress.settle()
+        assert losses[-1].is_done and progress._bar.n == 5
+
+
+def events(workdir):
+    """The events of a run in the order in which a viewer reads them: of files by name."""
+    for file in sorted((workdir / "tensorboard").glob("events.*")):
+        data = file.read_bytes()
+        while data:
+            (size,) = struct.unpack("<Q", data[:8])  # and its checksum, 4 bytes
+            yield Event.FromString(data[12 : 12 + size])
+            data = data[16 + size :]
+
+
+def test_a_resumed_run_draws_no_step_twice_and_its_seconds_go_on(tmp_path):
+    def log(progress, *steps):
+        for step in steps:
+            metrics = dict.fromkeys(("loss", "grad_norm", "skipped", "skipped_in_a_row"), 0)
+            progress.collect({name: jnp.asarray(value) for name, value in metrics.items()})
+            progress.train(step)
+
+    with make_progress(tmp_path, 0) as progress:
+        progress.clock.began -= 1000.0
+        log(progress, 2, 4, 6)
+    time.sleep(1.1)  # the name of an event file has its second
+    with make_progress(tmp_path, 4) as progress:  # of step 6 there was no checkpoint
+        log(progress, 6, 8)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and 1000 < seconds[0] and seconds[-1] < 1100
+    drawn = set()
+    for event in events(tmp_path):
+        if event.session_log.status == SessionLog.START:  # a viewer drops what is from here on
+            drawn = {step for step in drawn if step < event.step}
+        if any(value.tag == "train/nats_per_token" for value in event.summary.value):
+            assert event.step not in drawn
+            drawn.add(event.step)
+    assert drawn == {2, 4, 6, 8}
+
+
+def test_a_viewer_shows_samples_as_they_are(tmp_path):
+    with make_progress(tmp_path, 0) as progress:
+        progress.samples(1, ["* one\n\n# two\r```", "<b>three"])
+    (text,) = (
+        value.tensor.string_val[0].decode()
+        for event in events(tmp_path)
+        for value in event.summary.value
+        if value.tag.startswith("samples")
+    )
+    assert all(line.startswith("    ") for line in text.splitlines())  # Markdown's form of code
+    assert textwrap.dedent(text).splitlines()[1:4] == ["* one", "", "# two"]
 
 
 def test_either_signal_after_the_first_acts_as_usual():

@@ -314,6 +314,25 @@ CASES = [
     Case("eval likelihood --workdir={run}", "quantum", "cpu", {"JAX_PLATFORMS": "quantum"}),
     Case(TRAIN, "JAX_ENABLE_X64", "unset", {"JAX_ENABLE_X64": "1"}),
     Case("sample --workdir={run}", "JAX_ENABLE_X64", "unset", {"JAX_ENABLE_X64": "1"}),
+    Case("sample --model={hub}", "JAX_ENABLE_X64", "unset", {"JAX_ENABLE_X64": "1"}),
+    Case("convert --from={run} --to=out", "JAX_ENABLE_X64", "unset", {"JAX_ENABLE_X64": "1"}),
+    Case(TRAIN, "JAX_RANDOM_SEED_OFFSET", "unset", {"JAX_RANDOM_SEED_OFFSET": "3"}),
+    Case(TRAIN, "JAX_NUMPY_RANK_PROMOTION", "unset", {"JAX_NUMPY_RANK_PROMOTION": "raise"}),
+    Case(
+        "eval likelihood --workdir={run}",
+        "JAX_THREEFRY_PARTITIONABLE",
+        "unset",
+        {"JAX_THREEFRY_PARTITIONABLE": "0"},
+    ),
+    Case(
+        "report --workdir={run}",
+        "JAX_NUMPY_DTYPE_PROMOTION",
+        "unset",
+        {"JAX_NUMPY_DTYPE_PROMOTION": "strict"},
+    ),
+    Case(
+        "sample --workdir={run}", "JAX_TRANSFER_GUARD", "unset", {"JAX_TRANSFER_GUARD": "disallow"}
+    ),
     Case(
         TRAIN,
         "SLURM_STEP_NODELIST",

@@ -1,5 +1,6 @@
 """sedd-train, and its dry run."""
 
+import atexit
 import difflib
 import inspect
 import logging
@@ -214,6 +215,10 @@ def _train_here(name: str, request: Request) -> int:
         step = train(request.config, request.workdir)
     except TrainingStopped as error:
         return say(name, error, status=3)
+    except KeyboardInterrupt:  # the second signal: jax would wait for the step before it ends
+        atexit.register(os._exit, 130)
+        atexit.register(sys.stdout.flush)  # called first
+        raise
     return 0 if step >= request.config.train.steps else request.requeue_status
 
 

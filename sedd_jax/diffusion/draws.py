@@ -1,10 +1,43 @@
-"""Exact draws from a categorical distribution. Imports jax only."""
+"""The keys of a run's noise, and exact draws from a categorical distribution. Imports jax only."""
 
 import jax
 import jax.numpy as jnp
 
 # Tokens of a group. A draw makes noise for V / GROUP groups and for GROUP tokens of one of them.
 GROUP = 256
+
+# Settings of jax that would change a seed's noise or the dtypes, or that the code (or flax's) does
+# not run under, with the values that it runs under: the first is jax's default.
+SETTINGS = {
+    "jax_threefry_partitionable": (True,),
+    "jax_random_seed_offset": (0,),
+    "jax_enable_x64": (False,),
+    "jax_numpy_rank_promotion": ("allow", "warn"),
+    "jax_numpy_dtype_promotion": ("standard",),
+    "jax_transfer_guard": (None, "allow", "log", "log_explicit"),
+}
+
+
+def check_settings() -> None:
+    """ValueError for a setting of jax, from the environment or a program, that is not allowed."""
+    for name, allowed in SETTINGS.items():
+        value = getattr(jax.config, name, allowed[0])
+        if value not in allowed:
+            raise ValueError(
+                f"{name.upper()} is {getattr(value, 'value', value)!r}, under which a seed would "
+                "give other noise or the model would not run as it was made; unset it in the "
+                f"environment, or call jax.config.update({name!r}, {allowed[0]!r})"
+            )
+
+
+def make_key(seed: int) -> jax.Array:
+    """The key of a seed: threefry's, whatever generator JAX_DEFAULT_PRNG_IMPL names.
+
+    On every device and after every resumption a seed gives the same noise; the only function that
+    turns a seed into a key. ValueError as `check_settings`.
+    """
+    check_settings()
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def categorical(key: jax.Array, log_weights: jax.Array) -> jax.Array:

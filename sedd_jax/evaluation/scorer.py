@@ -19,6 +19,7 @@ from sedd_jax import hub
 from sedd_jax.config import DTYPES
 from sedd_jax.convert import weights
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
+from sedd_jax.diffusion.draws import make_key
 from sedd_jax.files import load_json, local_path
 from sedd_jax.inference.bounds import batches
 from sedd_jax.models import gpt2
@@ -256,7 +257,7 @@ def _read_params(folder: Path, network: GPT2) -> Any:
             "(pytorch_model.bin is not read)"
         )
     tensors = weights.open_tensors(file, _expected(network), extra=_EXTRA, model="GPT-2")
-    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    shapes = jax.eval_shape(network.init, make_key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     shapes = flax.traverse_util.flatten_dict(shapes, sep="/")
     params = {}
     for path, (template, _) in _PARAMETERS.items():  # one by one: nothing is held twice

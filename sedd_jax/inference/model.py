@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from sedd_jax import convert, data, hub
 from sedd_jax.data.tokenizers import Tokenizer
+from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.likelihood import Bound, check_passes
 from sedd_jax.diffusion.samplers import Known
@@ -201,7 +202,7 @@ class SEDD:
         self, known: Known, updates: int, sampling: Sampling, seed: int, batch_size: int
     ) -> Iterator[State]:
         """The states at t = 1 and at the end of `updates` parts of the steps, batch by batch."""
-        key = jax.random.key(seed)
+        key = make_key(seed)
         ends = sorted({-(-sampling.steps * j // updates) for j in range(updates + 1)})
         for first in range(0, len(known.tokens), batch_size):
             part = Known(*(a[first : first + batch_size] for a in known))
@@ -246,7 +247,7 @@ class SEDD:
                     "length; cut it, or prepare records and use bound"
                 )
         buckets = np.array([self._bucket(int(length)) for length in lengths])
-        key, numbers, results = jax.random.key(seed), [], []
+        key, numbers, results = make_key(seed), [], []
         for bucket in np.unique(buckets):
             members = np.flatnonzero(buckets == bucket)
             for start in range(0, len(members), batch_size):
@@ -287,7 +288,7 @@ class SEDD:
                 f"target_standard_error {target_standard_error} is not above 0; give nats per token"
             )
         blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(blocks)
-        key = jax.random.key(seed)
+        key = make_key(seed)
 
         def one_round(r: int) -> bounds.CorpusBound:
             return bounds.corpus_bound(

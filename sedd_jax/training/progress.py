@@ -7,8 +7,11 @@ import contextlib
 import json
 import logging
 import math
+import os
 import signal
 import sys
+import textwrap
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,25 +36,65 @@ class TrainingStopped(RuntimeError):
 
 
 class Signals:
-    """While entered, the first SIGINT or SIGTERM only sets `received`; the next acts as usual."""
+    """While entered, the first SIGINT or SIGTERM sets `received` and says so; the next ends it.
+
+    The next acts as usual, and where that has ended nothing within GRACE seconds, ends the process.
+    A thread hears them: Python calls a handler only when the main thread is back from what it waits
+    for, which may be a compilation or a slow step. What is ignored already stays so: SIGINT is in
+    what `nohup ... &`, cron or a script starts in the background.
+    """
+
+    GRACE = 2.0
 
     def __init__(self):
         self.received = False
         self._before: dict[int, Any] = {}
+        self._count, self._done = 0, threading.Event()
+        self._write: int | None = None
 
     def __enter__(self) -> Self:
-        with contextlib.suppress(ValueError):  # not the main thread: leave signals alone
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
+        if threading.current_thread() is not threading.main_thread():
+            return self  # where Python lets nobody handle signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_IGN, None):  # None: another library's
+                log.info("%s is ignored, as it was at the start", signal.Signals(number).name)
+            else:
+                self._before[number] = signal.signal(number, self._handle)
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(read,), daemon=True).start()
         return self
 
-    def _receive(self, number, frame) -> None:
-        self.received = True
-        self.__exit__()
+    def _listen(self, read: int) -> None:
+        with open(read, "rb", buffering=0) as signals:
+            while byte := signals.read(1):  # nothing when the other end is closed
+                if byte[0] not in self._before:
+                    continue
+                self._count += 1
+                self.received = True
+                if self._count == 1:
+                    tqdm.write("stopping after this step; again: end now", file=sys.stderr)
+                elif not hasattr(sys, "ps1") and not self._done.wait(self.GRACE):  # no notebook
+                    tqdm.write("ended; the newest checkpoint is as it was", file=sys.stderr)
+                    os._exit(128 + byte[0])
 
-    def __exit__(self, *exception) -> None:
+    def _handle(self, number, frame) -> None:
+        self.received = True
+        self._restore()
+        if self._count > 1:  # two came while the main thread waited: one call for both
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def __exit__(self, *exception) -> None:
+        self._done.set()
+        if self._write is not None:
+            self._restore()
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._write)
 
 
 def watchdog(seconds: float) -> processes.Watchdog:
@@ -137,12 +180,16 @@ class Progress:
     ):
         """Goes on after `step` of `steps`; metrics of later steps, which a kill undid, go.
 
+        `seconds` goes on from the last row that is left; goodput and the phases are this process's.
+
         A window's MFU is its steps a second times peak_share_per_step, where the peak is known.
         """
         self.workdir, self.clock = workdir, Clock()
         self.tokens_per_sequence, self.tokens_per_step = tokens_per_sequence, tokens_per_step
         self.peak_share_per_step, self.max_skipped = peak_share_per_step, max_skipped
         self._pending: list[dict[str, jax.Array]] = []
+        self._in_flight: jax.Array | None = None  # the loss of the last step
+        self._seconds_before = 0.0
         self._since = self._training_seconds()
         self._writes = processes.is_first()
         self._bar = tqdm(
@@ -155,10 +202,12 @@ class Progress:
         )
         if self._writes:
             rows = runs.read_metrics(workdir, last_step=step)
+            self._seconds_before = rows[-1].get("seconds", 0.0) if rows else 0.0
             file = workdir / runs.METRICS
             write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
             self._lines = file.open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(workdir / runs.TENSORBOARD))
+            # A viewer drops what earlier processes have written from this step on.
+            self._events = SummaryWriter(str(workdir / runs.TENSORBOARD), purge_step=step + 1)
 
     def __enter__(self) -> Self:
         return self
@@ -170,15 +219,27 @@ class Progress:
             self._events.close()
 
     def collect(self, metrics: dict[str, jax.Array]) -> None:
-        """One step's metrics, still on the device."""
+        """The metrics of the step just dispatched; waits for the one before.
+
+        Steps that are dispatched far ahead would hold up a signal, and the bar would lie.
+        """
+        self.settle()
         self._pending.append(metrics)
-        self._bar.update()
+        self._in_flight = metrics["loss"]
+
+    def settle(self) -> None:
+        """Wait for the last step: the bar counts finished ones."""
+        if self._in_flight is not None:
+            self._in_flight.block_until_ready()
+            self._in_flight = None
+            self._bar.update()
 
     def train(self, step: int) -> None:
         """Log the mean over the steps since the last call; steps that were skipped do not count.
 
         TrainingStopped where max_skipped steps in a row were skipped.
         """
+        self.settle()
         window = jax.device_get(self._pending)
         now = self._training_seconds()
         steps_per_second = len(window) / (now - self._since)
@@ -235,12 +296,14 @@ class Progress:
             folder = self.workdir / runs.SAMPLES
             folder.mkdir(exist_ok=True)
             write_text(folder / f"{step}.txt", text + "\n")
-            self._events.add_text("samples", text, step)
+            # Indented, the viewer's Markdown shows a text as it is.
+            self._events.add_text("samples", textwrap.indent(text, "    ", lambda line: True), step)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         if not self._writes:
             return
-        row = {"kind": kind, "step": step, "seconds": round(self.clock.total, 3)}
+        seconds = round(self._seconds_before + self.clock.total, 3)
+        row = {"kind": kind, "step": step, "seconds": seconds}
         # JSON has no NaN: a window in which every step was skipped has null.
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._lines.write(json.dumps(row) + "\n")

@@ -80,6 +80,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
                 evaluate(step, train_state.ema)
             if is_due(config.sample.every):
                 draw_texts(step, train_state.ema)
+        progress.settle()
         with progress.clock("checkpoint"):
             checkpoints.save(step, train_state)
             checkpoints.wait()
