@@ -43,6 +43,17 @@ def local_path(path: str | os.PathLike) -> Path:
         raise ValueError(f"{text!r} names no user's home folder; write the whole path") from error
 
 
+def check_not_pointer(path: Path) -> None:
+    """ValueError if git-lfs left a pointer to the file in its place."""
+    pointer = b"version https://git-lfs"
+    with path.open("rb") as file:
+        if file.read(len(pointer)) == pointer:
+            raise ValueError(
+                f"{str(path)!r} is a pointer of git-lfs in place of the file; run `git lfs pull` "
+                "in its repository"
+            )
+
+
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hex, in one pass."""
     with path.open("rb") as file:

@@ -23,6 +23,25 @@ def add_workdir(parser: argparse.ArgumentParser, about: str) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help=about)
 
 
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--tokenizer",
+        help="the model's, where its folder holds none: gpt2, json, ..., or a tokenizer.json",
+    )
+    add("--tokenizer_path", default="", help="its files, as for sedd-prepare")
+
+
+def named_tokenizer(options: argparse.Namespace):
+    """The tokenizer of --tokenizer and --tokenizer_path; None without them."""
+    from sedd_jax import data
+
+    name, path = options.tokenizer, options.tokenizer_path
+    if name is None and path:
+        raise ValueError("--tokenizer_path needs --tokenizer, the kind of its files")
+    return None if name is None else data.named_tokenizer(name, path)
+
+
 def add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
 
@@ -39,6 +58,7 @@ def add_scorer(parser: argparse.ArgumentParser) -> None:
     """The model, the scorer and how the texts that it scores are sampled."""
     add = parser.add_argument
     add_workdir(parser, MODEL)
+    add_tokenizer(parser)
     add("--scorer", default="gpt2-large", help="gpt2 .. gpt2-xl, a folder, or a hub id@commit")
     add("--scorer_dtype", default="float32", help="float32 or bfloat16")
     add_sampling(parser)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sedd_jax.cli.arguments import make_parser
+from sedd_jax.cli.arguments import add_tokenizer, make_parser, named_tokenizer
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -19,12 +19,7 @@ def run(name: str, argv: list[str]) -> None:
     add("--form", default="hub", help="of what is written: hub, original (a run) or workdir")
     add("--weights", default="ema", help="which of a run's go into a hub folder: ema or raw")
     add("--fresh_optimizer", action="store_true", help="begin AdamW's moments and warm-up again")
-    add(
-        "--tokenizer",
-        help="the model's, where the source does not hold it: gpt2, bert, ..., or tokenizer.json "
-        "of a workdir",
-    )
-    add("--tokenizer_path", default="", help="its files, as for sedd-prepare")
+    add_tokenizer(parser)
     options, rest = parser.parse_known_args(argv)
     changes = _changes(rest)
     from sedd_jax import convert
@@ -35,7 +30,7 @@ def run(name: str, argv: list[str]) -> None:
         form=options.form,
         weights=options.weights,
         optimizer=not options.fresh_optimizer,
-        tokenizer=_named_tokenizer(options.tokenizer, options.tokenizer_path),
+        tokenizer=named_tokenizer(options),
         changes=changes,
     )
     rows = (
@@ -49,17 +44,6 @@ def run(name: str, argv: list[str]) -> None:
     )
     for key, value in rows:
         print(f"{key:<11}{value}")
-
-
-def _named_tokenizer(name: str | None, path: str):
-    """The tokenizer of --tokenizer and --tokenizer_path; None without them."""
-    from sedd_jax import data
-
-    if name is None:
-        if path:
-            raise ValueError("--tokenizer_path needs --tokenizer, the kind of its files")
-        return None
-    return data.named_tokenizer(f"{name}:{path}" if path else name)
 
 
 def _changes(arguments: list[str]) -> dict[str, Any]:

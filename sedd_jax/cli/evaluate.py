@@ -13,9 +13,11 @@ from sedd_jax.cli.arguments import (
     add_samples,
     add_scorer,
     add_steps,
+    add_tokenizer,
     check_matplotlib,
     check_run,
     make_parser,
+    named_tokenizer,
     output_file,
     run_records,
 )
@@ -43,6 +45,7 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add = parser.add_argument
     add("--workdir", type=Path, help=MODEL)
     add("--gpt2", help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id")
+    add_tokenizer(parser)
     add_records(parser)
     add("--blocks", type=int, help="score this many blocks (default: all)")
     add(
@@ -68,6 +71,8 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         raise ValueError("give --workdir, or --gpt2 with --records")
     if options.gpt2 is not None and options.records is None:
         raise ValueError("--gpt2 needs --records: a folder made by sedd-prepare")
+    if options.gpt2 is not None and options.tokenizer is not None:
+        raise ValueError("--tokenizer is for --workdir: leave it out with --gpt2")
     if options.workdir is not None and (options.records is None or options.baselines):
         check_run(
             options.workdir, NEEDS_RECORDS if options.records is None else "leave --baselines out"
@@ -82,7 +87,7 @@ def _bound(options: argparse.Namespace) -> dict[str, Any]:
     from sedd_jax.evaluation.likelihood import evaluate_split
     from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir)
+    model = load(options.workdir, tokenizer=named_tokenizer(options))
     records, split = _records(options)
     train = None
     if options.baselines:
@@ -180,7 +185,7 @@ def _model_and_scorer(options: argparse.Namespace) -> tuple:
     from sedd_jax.evaluation.scorer import load_scorer
     from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir)
+    model = load(options.workdir, tokenizer=named_tokenizer(options))
     return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
 
 

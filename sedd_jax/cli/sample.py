@@ -9,7 +9,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sedd_jax.cli.arguments import add_sampling, make_parser, new_file
+from sedd_jax.cli.arguments import (
+    add_sampling,
+    add_tokenizer,
+    make_parser,
+    named_tokenizer,
+    new_file,
+)
 from sedd_jax.files import replacing
 
 OPTIONS = ("steps", "predictor", "draw", "grid")  # the config's, where the command names none
@@ -22,7 +28,7 @@ def run(name: str, argv: list[str]) -> None:
     from sedd_jax.inference.trajectory import Animation
 
     source = options.workdir or options.model
-    model = load(source)
+    model = load(source, tokenizer=named_tokenizer(options))
     length, known = options.length, None
     if options.template is None and (options.prefix or options.suffix):
         length = model.length if length is None else length
@@ -66,6 +72,7 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--workdir", type=Path, help="the run's folder")
     add("--model", help="in its place: a hub id, owner/name@commit, or an exported folder")
+    add_tokenizer(parser)
     add("--template", help='text with free positions, "Hi, my name is [MASK:20]."')
     add("--prefix", default="", help="text that every sample begins with")
     add("--suffix", default="", help="text that every sample ends with")

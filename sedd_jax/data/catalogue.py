@@ -12,7 +12,7 @@ from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.prepare import prepare
 from sedd_jax.data.published import PUBLISHED, open_published
 from sedd_jax.data.records import Records, open_records
-from sedd_jax.data.tokenizers import make_tokenizer, named_tokenizer
+from sedd_jax.data.tokenizers import make_tokenizer
 
 CORPORA = ("pydoc", "text", *sorted(PUBLISHED))
 
@@ -81,12 +81,9 @@ def make_records(
 ) -> Records:
     """Prepares the corpus as records in `folder`, and opens them.
 
-    tokenizer: a name of TOKENIZERS, or the tokenizer.json of a run. What was finished before a stop
+    tokenizer: a name of TOKENIZERS, or a tokenizer.json. What was finished before a stop
     or a fault is used by the next call.
     """
-    if Path(tokenizer).is_file():
-        encoder = named_tokenizer(tokenizer)
-    else:
-        encoder = make_tokenizer(tokenizer, tokenizer_path, corpus)
+    encoder = make_tokenizer(tokenizer, tokenizer_path, corpus)
     prepare(corpus, encoder, length, folder, form=form, workers=workers, progress=progress)
     return open_records(Path(folder).absolute())
