@@ -18,8 +18,9 @@ def get_config():
     # .parquet (column text) files, split by names such as train/ and valid.jsonl; a published
     # corpus: folder with its archive or files, empty to download them; tfds: TFDS's data_dir
     config.data.path = ""
-    config.data.tokenizer = "gpt2"  # gpt2, bert, sentencepiece, text8, characters, bytes
-    # gpt2, bert: folder, tokenizer.json or hub id@commit, empty for the published one;
+    config.data.tokenizer = "gpt2"  # gpt2, bert, json, sentencepiece, text8, ...
+    # gpt2, bert, json (a tokenizer.json of the `tokenizers` library): its folder, the file or
+    # hub id@commit, empty for the published GPT-2 or BERT;
     # sentencepiece: .model file, or train:8000 for a vocabulary of 8000
     config.data.tokenizer_path = ""
     config.data.length = 1024  # tokens in a block

@@ -111,10 +111,10 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--template", "a" * 40], "more than length 32"),
+        (["--template", "a" * 40 + "[MASK]"], "more than length 32"),
         (["--template", "[MASK:200]"], "more than length 32"),
         (["--template", "[MASK:x]"], "names no number of free positions"),
-        (["--template", "日本"], "outside the alphabet"),
+        (["--template", "日本[MASK]"], "outside the alphabet"),
         (["--prefix", "日本"], "outside the alphabet"),
         (["--prefix", "x" * 20, "--suffix", "y" * 20], "more than length 32"),
         (["--template", "a[MASK]", "--prefix", "b"], "--template cannot go with --prefix"),
@@ -379,6 +379,25 @@ def test_a_model_without_a_run_is_evaluated_on_records_that_it_is_given(
     assert "leave --baselines out" in line
     line = fails(capsys, report_command, f"--workdir={folder}")
     assert "give --records to sedd-eval likelihood" in line
+
+
+def test_a_folder_without_a_tokenizer_takes_one_from_the_command_line(capsys, tiny_run, tmp_path):
+    source, folder = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(tiny_run, source)
+    sedd_jax.load(source).save_pretrained(folder)
+    (folder / "sedd_jax.json").unlink()  # as the original code leaves a folder
+    assert "--tokenizer and --tokenizer_path" in fails(capsys, sample_command, f"--model={folder}")
+    line = fails(capsys, sample_command, f"--model={folder}", "--tokenizer_path=x")
+    assert line.endswith("--tokenizer_path needs --tokenizer, the kind of its files")
+    named = f"--tokenizer={tiny_run / 'tokenizer.json'}"
+    sample_command([f"--model={folder}", named, "--template=ab[MASK:4]", "--steps=2"])
+    assert "ab" in capsys.readouterr().out
+    few = ["--blocks=4", "--passes=2", "--split=validation"]
+    records = f"--records={records_of(tiny_run)}"
+    eval_command(["likelihood", f"--workdir={folder}", named, records, *few])
+    assert "bits" in capsys.readouterr().out
+    line = fails(capsys, eval_command, "likelihood", "--gpt2=gpt2", records, named)
+    assert "--tokenizer is for --workdir" in line
 
 
 def test_the_evaluations_are_listed_with_an_example(capsys):

@@ -180,9 +180,16 @@ def test_every_fault_of_a_template_is_named(pydoc):
     for mask in ("[MASK:0]", "[MASK:abc]", "[MASK:]", "[MASK:-1]", "[MASK:3", "[MASK:٣]"):
         with says(f"{mask!r} at position 2 names no number of free positions"):
             parse_template("a " + mask, tokenizer, 9)
-    with says("template takes 999999999 positions, more than length 8"):
+    for mask in ("[mask:3]", "[MASKED]", "[Mask]", "[MASK 3]", "[ MASK:3 ]", "[MASK：3]", "[mask"):
+        for template in ("a " + mask, "a " + mask + "[MASK]"):
+            with says("at position 2 names no number of free positions; write [MASK:3]"):
+                parse_template(template, tokenizer, 9)
+    for template in ("abc", "(MASK:3)", "<mask>", "[MAS]"):
+        with says(f"template {template!r} has no free position; write [MASK:20]"):
+            parse_template(template, make_tokenizer("bytes", "", pydoc), 99)
+    with says("template '[MASK:999999999]' takes 999999999 positions, more than length 8"):
         parse_template("[MASK:999999999]", tokenizer, 8)
-    with says("template takes 9 positions, more than length 8"):
+    with says("template 'abcd[MASK:5]' takes 9 positions, more than length 8"):
         parse_template("abcd[MASK:5]", tokenizer, 8)
     with says("character 'B' (U+0042) at position 1 of 'aB'"):
         parse_template("[MASK]aB", tokenizer, 8)

@@ -56,6 +56,25 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="a run's checkpoint (default: the newest)")
 
 
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--tokenizer",
+        help="the model's, where its folder holds none: gpt2, json, ..., or a tokenizer.json",
+    )
+    add("--tokenizer_path", type=name_or_path, default="", help="its files, as for sedd-prepare")
+
+
+def named_tokenizer(options: argparse.Namespace):
+    """The tokenizer of --tokenizer and --tokenizer_path; None without them."""
+    from sedd_jax import data
+
+    name, path = options.tokenizer, options.tokenizer_path
+    if name is None and path:
+        raise ValueError("--tokenizer_path needs --tokenizer, the kind of its files")
+    return None if name is None else data.named_tokenizer(name, path)
+
+
 def add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
 
@@ -73,6 +92,7 @@ def add_scorer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add_workdir(parser, MODEL)
     add_step(parser)
+    add_tokenizer(parser)
     add(
         "--scorer",
         type=name_or_path,

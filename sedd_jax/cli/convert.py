@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sedd_jax.cli.arguments import joined, make_parser, name_or_path, path
+from sedd_jax.cli.arguments import add_tokenizer, joined, make_parser, named_tokenizer, path
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -18,12 +18,7 @@ def run(name: str, argv: list[str]) -> None:
     add("--weights", default="ema", help="which of a run's go into a hub folder: ema or raw")
     add("--fresh_optimizer", action="store_true", help="begin AdamW's moments and warm-up again")
     add("--replace", action="store_true", help="an earlier export at --to, with --form=hub")
-    add(
-        "--tokenizer",
-        help="the model's, where the source does not hold it: gpt2, bert, ..., or tokenizer.json "
-        "of a workdir",
-    )
-    add("--tokenizer_path", type=name_or_path, default="", help="its files, as for sedd-prepare")
+    add_tokenizer(parser)
     options, rest = parser.parse_known_args(joined(argv))
     changes = _changes(rest)
     from sedd_jax import convert
@@ -34,7 +29,7 @@ def run(name: str, argv: list[str]) -> None:
         form=options.form,
         weights=options.weights,
         optimizer=not options.fresh_optimizer,
-        tokenizer=_named_tokenizer(options.tokenizer, options.tokenizer_path),
+        tokenizer=named_tokenizer(options),
         changes=changes,
         replace=options.replace,
     )
@@ -49,17 +44,6 @@ def run(name: str, argv: list[str]) -> None:
     )
     for key, value in rows:
         print(f"{key:<11}{value}")
-
-
-def _named_tokenizer(name: str | None, path: str):
-    """The tokenizer of --tokenizer and --tokenizer_path; None without them."""
-    from sedd_jax import data
-
-    if name is None:
-        if path:
-            raise ValueError("--tokenizer_path needs --tokenizer, the kind of its files")
-        return None
-    return data.named_tokenizer(f"{name}:{path}" if path else name)
 
 
 def _changes(arguments: list[str]) -> dict[str, Any]:

@@ -14,10 +14,12 @@ from sedd_jax.cli.arguments import (
     add_scorer,
     add_step,
     add_steps,
+    add_tokenizer,
     check_matplotlib,
     check_run,
     make_parser,
     name_or_path,
+    named_tokenizer,
     output_file,
     path,
     run_records,
@@ -51,6 +53,7 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         type=name_or_path,
         help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id",
     )
+    add_tokenizer(parser)
     add_records(parser)
     add("--blocks", type=int, help="score this many blocks (default: all)")
     add(
@@ -78,6 +81,8 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         raise ValueError("--gpt2 needs --records: a folder made by sedd-prepare")
     if options.gpt2 is not None and options.step is not None:
         raise ValueError(f"--step={options.step} is of a run's checkpoint; leave it out of --gpt2")
+    if options.gpt2 is not None and options.tokenizer is not None:
+        raise ValueError("--tokenizer is for --workdir: leave it out with --gpt2")
     if options.workdir is not None and (options.records is None or options.baselines):
         check_run(
             options.workdir, NEEDS_RECORDS if options.records is None else "leave --baselines out"
@@ -92,7 +97,7 @@ def _bound(options: argparse.Namespace) -> dict[str, Any]:
     from sedd_jax.evaluation.likelihood import evaluate_split
     from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir, step=options.step)
+    model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
     records, split = _records(options)
     train = None
     if options.baselines:
@@ -192,7 +197,7 @@ def _model_and_scorer(options: argparse.Namespace) -> tuple:
     from sedd_jax.evaluation.scorer import load_scorer
     from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir, step=options.step)
+    model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
     return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
 
 

@@ -20,13 +20,14 @@ def run(name: str, argv: list[str]) -> None:
         "--tokenizer",
         type=name_or_path,
         default="gpt2",
-        help=f"{', '.join(data.TOKENIZERS)}, or the tokenizer.json of a run",
+        help=f"{', '.join(data.TOKENIZERS)}, or a tokenizer.json (a run's, or any)",
     )
     add(
         "--tokenizer_path",
         type=name_or_path,
         default="",
-        help="folder, tokenizer.json or hub id@commit (gpt2, bert; default: the published one); "
+        help="folder, tokenizer.json or hub id@commit (gpt2, bert, json; default: the published "
+        "GPT-2 or BERT); "
         ".model file or train:SIZE (sentencepiece)",
     )
     add("--length", type=int, default=1024, help="tokens in a block")

@@ -9,7 +9,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from sedd_jax.cli.arguments import add_sampling, add_step, make_parser, name_or_path, new_file, path
+from sedd_jax.cli.arguments import (
+    add_sampling,
+    add_step,
+    add_tokenizer,
+    make_parser,
+    name_or_path,
+    named_tokenizer,
+    new_file,
+    path,
+)
 from sedd_jax.cli.messages import visible
 from sedd_jax.files import replacing
 
@@ -23,7 +32,7 @@ def run(name: str, argv: list[str]) -> None:
     from sedd_jax.inference.trajectory import Animation
 
     source = options.workdir or options.model
-    model = load(source, step=options.step)
+    model = load(source, step=options.step, tokenizer=named_tokenizer(options))
     length, known = options.length, None
     if options.template is None and (options.prefix or options.suffix):
         length = model.length if length is None else length
@@ -72,6 +81,7 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
         help="in its place: a hub id, owner/name@commit, or an exported folder",
     )
     add_step(parser)
+    add_tokenizer(parser)
     add("--template", help='text with free positions, "Hi, my name is [MASK:20]."')
     add("--prefix", default="", help="text that every sample begins with")
     add("--suffix", default="", help="text that every sample ends with")

@@ -16,7 +16,7 @@ from sedd_jax.data.published import PUBLISHED, open_published
 from sedd_jax.data.records import Records, open_records
 from sedd_jax.data.text_files import text
 from sedd_jax.data.tfds import PREFIX, open_tfds
-from sedd_jax.data.tokenizers import TOKENIZERS, make_tokenizer, named_tokenizer
+from sedd_jax.data.tokenizers import make_tokenizer
 from sedd_jax.files import local_path
 
 CORPORA = ("pydoc", "text", *sorted(PUBLISHED))
@@ -116,7 +116,7 @@ def make_records(
 
     corpus: an open one, or a name, opened by make_corpus with `options` when the other arguments
       have been checked and the tokenizer, unless it is fitted on the corpus, has been read.
-    tokenizer: a name of TOKENIZERS, or the tokenizer.json of a run.
+    tokenizer: a name of TOKENIZERS, or a tokenizer.json.
     splits: that the corpus must have.
 
     What was finished before a stop or a fault is used by the next call.
@@ -139,10 +139,8 @@ def make_records(
             )
     elif options:
         raise TypeError(f"{', '.join(options)}: only for a corpus by name")
-    if tokenizer not in TOKENIZERS and local_path(tokenizer).is_file():
-        encoder = named_tokenizer(str(local_path(tokenizer)))
-    elif tokenizer != "characters" and not tokenizer_path.startswith("train:"):
-        encoder = make_tokenizer(tokenizer, tokenizer_path, Corpus({}))
+    if tokenizer != "characters" and not tokenizer_path.startswith("train:"):
+        encoder = make_tokenizer(tokenizer, tokenizer_path, None)
     if isinstance(corpus, str):
         corpus = make_corpus(corpus, progress=progress, **options)
     for split in splits:

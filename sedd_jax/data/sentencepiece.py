@@ -7,17 +7,16 @@ import base64
 import io
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.tokenizer import PATH, Tokenizer, cut, to_utf8
-from sedd_jax.files import refuse_pointer_file
+from sedd_jax.files import local_path, refuse_pointer_file
 
 BLANK = "\u2581"  # how SentencePiece writes a space
 LINE = 1000  # characters of a training sentence at most
@@ -56,7 +55,7 @@ class SentencePiece(Tokenizer):
             library = SentencePieceProcessor(model_proto=proto)
             size = library.get_piece_size()
         except (RuntimeError, ValueError) as error:
-            raise ValueError("this is no SentencePiece model; copy it again") from error
+            raise ValueError("this is no SentencePiece .model file; copy it again") from error
         if size == 0:  # what an empty file gives
             raise ValueError("this SentencePiece model is empty; copy it again")
         if library.eos_id() < 0:
@@ -91,7 +90,7 @@ class SentencePiece(Tokenizer):
 
     @cached_property
     def _adds_space(self) -> bool:
-        return self._decode_run(self._library.encode("a")) == " a"
+        return super()._decode(self._library.encode("a"), "") == " a"
 
     @cached_property
     def _splits_at_spaces(self) -> bool:
@@ -100,7 +99,7 @@ class SentencePiece(Tokenizer):
         True if the model leaves spaces as they are and no piece reaches across one.
         """
         text = " a  b "
-        return self._decode_run(self._library.encode(text)) == text and not any(
+        return super()._decode(self._library.encode(text), "") == text and not any(
             re.search(rb"[^ ] ", surface) for surface in self._surfaces
         )
 
@@ -125,19 +124,9 @@ class SentencePiece(Tokenizer):
         """The ids of BLANK as a character: its bytes, or the unknown piece where there are none."""
         return [self._library.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
 
-    def decode(self, ids: np.ndarray, mask: str = "░") -> str:
-        text = super().decode(ids, mask)
+    def _decode(self, ids: Sequence[int], mask: str) -> str:
+        text = super()._decode(ids, mask)
         return text.removeprefix(" ") if self._adds_space else text
-
-    def pieces(self, ids: np.ndarray, mask: str = "░") -> list[str]:
-        pieces = super().pieces(ids, mask)
-        first = next((i for i, piece in enumerate(pieces) if piece), None)
-        if self._adds_space and first is not None:
-            pieces[first] = pieces[first].removeprefix(" ")
-        return pieces
-
-    def _decode_run(self, ids: np.ndarray) -> str:
-        return b"".join([self._surfaces[i] for i in ids]).decode("utf-8", errors="replace")
 
 
 def _read_model(path: str, documents: Iterable[str]) -> bytes:
@@ -150,8 +139,10 @@ def _read_model(path: str, documents: Iterable[str]) -> bytes:
             raise ValueError(f"{path!r} names no vocabulary size; write train:8000")
         return _train(int(path.removeprefix("train:")), documents)
     if not path:
-        raise ValueError(f"{PATH} is empty; set it to a .model file or to train:8000")
-    file = Path(path)
+        raise ValueError(
+            f"tokenizer 'sentencepiece' needs {PATH}; set it to a .model file or to train:8000"
+        )
+    file = local_path(path)
     if file.is_dir():
         files = sorted(file.glob("*.model"))
         if len(files) != 1:

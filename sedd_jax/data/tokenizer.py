@@ -3,19 +3,21 @@
 The diffusion's mask id is `vocab_size` and belongs to no tokenizer; `decode` shows it as "░".
 """
 
-import codecs
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
 
 from sedd_jax.data.corpora import Corpus
 
-PATH = "data.tokenizer_path (sedd-prepare: --tokenizer_path)"  # the setting, for errors
+PATH = "data.tokenizer_path (in a command --tokenizer_path)"  # the setting, for errors
+CONTEXT = 16  # ids; a character is spelled by 4 at most
 PIECE = 1 << 10  # characters encoded at once: memory, speed (x1.7) and exactness, see `cut`
 
 
@@ -51,31 +53,52 @@ class Tokenizer:
     def decode(self, ids: np.ndarray, mask: str = "░") -> str:
         """Returns the text of `ids` [n]; ids >= vocab_size are shown as `mask`.
 
-        Runs between masks are decoded apart, so no character is joined across a mask.
+        No character is joined across a mask; a broken one is U+FFFD.
         """
-        ids = check_ids(ids)
-        return "".join(
-            mask * len(run) if masked else self._decode_run(run)
-            for run, masked in _runs(ids, ids >= self.vocab_size)
-        )
+        return self._decode(check_ids(ids).tolist(), mask)
 
     def pieces(self, ids: np.ndarray, mask: str = "░") -> list[str]:
         """Returns the text of each of ids [n], which joined is `decode(ids, mask)`.
 
-        A character that several ids spell belongs to the last of them; the others are "".
+        A character that several ids spell belongs to the last of them; the others are "". One that
+        stays broken belongs to the first.
         """
-        ids = check_ids(ids)
+        row = check_ids(ids).tolist()
+        text, singles, size = self._decode(row, mask), self._singles, self.vocab_size
         pieces: list[str] = []
-        for run, masked in _runs(ids, ids >= self.vocab_size):
-            pieces += [mask] * len(run) if masked else self._run_pieces(run)
+        shown = 0  # characters of the text in pieces
+        first, skip = 0, 0  # row[first:] is decoded at each id; `skip` of its characters are shown
+        for i, token in enumerate(row):
+            key = min(token, size), mask
+            if key not in singles:
+                singles[key] = self._decode([token], mask)
+            piece = single = singles[key]
+            is_complete = first >= i - 1 and single and "\ufffd" not in single
+            if not (is_complete and text.startswith(single, shown)):
+                part = self._decode(row[first : i + 1], mask)
+                new = part[skip:]
+                piece = os.path.commonprefix([new, text[shown : shown + len(new)]])
+                is_complete = piece == new and not part.endswith("\ufffd")
+                if not is_complete and i - first >= CONTEXT:  # later ids change what these say
+                    piece = os.path.commonprefix([self._decode(row[: i + 1], mask), text])[shown:]
+                    is_complete = True
+            pieces.append(piece)
+            shown, skip = shown + len(piece), skip + len(piece)
+            if is_complete:  # one id is context enough for the next
+                first, skip = i, len(single)
+        if pieces:
+            pieces[-1] += text[shown:]
         return pieces
 
-    def _decode_run(self, ids: np.ndarray) -> str:
-        raise NotImplementedError
+    @cached_property
+    def _singles(self) -> dict[tuple[int, str], str]:
+        """What `pieces` has decoded: (id, mask) -> the text of that id alone."""
+        return {}
 
-    def _run_pieces(self, ids: np.ndarray) -> list[str]:
-        surfaces = self._surfaces
-        return _split_characters([surfaces[i] for i in ids])
+    def _decode(self, ids: Sequence[int], mask: str) -> str:
+        surfaces, size, shown = self._surfaces, self.vocab_size, mask.encode()
+        parts = [surfaces[i] if i < size else shown for i in ids]
+        return b"".join(parts).decode("utf-8", errors="replace")
 
     @property
     def _surfaces(self) -> Sequence[bytes]:
@@ -112,36 +135,6 @@ def check_ids(ids: Any) -> np.ndarray:
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer) or (ids < 0).any():
         raise ValueError(f"ids must be one row of integers >= 0, not {shorten(repr(ids))}")
     return ids.astype(np.int64)
-
-
-def _runs(ids: np.ndarray, is_masked: np.ndarray) -> Iterator[tuple[np.ndarray, bool]]:
-    """Yields the longest runs of ids that are all masked or all clean, and which of the two."""
-    edges = np.flatnonzero(np.diff(is_masked)) + 1
-    for run, masked in zip(np.split(ids, edges), np.split(is_masked, edges)):
-        yield run, bool(masked.any())
-
-
-def _split_characters(surfaces: Iterable[bytes]) -> list[str]:
-    """The characters that end in each of these parts of UTF-8; U+FFFD where it is broken."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    pieces: list[str] = []
-    last = 0  # the part that the bytes pending in the decoder end in
-    for i, part in enumerate(surfaces):
-        pieces.append("")
-        if part.isascii() and not decoder.getstate()[0]:
-            pieces[i] = part.decode()
-            continue
-        for byte in part:
-            is_pending = decoder.getstate()[0] != b""
-            text = decoder.decode(bytes([byte]))
-            if is_pending and text and (len(text) > 1 or decoder.getstate()[0]):
-                pieces[last] += text[0]  # U+FFFD: this byte does not go on what was pending
-                text = text[1:]
-            pieces[i] += text
-            last = i
-    if pieces:
-        pieces[last] += decoder.decode(b"", final=True)
-    return pieces
 
 
 def to_utf8(text: str) -> bytes:

@@ -3,20 +3,19 @@
 A new tokenizer is a subclass of Tokenizer and an entry of TOKENIZERS.
 """
 
-import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.sentencepiece import SentencePiece
-from sedd_jax.data.subwords import GPT2, Bert, Subwords
+from sedd_jax.data.subwords import GPT2, Bert, LibraryTokenizer, Subwords
 from sedd_jax.data.tokenizer import Tokenizer, check_ids, shorten, to_utf8
-from sedd_jax.files import local_path, refuse_pointer_file
+from sedd_jax.files import load_json, local_path, refuse_pointer_file
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,12 @@ class Characters(Tokenizer):
             )
         return ids
 
-    def _decode_run(self, ids: np.ndarray) -> str:
-        return _code_points(self.alphabet)[ids].tobytes().decode("utf-32-le", "surrogatepass")
+    def _decode(self, ids: Sequence[int], mask: str) -> str:
+        return "".join(self.pieces(np.array(ids, np.int64), mask))
 
-    def _run_pieces(self, ids: np.ndarray) -> list[str]:
-        return list(self._decode_run(ids))
+    def pieces(self, ids: np.ndarray, mask: str = "░") -> list[str]:
+        size = len(self.alphabet)
+        return [self.alphabet[i] if i < size else mask for i in check_ids(ids).tolist()]
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,6 @@ class Bytes(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(to_utf8(text), np.uint8).astype(np.int32)
-
-    def _decode_run(self, ids: np.ndarray) -> str:
-        return ids.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     @cached_property
     def _surfaces(self) -> list[bytes]:
@@ -142,12 +139,8 @@ class Ids(Tokenizer):
                 )
         return np.array([int(word) for word in words], np.int32)
 
-    def decode(self, ids: np.ndarray, mask: str = "░") -> str:
-        return "".join(self.pieces(ids, mask))
-
-    def pieces(self, ids: np.ndarray, mask: str = "░") -> list[str]:
-        words = [str(i) if i < self.size else mask for i in check_ids(ids)]
-        return [*words[:1], *(f" {word}" for word in words[1:])]
+    def _decode(self, ids: Sequence[int], mask: str) -> str:
+        return " ".join(str(i) if i < self.size else mask for i in ids)
 
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
@@ -156,32 +149,54 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
     "characters": Characters,
     "gpt2": GPT2,
     "ids": Ids,
+    "json": LibraryTokenizer,
     "sentencepiece": SentencePiece,
     "text8": Text8,
 }
 
 
-def make_tokenizer(name: str, path: str, corpus: Corpus) -> Tokenizer:
-    """Returns tokenizer `name`: from the files at `path`, or fitted on `corpus`; see its `make`."""
-    return _lookup(name).make(path, corpus)
+def make_tokenizer(name: str, path: str, corpus: Corpus | None) -> Tokenizer:
+    """Returns tokenizer `name`: from the files at `path`, or fitted on `corpus`; see its `make`.
 
-
-def named_tokenizer(name: str) -> Tokenizer:
-    """Returns the tokenizer of "gpt2", "gpt2:FOLDER", "ids:4096", or of a run's tokenizer.json."""
-    kind, _, path = name.partition(":")
-    file = Path(name) if kind in TOKENIZERS else local_path(name)
-    if file.is_file():
-        refuse_pointer_file(file)
-        try:
-            return tokenizer_from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{name!r} is no tokenizer.json of a run: {error}") from error
-    if kind == "characters" or path.startswith("train:"):
+    Or, if that is no name of TOKENIZERS, that of the file or folder `name`: a tokenizer.json of a
+    run or of the `tokenizers` library.
+    """
+    cls = TOKENIZERS.get(name)
+    if cls is not None and not (path and cls in (Bytes, Characters, Text8)):
+        return cls.make(path, corpus)
+    file = local_path(name)
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if cls is None and not file.is_file():
+        raise ValueError(_unknown(name))
+    if path:
         raise ValueError(
-            f"tokenizer {name!r} is fitted on a corpus, which is not here; name the tokenizer.json "
+            f"tokenizer {name!r} needs no files, but tokenizer_path is {path!r}; leave it out, or "
+            "choose tokenizer 'json' for a tokenizer.json there"
+        )
+    refuse_pointer_file(file)
+    stored = load_json(file.read_bytes(), repr(str(file)))
+    if "name" not in stored:
+        return LibraryTokenizer.make(str(file), None)
+    try:
+        return tokenizer_from_dict(stored)
+    except ValueError as error:
+        raise ValueError(f"{name!r} is no tokenizer.json of a run: {error}") from error
+
+
+def named_tokenizer(name: str, path: str = "") -> Tokenizer:
+    """Returns the tokenizer of "gpt2", "gpt2:FOLDER", "ids:4096", or of a tokenizer.json.
+
+    path, if it is not in the name, is that of `make_tokenizer`.
+    """
+    kind, _, rest = name.partition(":")
+    if kind in TOKENIZERS and not path:
+        name, path = kind, rest
+    if name == "characters" or path.startswith("train:"):
+        raise ValueError(
+            f"tokenizer {kind!r} is fitted on a corpus, which is not here; name the tokenizer.json "
             "of a run"
         )
-    return _lookup(kind).make(path and str(local_path(path)), Corpus({}))
+    return make_tokenizer(name, path, None)
 
 
 def tokenizer_from_dict(d: dict[str, Any]) -> Tokenizer:
@@ -189,7 +204,9 @@ def tokenizer_from_dict(d: dict[str, Any]) -> Tokenizer:
     if not isinstance(d, dict) or "name" not in d:
         raise ValueError(f"{shorten(repr(d))} names no tokenizer; give what to_dict returned")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in d.items() if k != "name"}
-    cls = _lookup(d["name"])
+    if d["name"] not in list(TOKENIZERS):  # a list: it may be of any type
+        raise ValueError(_unknown(d["name"]))
+    cls = TOKENIZERS[d["name"]]
     if issubclass(cls, Subwords) and "vocab" in values:  # stored before the library's JSON was
         create, kinds = cls.from_vocabulary, {"vocab": tuple, "merges": tuple}
     else:
@@ -210,12 +227,9 @@ def tokenizer_from_dict(d: dict[str, Any]) -> Tokenizer:
         ) from error
 
 
-def _lookup(name: Any) -> type[Tokenizer]:
-    if not isinstance(name, str) or name not in TOKENIZERS:
-        raise ValueError(
-            f"unknown tokenizer {shorten(repr(name))}; known: {', '.join(sorted(TOKENIZERS))}"
-        )
-    return TOKENIZERS[name]
+def _unknown(name: Any) -> str:
+    known = ", ".join(sorted(TOKENIZERS))
+    return f"unknown tokenizer {shorten(repr(name))}; known: {known}, or a tokenizer.json"
 
 
 def _code_points(text: str) -> np.ndarray:

@@ -103,11 +103,20 @@ def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | N
     tokenizer = tokenizer or model.tokenizer
     if tokenizer is None and model.vocab_size != GPT2_TOKENS:
         raise ValueError(
-            f"the folder names no tokenizer for its {model.vocab_size} tokens; pass tokenizer="
-            f'"name" or "name:path", or "ids:{model.vocab_size}" to read and write ids as numbers'
+            f"the folder names no tokenizer for its {model.vocab_size} tokens; give "
+            "--tokenizer and --tokenizer_path (in Python tokenizer='NAME:PATH'), or tokenizer "
+            f"'ids:{model.vocab_size}' to read and write ids as numbers"
         )
-    if not isinstance(tokenizer, Tokenizer):
-        tokenizer = data.named_tokenizer(tokenizer or "gpt2")  # the only one of the original code
+    if tokenizer is None:
+        try:
+            tokenizer = data.named_tokenizer("gpt2")  # the only one of the original code
+        except ValueError as error:
+            raise ValueError(
+                f"{str(folder)!r} holds no tokenizer; give --tokenizer=gpt2 "
+                f"--tokenizer_path=FOLDER (in Python tokenizer='gpt2:FOLDER'): {error}"
+            ) from error
+    elif not isinstance(tokenizer, Tokenizer):
+        tokenizer = data.named_tokenizer(tokenizer)
     convert.check_tokenizer(tokenizer, model.vocab_size, folder)
     params = convert.read_params(folder, model)
     for notice in model.notices:  # not before an error, which is one line
