@@ -382,20 +382,18 @@ def test_a_model_without_a_run_is_evaluated_on_records_that_it_is_given(
 
 
 def test_a_folder_without_a_tokenizer_takes_one_from_the_command_line(capsys, tiny_run, tmp_path):
-    source, folder = tmp_path / "run", tmp_path / "model"
-    shutil.copytree(tiny_run, source)
-    sedd_jax.load(source).save_pretrained(folder)
+    folder = tmp_path / "model"
+    loading.load(tiny_run).save_pretrained(folder)
     (folder / "sedd_jax.json").unlink()  # as the original code leaves a folder
     assert "--tokenizer and --tokenizer_path" in fails(capsys, sample_command, f"--model={folder}")
     line = fails(capsys, sample_command, f"--model={folder}", "--tokenizer_path=x")
     assert line.endswith("--tokenizer_path needs --tokenizer, the kind of its files")
     named = f"--tokenizer={tiny_run / 'tokenizer.json'}"
-    sample_command([f"--model={folder}", named, "--template=ab[MASK:4]", "--steps=2"])
-    assert "ab" in capsys.readouterr().out
-    few = ["--blocks=4", "--passes=2", "--split=validation"]
-    records = f"--records={records_of(tiny_run)}"
-    eval_command(["likelihood", f"--workdir={folder}", named, records, *few])
-    assert "bits" in capsys.readouterr().out
+    assert sample_command([f"--model={folder}", named, "--template=ab[MASK:4]", "--steps=2"]) == 0
+    assert "\nab" in capsys.readouterr().out
+    few = ["--blocks=2", "--passes=2", "--split=validation"]
+    records = f"--records={tiny_run / 'records'}"
+    assert eval_command(["likelihood", f"--workdir={folder}", named, records, *few]) == 0
     line = fails(capsys, eval_command, "likelihood", "--gpt2=gpt2", records, named)
     assert "--tokenizer is for --workdir" in line
 

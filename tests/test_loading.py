@@ -14,6 +14,7 @@ from original_models import TOKENIZER, golden
 import sedd_jax
 from sedd_jax import experiment
 from sedd_jax.data.tokenizers import Ids
+from sedd_jax.inference import pretrained
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,14 @@ def test_a_folder_of_the_original_code_is_loaded_and_scored():
     given = sedd_jax.load(path, tokenizer=TOKENIZER)
     assert given.sample(1, steps=4) == given.decode(model.sample_tokens(1, steps=4))
     assert "training" in model.original  # its config.json, kept for the way back
+
+
+def test_without_a_network_the_error_says_how_to_name_the_tokenizer(monkeypatch, alone):
+    alone(NOWHERE)
+    monkeypatch.setattr(pretrained, "GPT2_TOKENS", 37)
+    path = golden("hf_absorb/model.safetensors").parent
+    with says("holds no tokenizer; give --tokenizer=gpt2 --tokenizer_path=FOLDER", "cannot get"):
+        sedd_jax.load(path)
 
 
 def test_the_pth_run_of_the_original_is_pointed_to_its_command(tmp_path):

@@ -630,6 +630,39 @@ def test_ids_of_a_tokenizer_with_dropout_are_not_drawn():
     assert tokenizer.encode(text).tolist() == qwen().encode(text).ids
 
 
+def test_a_file_that_is_named_itself_is_what_is_meant(tmp_path):
+    library = library_bpe("<|endoftext|>", add_prefix_space=True)
+    library.model.save(str(tmp_path))
+    library.save(str(tmp_path / "tokenizer.json"))
+    for file in ("vocab.json", "merges.txt"):  # the vocabulary, with GPT-2's settings
+        assert make_tokenizer("gpt2", str(tmp_path / file), None).name == "gpt2"
+    assert make_tokenizer("gpt2", str(tmp_path / "tokenizer.json"), None).name == "json"
+    by_folder = named_tokenizer(str(tmp_path))
+    assert (
+        by_folder == named_tokenizer(f"json:{tmp_path}") == named_tokenizer("json", str(tmp_path))
+    )
+    with says("it is no tokenizer.json of the `tokenizers` library"):
+        make_tokenizer("json", str(tmp_path / "vocab.json"), None)
+    with says("tokenizer 'bytes' needs no files, but tokenizer_path is", "leave it out"):
+        make_tokenizer("bytes", str(tmp_path), None)
+    with says("is an address, not a path"):
+        make_tokenizer("gpt2", "gs://bucket/folder", None)
+
+
+def test_a_byte_level_tokenizer_without_all_the_bytes_is_refused(tmp_path):
+    document = json.loads(tokenizers.GPT2.from_vocabulary(("a", "<|endoftext|>")).library_json)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    for kind in ("gpt2", "json"):
+        with says("lacks 255 of the 256 bytes, '!' first", "give a byte-level vocabulary"):
+            make_tokenizer(kind, str(tmp_path), None)
+
+
+def test_a_pointer_in_place_of_a_sentencepiece_model_is_named_as_such(tmp_path):
+    (tmp_path / "a.model").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    with says("a.model' is a pointer of git-lfs in place of the file; run `git lfs pull`"):
+        make_tokenizer("sentencepiece", str(tmp_path), None)
+
+
 @pytest.mark.parametrize("name", ["vocab.json", "tokenizer.json", "tokenizer_config.json"])
 def test_a_pointer_of_git_lfs_is_named_as_such(name, tmp_path):
     library = qwen()
