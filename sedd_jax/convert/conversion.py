@@ -141,8 +141,8 @@ def recognise(source: Path) -> str:
         return "workdir" if is_run else "hub"
     raise ValueError(
         f"{str(source)!r} holds no model: it is no .pth file of a run, and no folder with "
-        f"{original_run.YAML} or {hub.CONFIG}; give a hub folder, a run of the original, or a "
-        "workdir"
+        f"{original_run.YAML} or {hub.CONFIG}; give the workdir of a sedd-train, a hub folder, or "
+        "a run of the original"
     )
 
 

@@ -94,8 +94,8 @@ def open_tensors(
 
     file is of safetensors, or the index of such files; extra is a pattern of names whose shapes
     are free; model and where, by default the file, are for messages. F32 is read as it is, F16 and
-    BF16 are widened, which is exact. What wrappers put before every name is left out, and told in
-    the log. A file written here holds the sha256 of its names, shapes and bytes, so that every
+    BF16 are widened, which is exact. What wrappers put before every name is left out, which
+    the log says. A file written here holds the sha256 of its names, shapes and bytes, so that every
     change to them is seen; in another's file a flipped bit that leaves a finite number cannot be.
     ValueError, before anything large is allocated, for whatever is wrong.
     """
