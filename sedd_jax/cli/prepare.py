@@ -1,9 +1,37 @@
 """sedd-prepare."""
 
+import argparse
+
 from sedd_jax.cli.arguments import make_parser, name_or_path, path
 
 
 def run(name: str, argv: list[str]) -> None:
+    from sedd_jax import data
+
+    options = _parsed(name, argv)
+    corpus = data.make_corpus(
+        options.dataset,
+        options.manual_dir,
+        options.heldout_fraction,
+        data_dir=options.data_dir,
+        documents=options.documents,
+        detokenizer=options.detokenizer,
+        progress=True,
+    )
+    records = data.make_records(
+        corpus,
+        options.out,
+        tokenizer=options.tokenizer,
+        tokenizer_path=options.tokenizer_path,
+        length=options.length,
+        form=options.form,
+        workers=options.workers,
+        progress=True,
+    )
+    print(data.describe(records))
+
+
+def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     from sedd_jax import data
     from sedd_jax.data.published import HELDOUT_FRACTION
 
@@ -52,24 +80,4 @@ def run(name: str, argv: list[str]) -> None:
         f"openwebtext {HELDOUT_FRACTION})",
     )
     add("--workers", type=int, default=1, help="threads that encode; the result is the same")
-    options = parser.parse_args(argv)
-    corpus = data.make_corpus(
-        options.dataset,
-        options.manual_dir,
-        options.heldout_fraction,
-        data_dir=options.data_dir,
-        documents=options.documents,
-        detokenizer=options.detokenizer,
-        progress=True,
-    )
-    records = data.make_records(
-        corpus,
-        options.out,
-        tokenizer=options.tokenizer,
-        tokenizer_path=options.tokenizer_path,
-        length=options.length,
-        form=options.form,
-        workers=options.workers,
-        progress=True,
-    )
-    print(data.describe(records))
+    return parser.parse_args(argv)

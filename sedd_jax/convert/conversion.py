@@ -71,10 +71,8 @@ def convert(
     source, target, changes = local_path(source), local_path(target), changes or {}
     read = recognise(source)
     _check_options(str(source), read, form, weights, optimizer, tokenizer, changes)
-    if form == "hub":  # all before the weights are read
-        hub.check_target(target, replace)
-    else:
-        check_new(target)
+    # Before the weights are read.
+    hub.check_target(target, replace) if form == "hub" else check_new(target)
     if form == "original":
         step, notices = original_run.export_run(source, target), ()
         run = workdir.open_workdir(source)
