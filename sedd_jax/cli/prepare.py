@@ -1,9 +1,33 @@
 """sedd-prepare."""
 
+import argparse
+
 from sedd_jax.cli.arguments import make_parser, name_or_path, path
 
 
 def run(name: str, argv: list[str]) -> None:
+    from sedd_jax import data
+
+    options = _parsed(name, argv)
+    records = data.make_records(
+        options.dataset,
+        options.out,
+        path=options.manual_dir,
+        heldout_fraction=options.heldout_fraction,
+        data_dir=options.data_dir,
+        documents=options.documents,
+        detokenizer=options.detokenizer,
+        tokenizer=options.tokenizer,
+        tokenizer_path=options.tokenizer_path,
+        length=options.length,
+        form=options.form,
+        workers=options.workers,
+        progress=True,
+    )
+    print(data.describe(records))
+
+
+def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     from sedd_jax import data
     from sedd_jax.data.published import HELDOUT_FRACTION
 
@@ -53,20 +77,4 @@ def run(name: str, argv: list[str]) -> None:
         f"openwebtext {HELDOUT_FRACTION}); 1: all of your own text, to score it",
     )
     add("--workers", type=int, default=1, help="threads that encode; the result is the same")
-    options = parser.parse_args(argv)
-    records = data.make_records(
-        options.dataset,
-        options.out,
-        path=options.manual_dir,
-        heldout_fraction=options.heldout_fraction,
-        data_dir=options.data_dir,
-        documents=options.documents,
-        detokenizer=options.detokenizer,
-        tokenizer=options.tokenizer,
-        tokenizer_path=options.tokenizer_path,
-        length=options.length,
-        form=options.form,
-        workers=options.workers,
-        progress=True,
-    )
-    print(data.describe(records))
+    return parser.parse_args(argv)
