@@ -348,7 +348,7 @@ WEIGHT = "h.1.attn.c_attn.weight"
         (lambda f: (f / "config.json").write_text("3"), "config.json' holds a int, not an"),
         (change_config(model_type="llama"), "model_type 'llama' in .* is not 'gpt2'"),
         (change_config(n_layer=3), "lacks h.2.attn.c_attn.bias and 11 more"),
-        (change_config(n_layer=0), "n_layer 0 in .* is no integer above 0"),
+        (change_config(n_layer=0), "n_layer 0 in .* is not above 0, as in a GPT-2"),
         (change_config(n_head=5), "n_embd 32 in .* is not divisible by n_head 5"),
         (change_config(n_embd="32"), "n_embd '32' in"),
         (change_config(n_ctx=8), "n_ctx 8 in .* is not 16"),

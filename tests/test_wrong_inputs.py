@@ -93,7 +93,7 @@ CASES = [
     Case(f"{TRAIN} --config.seed=-1", "-1", "seed"),
     Case(f"{TRAIN} --dry_run", "--dry_run", "--target=v5e:4x4"),
     Case("train --config=quickstart --dry_run --target=v9:4", "v9", "v5e"),
-    Case("train --config=quickstart --dry_run --target=v5e:4x", "v5e:4x", "v5e:4x4"),
+    Case("train --config=quickstart --dry_run --target=v5e:4x", "v5e:4x", "4x4"),
     Case("train --config=quickstart --dry_run --target=a100:0", "a100:0", "a100"),
     Case(f"{TRAIN} --requeue_status=300", "300", "255"),
     Case(f"{TRAIN} --join_timeout=0", "0", "seconds"),
