@@ -169,7 +169,7 @@ def _pareto(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add_json(parser)
     options = parser.parse_args(argv)
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.steps):
-        raise ValueError(f"--steps {options.steps!r} is not like 32,64,128")
+        raise ValueError(f"--steps {options.steps!r} is not like 32,64,128; see --help")
     if options.picture:
         check_matplotlib("--picture")
     from sedd_jax.evaluation import generations

@@ -230,7 +230,7 @@ def _read_network(file: Path, dtype: jnp.dtype) -> GPT2:
             )
     for field, size in sizes.items():
         if type(size) is not int or size < 1:  # type, because True is an int to isinstance
-            raise ValueError(f"{_SIZES[field]} {size!r} in {where} is no integer above 0")
+            raise ValueError(f"{_SIZES[field]} {size!r} in {where} is not above 0, as in a GPT-2")
     if channels % heads:
         raise ValueError(f"n_embd {channels} in {where} is not divisible by n_head {heads}")
     return GPT2(**sizes, dtype=dtype)

@@ -123,6 +123,7 @@ def check_environment(kind: str | None) -> None:
     needed = [(name, name) for name in JAX_NUMBERS if name in os.environ]
     for shows, numbers in NUMBERS.get(kind, {}).items():
         needed += [(shows, name) for name in numbers if shows in os.environ]
+    needed.sort(key=lambda pair: pair[1] not in os.environ)  # what is wrong before what is missing
     for shows, name in needed:
         text = os.environ.get(name)
         form = r"\d+(,\d+)*" if name == "JAX_LOCAL_DEVICE_IDS" else r"\d+"
