@@ -14,7 +14,7 @@ from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.prepare import check_request, prepare
 from sedd_jax.data.published import PUBLISHED, open_published
 from sedd_jax.data.records import Records, open_records
-from sedd_jax.data.text_files import text
+from sedd_jax.data.text_files import root_of, text
 from sedd_jax.data.tfds import PREFIX, open_tfds
 from sedd_jax.data.tokenizers import make_tokenizer
 from sedd_jax.files import local_path
@@ -50,7 +50,7 @@ def make_corpus(
 
     ValueError for a name, path or file that cannot be used.
     """
-    _check(name, heldout_fraction, documents=documents, detokenizer=detokenizer)
+    _check(name, path, heldout_fraction, documents=documents, detokenizer=detokenizer)
     path = str(local_path(path)) if path else ""
     data_dir = local_path(
         data_dir or os.environ.get("TFDS_DATA_DIR") or Path.home() / "tensorflow_datasets"
@@ -77,13 +77,14 @@ def make_corpus(
 
 def _check(
     name: str,
+    path: str = "",
     heldout_fraction: float | None = None,
     *,
     documents: str = "",
     detokenizer: str = "published",
     **others,
 ) -> None:
-    """ValueError for arguments of make_corpus that are wrong whatever lies on the disk."""
+    """ValueError for arguments of make_corpus that are wrong whatever the files hold."""
     if not is_corpus(name):
         raise ValueError(f"unknown corpus {name!r}; known: {KNOWN_CORPORA}")
     known = ("published", "none", *sorted(DETOKENIZERS))
@@ -97,6 +98,8 @@ def _check(
         )
     if documents and name not in PUBLISHED:
         raise ValueError(f"documents {documents!r} is not for corpus {name!r}; leave it out")
+    if name == "text":
+        root_of(path)
 
 
 def make_records(
@@ -126,7 +129,7 @@ def make_records(
     tokenizer_path = tokenizer_path and str(local_path(tokenizer_path))
     encoder = None
     if isinstance(corpus, str):
-        _check(corpus, **{key: value for key, value in options.items() if key != "path"})
+        _check(corpus, **options)
         path = options.get("path")
         if (
             corpus == "text"

@@ -122,13 +122,19 @@ def _is_read(path: str, files_of: dict[str, Files], heldout_fraction: float) -> 
 # --- which files
 
 
-def _plan(path: str) -> tuple[dict[str, Files], str]:
-    """(files by split, or all under "" where their names say none; what is passed over)."""
+def root_of(path: str) -> Path:
+    """The folder or file of one's own text; ValueError if there is none."""
     if not path:
         raise ValueError(f"{PATH} is empty; name a folder or file of .txt or .jsonl text")
     root = local_path(path)
     if not root.exists():
-        raise ValueError(f"no file or folder at {path!r}; set {PATH} to your text")
+        raise ValueError(f"no file or folder at {str(path)!r}; set {PATH} to your text")
+    return root
+
+
+def _plan(path: str) -> tuple[dict[str, Files], str]:
+    """(files by split, or all under "" where their names say none; what is passed over)."""
+    root = root_of(path)
     if not root.is_dir():
         _check_file(root)
     paths, hidden = _walk(root) if root.is_dir() else ({root.name: root}, 0)
