@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax import experiment
@@ -91,13 +92,7 @@ def convert(
     if tokenizer is not None or form == "workdir":
         hub.check_tokenizer(tokenizer, vocab_size, source)
     if form == "workdir":
-        config = configuration.with_values(config, {"data.tokenizer": tokenizer.name, **changes})
-        for key, value in configuration.flatten(model.config):
-            if key in _FIXED and changes.get(key, value) != value:
-                raise ValueError(
-                    f"config.{key} {changes[key]!r} cannot be set: the weights in {str(source)!r} "
-                    f"are those of {value!r}; leave it out"
-                )
+        config = _changed(config, {"data.tokenizer": tokenizer.name, **changes}, source)
     if form == "original":
         step, notices = original_run.export_run(source, target), ()
     else:
@@ -129,6 +124,17 @@ def convert(
         notices=notices,
         next=FORMS[form].next.format(target=target.absolute() if form == "original" else target),
     )
+
+
+def _changed(config: ConfigDict, changes: Mapping[str, Any], source: Path) -> ConfigDict:
+    """The config with these keys set; ValueError for one that the weights do not allow."""
+    for key, value in configuration.flatten(config):
+        if key in _FIXED and changes.get(key, value) != value:
+            raise ValueError(
+                f"config.{key} {changes[key]!r} cannot be set: the weights in {str(source)!r} are "
+                f"those of {value!r}; leave it out"
+            )
+    return configuration.with_values(config, changes)
 
 
 def recognise(source: Path) -> str:

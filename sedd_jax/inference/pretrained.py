@@ -12,6 +12,7 @@ from sedd_jax import convert, data, experiment, hub
 from sedd_jax.convert import weights
 from sedd_jax.convert.folder import OURS, PICKLED, Pretrained
 from sedd_jax.data.tokenizers import Tokenizer
+from sedd_jax.diffusion.draws import check_settings
 from sedd_jax.files import local_path
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
@@ -53,6 +54,7 @@ def load(
     if dtype is not None and dtype not in configuration.DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
     check_platform()
+    check_settings()
     if mesh is not None and any(d.process_index != jax.process_index() for d in mesh.devices.flat):
         raise ValueError("the mesh has devices of other processes; give one of this process's own")
     folder = local_path(source)
