@@ -131,6 +131,7 @@ CASES = [
     Case("sample --workdir={run} --template=abc", "'abc'", "[MASK"),
     Case("sample --workdir={run} --template=a[MASK:0]", "[MASK:0]", "1"),
     Case("sample --workdir={run} --template=a[mask:3]", "[mask:3]", "[MASK:3]"),
+    Case("sample --workdir={run} --template=a[MASK][Mask]", "[Mask]", "[MASK:3]"),
     Case("sample --workdir={run} --template=a[MASKED]", "[MASKED]", "[MASK"),
     Case("sample --workdir={run} --template=a[MASK:999]", "999", "length"),
     Case("sample --workdir={run} --prefix=a --template=b[MASK]", "--template", "--prefix"),
@@ -279,6 +280,15 @@ CASES = [
     Case(f"{TOKENS} --tokenizer=bytes --tokenizer_path={{tk}}", "tokenizer_path", "bytes"),
     Case(f"{TOKENS} --tokenizer={{tk}}/broken.json", "broken.json", "again"),
     Case(f"{TOKENS} --tokenizer=text8", "text8", "bytes"),
+    Case(f"{TOKENS} --tokenizer=json", "'json'", "--tokenizer_path"),
+    Case(f"{TOKENS} --tokenizer={{tk}}/lfs.json", "lfs.json", "git lfs pull"),
+    Case(
+        f"{TOKENS} --tokenizer=sentencepiece --tokenizer_path={{tk}}/lfs.json",
+        "lfs.json",
+        "git lfs pull",
+    ),
+    Case("sample --workdir={run} --tokenizer_path={tk}", "--tokenizer_path", "--tokenizer,"),
+    Case("sample --workdir={run} --tokenizer=bytes", "{run}", "leave tokenizer out"),
     # --- model folders and runs
     Case("sample --model={models}/lfs", "model.safetensors", "git lfs pull"),
     Case("sample --model={models}/lfs_config", "config.json", "git lfs pull"),
