@@ -659,7 +659,7 @@ def test_a_byte_level_tokenizer_without_all_the_bytes_is_refused(tmp_path):
 
 def test_a_pointer_in_place_of_a_sentencepiece_model_is_named_as_such(tmp_path):
     (tmp_path / "a.model").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
-    with says("a.model' is a pointer of git-lfs in place of the file; run `git lfs pull`"):
+    with says("a.model' is git-lfs's pointer to the file, not the file; run `git lfs pull`"):
         make_tokenizer("sentencepiece", str(tmp_path), None)
 
 
@@ -671,7 +671,7 @@ def test_a_pointer_of_git_lfs_is_named_as_such(name, tmp_path):
         library.save(str(tmp_path / "tokenizer.json"))
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 8\n"
     (tmp_path / name).write_text(pointer)
-    with says(f"{name}' is a pointer of git-lfs in place of the file; run `git lfs pull`"):
+    with says(f"{name}' is git-lfs's pointer to the file, not the file; run `git lfs pull`"):
         make_tokenizer("gpt2", str(tmp_path), None)
 
 

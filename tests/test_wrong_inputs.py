@@ -142,8 +142,10 @@ CASES = [
     Case("eval fid --workdir={run}", "'fid'", "mauve"),
     Case("eval likelihood", "--workdir", "--gpt2"),
     Case("eval likelihood --workdir={hub}", "hub_absorbing", "--records"),
-    Case("eval likelihood --workdir={hub} --records={records} --split=dev", "'dev'", "validation"),
-    Case("eval likelihood --workdir={hub} --records={text}", "{text}", "sedd-prepare"),
+    Case("eval likelihood --workdir={run} --split=dev", "'dev'", "validation"),
+    Case(
+        "eval likelihood --workdir={hub} --records={text}", "{text}", "name the folder of records"
+    ),
     Case("eval likelihood --workdir={run} --passes=3", "3", "even"),
     Case("eval likelihood --workdir={run} --blocks=0", "0", "1 or more"),
     Case("eval likelihood --workdir={run} --batch_size=0", "0", "batch_size"),
