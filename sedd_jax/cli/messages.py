@@ -46,6 +46,7 @@ def plain_output() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is not, and takes all
         sys.stdout.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("sedd_jax")
+    level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.propagate = False
     handler = logging.StreamHandler()  # for each command: a notebook or a test replaces sys.stderr
@@ -54,3 +55,5 @@ def plain_output() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from sedd_jax.cli.arguments import joined
 from sedd_jax.cli.messages import say
 from sedd_jax.files import local_path
 
@@ -93,7 +94,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
     define("requeue_status", _WholeNumber(lower_bound=0, upper_bound=255), 0)
     flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
     try:
-        rest = values([name, *argv])[1:]
+        rest = values([name, *joined(argv)])[1:]
     except flags.UnrecognizedFlagError as error:
         near = difflib.get_close_matches(error.flagname, list(values), n=3)
         known = f"did you mean --{', --'.join(near)}?" if near else f"{name} --help lists the flags"
