@@ -102,7 +102,11 @@ def test_the_home_folder_is_that_everywhere(home, tiny_run, capsys):
 
 
 def test_every_flag_of_training_takes_its_value_after_a_space(tiny_config):
-    values = dict(config.flatten(tiny_config)) | {"mesh.fsdp": -1, "data.path": "my text"}
+    values = dict(config.flatten(tiny_config)) | {
+        "mesh.data": 1,
+        "mesh.fsdp": -1,
+        "data.path": "my text",
+    }
     keys = [(f"--config.{key}", str(value)) for key, value in values.items()]
     others = [("--workdir", "my run"), ("--config", "quickstart"), ("--join_timeout", "7")]
     pairs = [*keys, *others]
