@@ -81,10 +81,7 @@ def convert(
     read = recognise(source)
     _check_options(str(source), read, form, weights, optimizer, tokenizer, changes)
     # All that can be refused without the weights is, before they are read.
-    if form == "hub":
-        hub.check_target(target, replace)
-    else:
-        check_new(target)
+    hub.check_target(target, replace) if form == "hub" else check_new(target)
     if "workdir" in (read, form):
         check_platform()
     model = _OPEN[read](source)
@@ -97,7 +94,6 @@ def convert(
         step, notices = original_run.export_run(source, target), ()
     else:
         model, state = _read(source, read, form, weights, optimizer)
-        model = model._replace(tokenizer=tokenizer)
         step, notices = model.step, model.notices
     # Without a tokenizer, load takes that of GPT-2.
     if tokenizer is None and original_config.TOKENIZERS.get(vocab_size) != "gpt2":
@@ -112,7 +108,7 @@ def convert(
             original=model.original,
         )
     elif form == "hub":
-        hub.write_folder(target, model, replace=replace)
+        hub.write_folder(target, model._replace(tokenizer=tokenizer), replace=replace)
     expected = names.expected_tensors(config, vocab_size)
     return Conversion(
         read=FORMS[read].words,
