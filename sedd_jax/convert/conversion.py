@@ -36,10 +36,7 @@ FORMS = {
 
 
 # What the weights were made for: with another value they are of other shapes or mean nothing.
-_FIXED = (
-    "graph.name", "graph.scale_by_sigma", "model.hidden_size", "model.blocks", "model.heads",
-    "model.cond_dim",
-)  # fmt: skip
+_FIXED = [key for key in hub.SHAPING if key.startswith(("graph.", "model."))]
 
 
 class Conversion(NamedTuple):
@@ -93,7 +90,7 @@ def convert(
     if form == "original":
         step, notices = original_run.export_run(source, target), ()
     else:
-        model, state = _read(source, read, form, weights, optimizer)
+        model, state = _read(model, source, read, form, weights, optimizer)
         step, notices = model.step, model.notices
     # Without a tokenizer, load takes that of GPT-2.
     if tokenizer is None and original_config.TOKENIZERS.get(vocab_size) != "gpt2":
@@ -192,29 +189,34 @@ def _check_options(
 
 
 def _read(
-    source: Path, read: str, form: str, weights: str, optimizer: bool
+    model: Pretrained, source: Path, read: str, form: str, weights: str, optimizer: bool
 ) -> tuple[Pretrained, dict[str, Any]]:
-    """(the model, arguments of `experiment.imported_state` to train it further)."""
+    """(the opened model and its parameters, arguments of `experiment.imported_state`)."""
     if (read, form) == ("original", "workdir"):
         return original_run.read_training(source, optimizer=optimizer)
     if read == "original":
         model = original_run.read_run(source, weights)
+    elif read == "workdir":
+        model = read_workdir(source, weights)
     else:
-        model = hub.read_folder(source) if read == "hub" else read_workdir(source, weights)
+        model = model._replace(params=hub.read_params(source, model))
     if form == "workdir":
         fresh = "training starts at step 0: a hub folder holds no optimizer"
         model = model._replace(notices=(*model.notices, fresh))
     return model, {"params": model.params, "ema": model.params}
 
 
-def open_workdir(source: Path) -> Pretrained:
+def _of_run(run: workdir.Workdir) -> Pretrained:
     """The model of a training run, without its parameters and its step."""
-    run = workdir.open_workdir(source)
     vocab_size = run.tokenizer.vocab_size
     return Pretrained(run.config, vocab_size, None, run.tokenizer, original=run.original)
 
 
-_OPEN = {"hub": hub.open_folder, "original": original_run.open_run, "workdir": open_workdir}
+_OPEN = {
+    "hub": hub.open_folder,
+    "original": original_run.open_run,
+    "workdir": lambda source: _of_run(workdir.open_workdir(source)),
+}
 
 
 def read_workdir(
@@ -224,11 +226,10 @@ def read_workdir(
 
     step: of the checkpoint with that average; None for the newest.
     """
-    source = local_path(source)
-    run, model = workdir.open_workdir(source), open_workdir(source)
+    run = workdir.open_workdir(local_path(source))
     if weights == "ema":  # whose numbers sedd-report has written
         (step, params), about = workdir.read_average(run, mesh, step), workdir.about(run)
     else:
         train_state, about = workdir.read_state(run), {"weights": weights}
         step, params = int(train_state.step), train_state.params
-    return model._replace(params=params, step=step, about=about)
+    return _of_run(run)._replace(params=params, step=step, about=about)

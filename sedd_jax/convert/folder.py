@@ -30,7 +30,7 @@ FORMAT = 1
 MAX_OURS = 1 << 27  # bytes of sedd_jax.json: it holds the tokenizer
 # What fixes the function that the weights stand for, and its length. The original has no field
 # for schedule.eps, and the sigmas mean something to the geometric schedule alone.
-_SHAPING = (
+SHAPING = (
     "vocab_size", "data.length", "graph.name", "graph.scale_by_sigma", "schedule.name",
     "model.hidden_size", "model.blocks", "model.heads", "model.cond_dim",
 )  # fmt: skip
@@ -151,7 +151,7 @@ def _check_agreement(folder: Path, theirs: tuple, ours: tuple) -> None:
         {**dict(configuration.flatten(config)), "vocab_size": vocab_size}
         for config, vocab_size in (theirs, ours)
     )
-    for key in _SHAPING + (_SIGMAS if one["schedule.name"] == "geometric" else ()):
+    for key in SHAPING + (_SIGMAS if one["schedule.name"] == "geometric" else ()):
         if one[key] != other[key]:
             raise ValueError(
                 f"{key} in {str(folder)!r} is {one[key]!r} by {CONFIG} and {other[key]!r} by "
