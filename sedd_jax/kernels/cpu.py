@@ -64,46 +64,52 @@ def transposed(a: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(a, cpu=copied, default=lambda a: a.swapaxes(-1, -2))
 
 
-def linear(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, axes: int, *, is_one_cpu: bool
-) -> jax.Array:
+def linear(x: jax.Array, kernel: jax.Array, axes: int, *, is_one_cpu: bool) -> jax.Array:
     """matmul.linear; is_one_cpu: the arrays are whole on a CPU.
 
     A CPU has fast matmuls of two matrices in one order only, of bfloat16 only with a result in
     float32. Elsewhere a flattened kernel would lose its split over devices.
     """
     if not (is_one_cpu and CPU_SUMS_IN_FLOAT32):
-        return matmul.linear(x, kernel, bias, axes)
+        return matmul.linear(x, kernel, axes)
     inputs = math.prod(kernel.shape[:axes])
-    flat_bias = None if bias is None else bias.reshape(-1)
-    flat = _linear(x.reshape(-1, inputs), kernel.reshape(inputs, -1), flat_bias)
+    flat = _linear(x.reshape(-1, inputs), kernel.reshape(inputs, -1))
     return flat.reshape(*x.shape[: x.ndim - axes], *kernel.shape[axes:])
 
 
 @jax.custom_vjp
-def _linear(x, kernel, bias):
-    out = einsum("mk,kn->mn", x, kernel.astype(x.dtype))
-    return (out if bias is None else out + bias).astype(x.dtype)
-
-
-def _linear_forward(x, kernel, bias):
-    return _linear(x, kernel, bias), (x, kernel, bias)
+def _linear(x, kernel):
+    return einsum("mk,kn->mn", x, kernel.astype(x.dtype)).astype(x.dtype)
 
 
 def _linear_backward(saved, d_out):
-    x, kernel, bias = saved
+    x, kernel = saved
     d_x = einsum("mn,kn->mk", d_out, kernel.astype(x.dtype)).astype(x.dtype)
     if x.shape[1] <= d_out.shape[1]:  # the smaller one is transposed
-        d_kernel = einsum("km,mn->kn", transposed(x), d_out)
-    else:
-        d_kernel = transposed(einsum("nm,mk->nk", transposed(d_out), x))
+        return d_x, einsum("km,mn->kn", transposed(x), d_out)
+    return d_x, transposed(einsum("nm,mk->nk", transposed(d_out), x))
+
+
+_linear.defvjp(lambda x, kernel: (_linear(x, kernel), (x, kernel)), _linear_backward)
+
+
+def add_bias(x: jax.Array, bias: jax.Array, *, is_one_cpu: bool) -> jax.Array:
+    """matmul.add_bias of x [..., C]."""
+    return (_add_bias if is_one_cpu and CPU_SUMS_IN_FLOAT32 else matmul.add_bias)(x, bias)
+
+
+@jax.custom_vjp
+def _add_bias(x, bias):
+    return matmul.add_bias(x, bias)
+
+
+def _add_bias_backward(_, d_out):
+    rows = d_out.reshape(-1, d_out.shape[-1])
     # Of bfloat16, the CPU's sum over rows is much slower than a matmul.
-    ones = jnp.ones((1, d_out.shape[0]), d_out.dtype)
-    d_bias = None if bias is None else einsum("om,mn->on", ones, d_out)[0]
-    return d_x, d_kernel, d_bias
+    return d_out, einsum("om,mn->on", jnp.ones((1, rows.shape[0]), rows.dtype), rows)[0]
 
 
-_linear.defvjp(_linear_forward, _linear_backward)
+_add_bias.defvjp(lambda x, bias: (_add_bias(x, bias), None), _add_bias_backward)
 
 
 def update_if(

@@ -29,13 +29,16 @@ def einsum(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(a, b, cpu=widened, default=plain)
 
 
-def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, axes: int = 1) -> jax.Array:
-    """x [..., *inputs] times kernel [*inputs, *outputs] plus bias [*outputs], in the dtype of x.
+def linear(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+    """x [..., *inputs] times the float32 kernel [*inputs, *outputs], in the dtype of x.
 
-    axes is the number of inputs. Kernel and bias are float32.
+    axes is the number of inputs.
     """
     contracted = (tuple(range(x.ndim - axes, x.ndim)), tuple(range(axes)))
     kernel = kernel.astype(x.dtype)
-    out = jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision=precision(x.dtype))
-    # In float32, in which the gradient of the bias is then summed.
-    return out if bias is None else (out.astype(jnp.float32) + bias).astype(x.dtype)
+    return jax.lax.dot_general(x, kernel, (contracted, ((), ())), precision=precision(x.dtype))
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x plus the float32 bias, in the dtype of x; the gradient of the bias is summed in float32."""
+    return (x.astype(jnp.float32) + bias).astype(x.dtype)

@@ -18,6 +18,10 @@ from sedd_jax.kernels.cpu import transposed
 from sedd_jax.kernels.matmul import einsum
 
 
+# The least number and not -inf, whose difference from itself is not a number.
+LEAST = float(jnp.finfo(jnp.float32).min)
+
+
 class Tile(NamedTuple):
     """The logits that exist at a time."""
 
@@ -27,7 +31,7 @@ class Tile(NamedTuple):
 
 # On a CPU a tile's logits fit into the cache, and little is wasted on a last tile that is not full.
 # An accelerator wants fewer and larger matmuls.
-TILES = {"cpu": Tile(96, 12_672), "gpu": Tile(2048, 8192), "tpu": Tile(2048, 8192)}
+TILES = {"cpu": Tile(96, 12_672), "gpu": Tile(2048, 16_896), "tpu": Tile(2048, 8192)}
 # Logits of one block of draws, whole rows. A step of the sampler draws few tokens, which a CPU
 # would notice.
 DRAWN_LOGITS = {"cpu": 2**20, "gpu": 2**22, "tpu": 2**22}
@@ -142,31 +146,52 @@ def _total_and_pick(tile, hidden, weight, bias, excluded, targets, order):
 
 
 def _forward(tile, hidden, weight, bias, excluded, targets, order):
-    rows = [_padded(a[order.position], tile.positions) for a in (hidden, excluded, targets)]
+    rows = [_padded(a[order.position], tile.positions) for a in (hidden, excluded)]
+    narrow = weight.astype(hidden.dtype)
 
     def token_block(carry, part):
         def body(i, carry):
-            hidden, excluded, targets = (_block(a, i, tile.positions) for a in rows)
-            highest, total, pick = (_block(a, i, tile.positions) for a in carry)
-            table = part.logits(hidden)
-            others = jnp.where(part.tokens != excluded[:, None], table, -jnp.inf)
+            hidden, excluded = (_block(a, i, tile.positions) for a in rows)
+            highest, total = (_block(a, i, tile.positions) for a in carry)
+            table = jnp.maximum(part.logits(hidden), LEAST)
+            table = jnp.where(part.tokens == excluded[:, None], LEAST, table)
+            top, part_total = _max_and_sum(table)
             # The sum of exp(logit - highest), rescaled whenever a block has a higher logit.
-            higher = jnp.maximum(highest, others.max(axis=-1))
-            total = total * jnp.exp(highest - higher)
-            total += jnp.exp(others - higher[:, None]).sum(axis=-1)
-            pick = part.pick(table, targets, otherwise=pick)
-            return jax.tree.map(lambda a, b: _with_block(a, b, i), carry, (higher, total, pick))
+            higher = jnp.maximum(highest, top)
+            total = total * jnp.exp(highest - higher) + part_total * jnp.exp(top - higher)
+            return jax.tree.map(lambda a, b: _with_block(a, b, i), carry, (higher, total))
 
         return jax.lax.fori_loop(0, -(-order.count // tile.positions), body, carry)
 
     size = rows[0].shape[0]
-    # The least number and not -inf, whose difference from itself is not a number.
-    least = jnp.full(size, jnp.finfo(jnp.float32).min)
-    start = (least, jnp.zeros(size), jnp.zeros(size))
-    highest, total, pick = _scan_tokens(token_block, start, tile, weight.astype(hidden.dtype), bias)
+    start = jnp.full(size, LEAST), jnp.zeros(size)
+    highest, total = _scan_tokens(token_block, start, tile, narrow, bias)
     log_total = highest + jnp.log(total)  # in that order, and -inf beyond the last block
+    is_token = (targets >= 0) & (targets < weight.shape[0])
+    at_target = narrow[targets].astype(jnp.float32)
+    pick = (hidden.astype(jnp.float32) * at_target).sum(axis=-1) + bias[targets]
     saved = (hidden, weight, bias, excluded, targets, order, log_total)
-    return (log_total[order.rank], pick[order.rank]), saved
+    return (log_total[order.rank], jnp.where(is_token, pick, 0.0)), saved
+
+
+def _max_and_sum(table):
+    """Of [p, v]: the largest of each row, and the sum of exp(entry - it)."""
+
+    def in_two_passes(table):
+        top = table.max(axis=-1)
+        return top, jnp.exp(table - top[:, None]).sum(axis=-1)
+
+    def in_one_pass(table):  # for a GPU, whose passes cost what reading the table takes
+        def combine(a, b):
+            top = jnp.maximum(a[0], b[0])
+            return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
+
+        start = jnp.float32(LEAST), jnp.float32(0.0)
+        return jax.lax.reduce((table, jnp.ones_like(table)), start, combine, (1,))
+
+    return jax.lax.platform_dependent(
+        table, cuda=in_one_pass, rocm=in_one_pass, default=in_two_passes
+    )
 
 
 def _backward(tile, saved, cotangents):
@@ -191,8 +216,9 @@ def _backward(tile, saved, cotangents):
             is_target = part.is_new & (part.tokens == targets[:, None])
             d_logits = jnp.where(is_other, p * d_total[:, None], 0.0)
             d_logits += jnp.where(is_target, d_pick[:, None], 0.0)
-            d_bias += d_logits.sum(axis=0)
-            d_logits = d_logits.astype(hidden.dtype)
+            # The barrier has d_logits written once, in hidden's dtype, and not once for each use.
+            d_logits = jax.lax.optimization_barrier(d_logits.astype(hidden.dtype))
+            d_bias += d_logits.sum(axis=0, dtype=jnp.float32)
             if d_logits.dtype == jnp.float32:
                 d_part += einsum("pv,pc->vc", d_logits, hidden)
             else:
@@ -243,13 +269,6 @@ class _TokenBlock(NamedTuple):
     def logits(self, hidden):
         """Of [p, C], float32 [p, v]; -inf where not new."""
         return logits(hidden, self.weight, jnp.where(self.is_new, self.bias, -jnp.inf))
-
-    def pick(self, table, targets, *, otherwise):
-        """The logit of each target that is in this block, [p]; otherwise elsewhere."""
-        column = targets - self.tokens[0]
-        inside = jnp.clip(column, 0, self.tokens.shape[0] - 1)
-        picked = jnp.take_along_axis(table, inside[:, None], axis=-1)[:, 0]
-        return jnp.where((column == inside) & self.is_new[inside], picked, otherwise)
 
     def written(self, whole, part):
         """whole [V, ...] with part as the rows of this block."""

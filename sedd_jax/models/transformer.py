@@ -13,9 +13,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from sedd_jax.kernels import cpu
+from sedd_jax.kernels import cpu, for_platform
 from sedd_jax.kernels.attention import attention, saves_cudnn
+from sedd_jax.kernels.elementwise import gelu, keep_masks, modulated_norm
 from sedd_jax.kernels.matmul import Precision
 from sedd_jax.parallel.sharding import Placement
 
@@ -24,16 +26,22 @@ MLP_RATIO = 4
 ROTARY_BASE = 10_000.0
 LAYER_NORM_EPSILON = 1e-5
 
-# What a block saves for the backward pass beside its input, numbers per channel of a token:
-#     matmul     results of qkv 3, out 1, up 4, down 1
-#     attention  what flash attention's gradient needs: its result 1, a float32 per head
-# Everything else (norms, modulation, rotation, GELU, dropout masks, the sums) is recomputed there.
-# Each value of config.model.remat saves less than the one before and takes more time.
+# What a block saves for the backward pass beside its input, by name, numbers per channel of a token:
+#     heads       q, k and v after rotation, 3
+#     attention   what flash attention's gradient needs: its result 1, a float32 per head
+#     out, up, down   results of these matmuls before their biases, 1, 4 and 1
+#     normed 2, residual 1 (float32), dropout 2 (bytes), and small ones: statistics, modulation
+# What is not saved is recomputed there. Each value of config.model.remat saves less than the one
+# before and takes more time.
+MATMULS = ("heads", "out", "up", "down")
 SAVED = {
-    "none": ("matmul", "attention"),
-    "elementwise": ("matmul",),
+    "none": (*MATMULS, "attention", "normed", "residual", "dropout", "statistics", "modulation"),
+    "elementwise": (*MATMULS, "attention"),
     "blocks": (),
 }
+# Whether the blocks are compiled one by one or, as a loop, once. A loop stacks what they save and
+# copies it out again; its program is compiled in a time that does not grow with their number.
+IS_UNROLLED = {"cpu": False, "gpu": True, "tpu": False}
 
 
 def saving(names):
@@ -74,20 +82,22 @@ def rotate(x: jax.Array) -> jax.Array:
     length, size = x.shape[1], x.shape[-1]
     inverse = ROTARY_BASE ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
     angles = (jnp.arange(length, dtype=jnp.float32)[:, None] * inverse)[:, None, :]  # [L, 1, K/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return rotated.astype(x.dtype)
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)
+    sin = jnp.stack([-sin, sin], axis=-2)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, size // 2)
+    rotated = halves * cos + jnp.flip(halves, axis=-2) * sin
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x [B, L, C] scaled and shifted by the noise level's [B, 1, C]."""
-    return x * (1.0 + scale) + shift
+class ModulatedNorm(nn.Module):
+    """x -> (x, modulate(norm(x))), the latter in `dtype`: see modulated_norm."""
 
+    dtype: jnp.dtype
 
-def layer_norm(name: str) -> nn.LayerNorm:
-    """With weight and no bias, in float32."""
-    return nn.LayerNorm(epsilon=LAYER_NORM_EPSILON, use_bias=False, dtype=jnp.float32, name=name)
+    @nn.compact
+    def __call__(self, x, shift, scale):
+        weight = self.param("scale", nn.initializers.ones_init(), x.shape[-1:])
+        return modulated_norm(LAYER_NORM_EPSILON, self.dtype, x, weight, shift, scale)
 
 
 class Modulation(nn.Module):
@@ -104,16 +114,14 @@ class Modulation(nn.Module):
             self.count * self.size, kernel_init=zeros, precision=Precision.HIGHEST, name="linear"
         )
         out = self.placement.rows(dense(conditioning))
-        return jnp.split(out[:, None], self.count, axis=-1)
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """The tanh form, computed in float32."""
-    return nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+        return checkpoint_name(jnp.split(out[:, None], self.count, axis=-1), "modulation")
 
 
 class Linear(nn.Module):
-    """[..., *inputs] -> [..., *outputs] in `dtype`, as flax's DenseGeneral over the last axes."""
+    """[..., *inputs] -> [..., *outputs] in `dtype`, as flax's DenseGeneral over the last axes.
+
+    The matmul's result is saved for the backward pass where SAVED has the module's name.
+    """
 
     outputs: tuple[int, ...]
     dtype: jnp.dtype
@@ -130,12 +138,13 @@ class Linear(nn.Module):
             return _torch_linear(key, flat).reshape(shape)
 
         kernel = self.param("kernel", kernel_init, (*inputs, *self.outputs))
-        bias = None
+        is_one_cpu = self.placement.is_one_cpu
+        out = cpu.linear(x.astype(self.dtype), kernel, self.axes, is_one_cpu=is_one_cpu)
+        out = cpu.save(out, self.name, self.placement.platform)
         if self.has_bias:
             bias = self.param("bias", _torch_bias(flat[0]), self.outputs, jnp.float32)
-        x = x.astype(self.dtype)
-        out = cpu.linear(x, kernel, bias, self.axes, is_one_cpu=self.placement.is_one_cpu)
-        return cpu.save(out, "matmul", self.placement.platform)
+            out = cpu.add_bias(out, bias, is_one_cpu=is_one_cpu)
+        return out
 
 
 class Block(nn.Module):
@@ -156,11 +165,8 @@ class Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
             6, size, self.placement, name="modulation"
         )(conditioning)
-        norm_1, norm_2 = (layer_norm(name) for name in ("norm_1", "norm_2"))
-
-        def dropout(branch):
-            drop = nn.Dropout(self.dropout, deterministic=self.deterministic)
-            return drop(branch.astype(jnp.float32))
+        norm_1, norm_2 = (ModulatedNorm(self.dtype, name=name) for name in ("norm_1", "norm_2"))
+        dropout_1, dropout_2 = self.dropouts(x.shape)
 
         def mix(heads, lengths):
             how = {"implementation": self.attention, "platform": self.placement.platform}
@@ -169,16 +175,31 @@ class Block(nn.Module):
         def attend(x):
             qkv = linear((3, self.heads, size // self.heads), name="qkv")(x)
             q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))  # [B, L, H, K]
-            mixed = self.placement.over_heads(mix, (rotate(q), rotate(k), v), lengths)
+            heads = rotate(q), rotate(k), v
+            heads = tuple(cpu.save(a, "heads", self.placement.platform) for a in heads)
+            mixed = self.placement.over_heads(mix, heads, lengths)
             return linear((size,), axes=2, name="out")(mixed)
 
         def mlp(x):
             x = linear((MLP_RATIO * size,), has_bias=True, name="up")(x)
             return linear((size,), has_bias=True, name="down")(gelu(x))
 
-        x = x + gate_1 * dropout(attend(modulate(norm_1(x), shift_1, scale_1)))
-        x = x + gate_2 * dropout(mlp(modulate(norm_2(x), shift_2, scale_2)))
+        x, normed = norm_1(x, shift_1, scale_1)
+        x = checkpoint_name(x + gate_1 * dropout_1(attend(normed)), "residual")
+        x, normed = norm_2(x, shift_2, scale_2)
+        x = x + gate_2 * dropout_2(mlp(normed))
         return self.placement.rows(x), None
+
+    def dropouts(self, shape):
+        """The dropout of each of the two branches, float32 out."""
+        if self.deterministic or self.dropout == 0.0:
+            return 2 * (lambda branch: branch.astype(jnp.float32),)
+        masks = keep_masks(self.make_rng("dropout"), 2, shape, self.dropout)
+
+        def dropout(mask, branch):
+            return jnp.where(mask, branch.astype(jnp.float32) / (1.0 - self.dropout), 0.0)
+
+        return tuple(functools.partial(dropout, mask) for mask in masks)
 
 
 class Transformer(nn.Module):
@@ -229,12 +250,16 @@ class Transformer(nn.Module):
         conditioning = embedded("sigma_2", self.cond_dim)(nn.silu(conditioning))
         conditioning = self.placement.rows(nn.silu(conditioning))
 
+        is_unrolled = for_platform(IS_UNROLLED, self.placement.platform)
+        # In a loop nothing that is recomputed can be merged with what it was computed from.
+        block = nn.remat(Block, prevent_cse=is_unrolled, policy=saving(SAVED[self.remat]))
         scanned = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=saving(SAVED[self.remat])),
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=self.blocks,
+            unroll=self.blocks if is_unrolled else 1,
         )
         lengths = None if is_token is None else is_token.sum(axis=-1, dtype=jnp.int32)
         x, _ = scanned(
@@ -250,8 +275,8 @@ class Transformer(nn.Module):
         shift, scale = Modulation(2, self.hidden_size, self.placement, name="modulation")(
             conditioning
         )
-        x = modulate(layer_norm("norm")(x), shift, scale)
-        hidden = self.placement.rows(x.astype(self.dtype))
+        _, hidden = ModulatedNorm(self.dtype, name="norm")(x, shift, scale)
+        hidden = self.placement.rows(hidden)
         weight = self.param("head_weight", zeros, table)
         bias = self.param("head_bias", zeros, (self.dim,))
         return Output(hidden, self.placement.whole(weight), bias)
