@@ -55,8 +55,9 @@ def get_config():
     config.model.cond_dim = 128  # width of the noise level's embedding
     config.model.dropout = 0.1  # probability
     config.model.dtype = "bfloat16"  # of the matmuls: float32 or bfloat16
-    # What the backward pass recomputes, for less memory and more time: none (but for elementwise
-    # steps), elementwise (attention too: all but the matmuls with weights), blocks (all)
+    config.model.residual_dtype = "float32"  # of the residual stream; bfloat16: half its memory
+    # What the backward pass recomputes, for less memory and more time: none (but GELU), elementwise
+    # (all elementwise steps: norms, dropout, sums), blocks (all)
     config.model.remat = "none"
     config.model.attention = "auto"  # what suits the device, or xla, cudnn (GPU), splash (TPU)
 

@@ -104,6 +104,7 @@ KEYS: dict[str, Constraint] = {
     "model.cond_dim": _whole(1),
     "model.dropout": _DECAY,
     "model.dtype": _one_of(DTYPES),
+    "model.residual_dtype": _one_of(DTYPES),
     "model.remat": _one_of(SAVED),
     "model.attention": _one_of({"auto": None, **attention.FORMS}),
     "optimizer.learning_rate": _POSITIVE,
@@ -158,7 +159,7 @@ MAY_CHANGE = (
 MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh", "profile")
 
 # Keys that a saved config may lack: runs from before them did what the default says.
-AS_BEFORE = ("optimizer.mu_dtype",)
+AS_BEFORE = ("optimizer.mu_dtype", "model.residual_dtype")
 # Keys that saved configs may still hold, and why they went.
 RETIRED = {"model.head": "a Triton kernel for the head was slower on a GPU than plain JAX"}
 

@@ -222,7 +222,8 @@ def _build(table: Mapping[str, type], section: ConfigDict, **fields: Any) -> Any
 def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Transformer:
     """The network for the graph's states, its activations split as their rows on the mesh."""
     check_settings()
-    fields = {**config.model.to_dict(), "dtype": DTYPES[config.model.dtype]}
+    fields = config.model.to_dict()
+    fields |= {key: DTYPES[fields[key]] for key in ("dtype", "residual_dtype")}
     return Transformer(dim=graph.dim, placement=Placement(mesh), **fields)
 
 

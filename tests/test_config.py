@@ -252,7 +252,8 @@ def _is_adam(node):
 def test_a_run_from_before_the_moments_had_a_dtype_goes_on():
     config = shipped("quickstart")
     older = config.to_dict()
-    del older["optimizer"]["mu_dtype"], older["model"]["attention"]
+    del older["optimizer"]["mu_dtype"], older["model"]["residual_dtype"]
+    del older["model"]["attention"]
     again = configuration.from_json(json.dumps(older))
     assert configuration.differences(again, config) == []
 

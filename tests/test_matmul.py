@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.kernels.cpu import as_bits, from_bits, linear, save, transposed
+from sedd_jax.kernels.cpu import add_bias, as_bits, from_bits, linear, save, transposed
 from sedd_jax.kernels.matmul import CPU_SUMS_IN_FLOAT32, einsum
 
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -40,7 +40,9 @@ def test_a_layer_and_its_gradients_are_lax_dot_generals(
 
     def answers(x, is_one_cpu):
         def cost(x, kernel, bias):
-            out = linear(x, kernel, bias, axes, is_one_cpu=is_one_cpu)
+            out = linear(x, kernel, axes, is_one_cpu=is_one_cpu)
+            if has_bias:
+                out = add_bias(out.reshape(-1, bias.size), bias.ravel(), is_one_cpu=is_one_cpu)
             weighted = jnp.sin(jnp.arange(out.size)).reshape(out.shape) * out.astype(jnp.float32)
             return weighted.sum(), out
 
@@ -61,7 +63,7 @@ def test_a_layer_and_its_gradients_are_lax_dot_generals(
 @pytest.mark.parametrize("is_one_cpu", [True, False])
 def test_one_cpu_takes_flat_matmuls(is_one_cpu):
     def layer(x, kernel):
-        return linear(x, kernel, None, 1, is_one_cpu=is_one_cpu)
+        return linear(x, kernel, 1, is_one_cpu=is_one_cpu)
 
     program = str(jax.make_jaxpr(layer)(jnp.zeros((2, 3, 4)), jnp.zeros((4, 5))))
     assert ("6,4" in program) == (is_one_cpu and CPU_SUMS_IN_FLOAT32)

@@ -164,6 +164,16 @@ def test_bfloat16_is_close_to_float32_and_leaves_the_parameters_alone():
     assert error.mean() < 0.03
 
 
+def test_the_residual_stream_may_be_bfloat16():
+    tokens, _, params = tokens_and_params()
+    narrow = network(residual_dtype=jnp.bfloat16)
+    tables = [log_score(model, params, Absorbing(VOCAB), tokens) for model in (network(), narrow)]
+    error = np.abs(tables[0] - tables[1])
+    assert 0 < error.max() < 0.15 and error.mean() < 0.03
+    saved = saved_arrays(network(residual_dtype=jnp.bfloat16, dtype=jnp.bfloat16, dropout=0.1))
+    assert not [leaf for leaf in saved if leaf.dtype == jnp.float32]
+
+
 def test_rows_of_a_batch_do_not_see_each_other():
     tokens, _, params = tokens_and_params()
     order = jnp.array([2, 0, 1])

@@ -21,27 +21,29 @@ GELU_CUBE = 0.044715
 def modulated_norm(epsilon, dtype, x, weight, shift, scale):
     """(x, layer_norm(x) * weight * (1 + scale) + shift) of x [B, L, C], the latter in dtype.
 
-    All else is float32: weight [C], the noise level's shift and scale [B, 1, C]. x is returned for
-    the residual sum: both its gradients meet here and are added in the pass that computes one.
+    weight [C] and the noise level's shift and scale [B, 1, C] are float32, and so is what is
+    computed. x is returned for the residual sum: both its gradients meet here and are added in the
+    pass that computes one.
     """
     return _norm_forward(epsilon, dtype, x, weight, shift, scale)[0]
 
 
 def _norm_forward(epsilon, dtype, x, weight, shift, scale):
-    mean = x.mean(axis=-1, keepdims=True)
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(axis=-1, keepdims=True)
     # Both means come from one pass; rounding may make the difference less than 0.
-    variance = jnp.maximum(jnp.square(x).mean(axis=-1, keepdims=True) - jnp.square(mean), 0.0)
+    variance = jnp.maximum(jnp.square(wide).mean(axis=-1, keepdims=True) - jnp.square(mean), 0.0)
     inverse = jax.lax.rsqrt(variance + epsilon)
     mean, inverse = checkpoint_name((mean, inverse), "statistics")
-    normed = (x - mean) * inverse
+    normed = (wide - mean) * inverse
     out = (normed * weight * (1.0 + scale) + shift).astype(dtype)
     return (x, checkpoint_name(out, "normed")), (x, mean, inverse, weight, scale)
 
 
 def _norm_backward(epsilon, dtype, saved, cotangents):
     x, mean, inverse, weight, scale = saved
-    d_x, d_out = cotangents[0], cotangents[1].astype(jnp.float32)
-    normed = (x - mean) * inverse
+    d_x, d_out = (d.astype(jnp.float32) for d in cotangents)
+    normed = (x.astype(jnp.float32) - mean) * inverse
     d_shift = d_out.sum(axis=1, keepdims=True)
     d_scaled = (d_out * normed).sum(axis=1, keepdims=True)  # of weight * (1 + scale)
     d_normed = d_out * (weight * (1.0 + scale))
@@ -49,7 +51,8 @@ def _norm_backward(epsilon, dtype, saved, cotangents):
     d_normed -= d_normed.mean(axis=-1, keepdims=True)
     along = (d_normed * normed).mean(axis=-1, keepdims=True)
     d_x += inverse * (d_normed - normed * along)
-    return d_x, (d_scaled * (1.0 + scale)).sum(axis=(0, 1)), d_shift, d_scaled * weight
+    d_weight = (d_scaled * (1.0 + scale)).sum(axis=(0, 1))
+    return d_x.astype(x.dtype), d_weight, d_shift, d_scaled * weight
 
 
 modulated_norm.defvjp(_norm_forward, _norm_backward)

@@ -17,7 +17,6 @@ from sedd_jax.kernels import for_platform
 from sedd_jax.kernels.cpu import transposed
 from sedd_jax.kernels.matmul import einsum
 
-
 # The least number and not -inf, whose difference from itself is not a number.
 LEAST = float(jnp.finfo(jnp.float32).min)
 

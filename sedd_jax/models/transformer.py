@@ -2,8 +2,8 @@
 
 Tokens and total noise go in, the last hidden state and the output matrix come out; the graph says
 what the output means. Small has 169,627,218 parameters at GPT-2's vocabulary with MASK. Parameters
-are float32. `dtype` is the dtype of the matmuls; the residual stream, layer norms and the
-modulation stay in float32.
+are float32. `dtype` is the dtype of the matmuls, `residual_dtype` that in which the residual stream
+is stored; what is elementwise is computed in float32.
 """
 
 import functools
@@ -26,13 +26,17 @@ MLP_RATIO = 4
 ROTARY_BASE = 10_000.0
 LAYER_NORM_EPSILON = 1e-5
 
-# What a block saves for the backward pass beside its input, by name, numbers per channel of a token:
-#     heads       q, k and v after rotation, 3
-#     attention   what flash attention's gradient needs: its result 1, a float32 per head
+# What a block saves for the backward pass beside its input, by name, and how many numbers of each
+# per channel of a token:
+#     heads           q, k and v after rotation, 3
+#     attention       what flash attention's gradient needs: its result 1, a float32 per head
 #     out, up, down   results of these matmuls before their biases, 1, 4 and 1
-#     normed 2, residual 1 (float32), dropout 2 (bytes), and small ones: statistics, modulation
-# What is not saved is recomputed there. Each value of config.model.remat saves less than the one
-# before and takes more time.
+#     normed          of both norms, modulated, 2
+#     residual        the stream between the branches, a float32
+#     dropout         random bits, 2 bytes
+#     statistics, modulation   small
+# All else is recomputed there. Each value of config.model.remat saves less than the one before and
+# takes more time.
 MATMULS = ("heads", "out", "up", "down")
 SAVED = {
     "none": (*MATMULS, "attention", "normed", "residual", "dropout", "statistics", "modulation"),
@@ -160,7 +164,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, conditioning, lengths):
         x = self.placement.rows(x)
-        size = x.shape[-1]
+        size, stream = x.shape[-1], x.dtype
         linear = functools.partial(Linear, dtype=self.dtype, placement=self.placement)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
             6, size, self.placement, name="modulation"
@@ -185,10 +189,11 @@ class Block(nn.Module):
             return linear((size,), has_bias=True, name="down")(gelu(x))
 
         x, normed = norm_1(x, shift_1, scale_1)
-        x = checkpoint_name(x + gate_1 * dropout_1(attend(normed)), "residual")
+        x = x + gate_1 * dropout_1(attend(normed))
+        x = checkpoint_name(x.astype(stream), "residual")
         x, normed = norm_2(x, shift_2, scale_2)
         x = x + gate_2 * dropout_2(mlp(normed))
-        return self.placement.rows(x), None
+        return self.placement.rows(x.astype(stream)), None
 
     def dropouts(self, shape):
         """The dropout of each of the two branches, float32 out."""
@@ -216,6 +221,7 @@ class Transformer(nn.Module):
     cond_dim: int
     dropout: float
     dtype: jnp.dtype = jnp.float32
+    residual_dtype: jnp.dtype = jnp.float32
     remat: str = "none"  # of SAVED
     attention: str = "auto"  # of kernels.attention
     placement: Placement = Placement()
@@ -234,7 +240,7 @@ class Transformer(nn.Module):
         table = (self.dim, self.hidden_size)
 
         embedding = self.param("embedding", rows, table)
-        x = self.placement.rows(self.placement.whole(embedding)[tokens])
+        x = self.placement.rows(self.placement.whole(embedding)[tokens].astype(self.residual_dtype))
 
         def embedded(name, fan_in):
             bias_init = _torch_bias(fan_in)
