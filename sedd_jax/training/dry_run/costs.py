@@ -1,28 +1,21 @@
-"""Where the time of a compiled step will go: bytes and operations of its kernels, predicted.
+"""Where the time of a compiled step will go, by kind of kernel and part of the model: a prediction.
 
-    python -m sedd_jax.training.dry_run.costs PROGRAM.hlo [--device=NAME] [--fraction=0.5]
-
-prints it for the text of an optimized program (`dry_run(..., text_file=...)` writes it). A kernel
-reads each operand once, of one that it slices the slices, and writes its results, of one that it
-updates in place the update. It takes the longest of what its bytes, its matmuls and its other
-operations take; kernels run one after the other. Not counted: launches, caches, the overlap of
-kernels. Of TPU programs, what stays in VMEM moves no bytes; the operations of Mosaic kernels and
-of the vector units are not counted, nor the padding of tiles, nor that copies overlap.
+A kernel takes the longest of what its bytes, its matmuls and its other operations take at the rates
+that are reached; kernels run one after the other. Not counted: launches, caches, what overlaps (as
+a TPU's copies do), and on TPUs the operations outside matmuls and those of Mosaic kernels.
 """
 
-import argparse
 import dataclasses
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from pathlib import Path
 
-from sedd_jax.parallel.devices import DEVICES, Device
-from sedd_jax.training.dry_run.kernels import Kernel, program_kernels
+from sedd_jax.parallel.devices import Device
+from sedd_jax.training.dry_run.kernels import Kernel
 
-# Of each peak figure, the share that is reached; measured on an H200 (docs/performance.md):
-# x += 1 at 3.6 TB/s, bfloat16 matmuls at 747 TFLOP/s, cuDNN's attention at 394, float32 at 50.
+# The share of each peak figure that is reached, on an H200 (docs/performance.md): x += 1 at 3.6 TB/s,
+# bfloat16 matmuls at 747 TFLOP/s, cuDNN's attention at 394, random bits as vector operations at the
+# peak. Of links nothing is measured.
 ACHIEVABLE = {"memory": 0.75, "matmul": 0.75, "attention": 0.4, "vector": 1.0, "links": 0.75}
 
 # The part of the model that a kernel belongs to: the first row that the name of one of its
@@ -30,9 +23,12 @@ ACHIEVABLE = {"memory": 0.75, "matmul": 0.75, "attention": 0.4, "vector": 1.0, "
 UPDATE = "optimizer, EMA, guard"
 PARTS = (
     ("stacking", r"Transformer\)*/(while/body/(jit\()?dynamic_update|broadcast_in_dim$)"),
-    ("stacking", r"^/\w*broadcast"),  # the zeros of what is stacked have no names
+    (
+        "stacking",
+        r"^/\w*broadcast|^jit\(train_step\)/blocks/stack$",
+    ),  # the zeros of what is stacked have no names
     ("GELU", r"/(tanh|erf)$|gelu"),
-    ("rotary", r"/blocks(_\d+)?/(concatenate|split|pad)$|rotary|rotate"),
+    ("rotary", r"/blocks(_\d+)?/(concatenate|split|pad|jit\(_flip\)/rev)$|rotary|rotate"),
     ("norms", r"/norm(_\d)?/|LayerNorm"),
     ("dropout and residual", r"/Dropout"),
     ("MLP", r"/(up|down)/"),
@@ -42,7 +38,6 @@ PARTS = (
     ("stacking", r"Transformer\)*/while/"),
     ("embedding", r"Transformer"),
     ("head and loss", r"jvp\("),
-    (UPDATE, r"^jit\(train_step\)/"),
     ("other", ""),
 )
 
@@ -98,10 +93,11 @@ def part_and_phase(kernel: Kernel) -> tuple[str, str]:
     What is recomputed for the backward pass is of that.
     """
     names = kernel.op_names
+    if re.match(r"jit\(train_step\)/(?!.*(jvp\(|Transformer|blocks))", names[0]):
+        return UPDATE, "update"  # whatever gradients are computed in it
     part = next(part for part, pattern in PARTS if any(re.search(pattern, name) for name in names))
-    if any(re.search(r"transpose\(jvp|rematted", name) for name in names):
-        return part, "backward"
-    return part, "update" if part == UPDATE else "forward"
+    is_backward = any(re.search(r"transpose\(jvp|rematted", name) for name in names)
+    return part, "backward" if is_backward else "forward"
 
 
 # --- for a terminal
@@ -142,26 +138,3 @@ def _line(name: str, rows: list[Cost]) -> str:
         f"{name:16}{total['kernels']:10,.0f}{total['bytes'] / 1e9:10,.1f}"
         f"{total['flops'] / 1e12:10,.2f}{1e3 * total['seconds']:10,.2f}"
     )
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Where the time of a compiled program will go.")
-    parser.add_argument("program", type=Path, help="text of an optimized HLO program")
-    parser.add_argument("--device", default="NVIDIA H200", choices=DEVICES)
-    parser.add_argument("--fraction", type=float, default=0.5, help="of positions that are masked")
-    parser.add_argument("--rows", type=int, default=30, help="the longest kernels to print")
-    options = parser.parse_args(argv)
-    device = DEVICES[options.device]
-    kernels = program_kernels(options.program.read_text(encoding="utf-8"), options.fraction)
-    print("\n".join(describe_costs(costs(kernels, device))))
-    print(f"\n{'ms':>6}{'GB':>8}{'runs':>6}  kernel, kind, part, result")
-    for one in sorted(kernels, key=lambda one: -seconds(one, device))[: options.rows]:
-        print(
-            f"{1e3 * seconds(one, device):6.2f}{one.runs * one.bytes / 1e9:8.2f}{one.runs:6.0f}  "
-            f"{one.name}, {one.kind}, {' '.join(part_and_phase(one))}, {one.shape[:60]}"
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
