@@ -16,6 +16,7 @@ from sedd_jax.parallel.devices import DEVICES
 from sedd_jax.training.dry_run import describe, dry_run
 from sedd_jax.training.dry_run.costs import (
     PARTS,
+    UPDATE,
     costs,
     describe_costs,
     part_and_phase,
@@ -118,7 +119,7 @@ def training_step():
 def test_the_matmuls_of_a_training_step_are_those_of_the_formula():
     program, kernels = training_step()
     flops = sum(one.runs * one.flops for one in kernels)
-    assert program.flops < flops < 1.5 * program.flops  # what is recomputed comes to it
+    assert program.flops < flops < 1.1 * program.flops  # what is recomputed comes to it
 
 
 # --- written ones
@@ -342,8 +343,7 @@ def test_a_kernel_belongs_to_a_part_of_the_model(name, expected):
 
 def test_the_parts_that_are_named_are_in_the_programs_that_training_compiles():
     found = {part_and_phase(one)[0] for one in training_step()[1]}
-    # A CPU's rotation and stacking are fused with other parts.
-    assert {part for part, _ in PARTS} - found <= {"other", "rotary", "embedding", "stacking"}
+    assert {UPDATE, *dict(PARTS)} - found <= {"stacking"}  # of which unrolled blocks have none
 
 
 def test_a_kernel_takes_as_long_as_the_slowest_of_its_bytes_and_operations():
