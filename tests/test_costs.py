@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from sedd_jax import experiment
 from sedd_jax.configs import quickstart
 from sedd_jax.parallel import sharding
 from sedd_jax.parallel.devices import DEVICES
-from sedd_jax.training.dry_run import describe, dry_run
+from sedd_jax.training.dry_run import __main__, describe, dry_run
 from sedd_jax.training.dry_run.costs import (
     PARTS,
     UPDATE,
@@ -373,6 +374,29 @@ def test_the_tables_sum_to_the_step_and_fit_a_terminal():
     assert max(map(len, lines)) < 80
     assert re.search(r"^all +4 +7\.2 +2\.00 +4\.70$", "\n".join(lines), re.MULTILINE)
     assert re.search(r"^MLP +1\.35 +1\.35 +2\.70$", "\n".join(lines), re.MULTILINE)
+
+
+def test_the_command_lists_the_longest_kernels_and_those_alike_as_one(
+    tmp_path, capsys, monkeypatch
+):
+    body = "  %x = f32[8]{0} parameter(0)\n  %n.1 = f32[8]{0} negate(%x)\n"
+    body += "  %n.2 = f32[8]{0} negate(%n.1)\n  ROOT %e = f32[8]{0} exponential(%n.2)"
+    (tmp_path / "p.hlo").write_text(
+        f"HloModule m\n\nENTRY %main (x: f32[8]) -> f32[8] {{\n{body}\n}}\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["dry_run", str(tmp_path / "p.hlo"), "--rows=1"])
+    assert __main__.main() == 0
+    *_, row = capsys.readouterr().out.splitlines()
+    assert row.split() == [
+        "0.00",
+        "0.00",
+        "2",
+        "n",
+        "(elementwise,",
+        "other,",
+        "forward)",
+        "f32[8]",
+    ]
 
 
 def test_the_dry_run_of_a_gpu_says_where_the_time_will_go():
