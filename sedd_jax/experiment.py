@@ -80,6 +80,11 @@ class Experiment:
             is_token = jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=rows)
         return Blocks(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows), is_token)
 
+    @functools.cached_property
+    def evaluated(self) -> float:
+        """Expected fraction of positions whose scores the loss evaluates."""
+        return evaluated_fraction(self.graph, self.schedule, self.config.objective.t_min)
+
     @property
     def flops(self) -> int:
         """Operations of the matmuls of one training step, on all devices together.
@@ -90,9 +95,8 @@ class Experiment:
         is not counted: the convention of MFU (Chowdhery et al. 2022, appendix B).
         """
         rows, length = self.config.train.batch_size, self.config.data.length
-        evaluated = evaluated_fraction(self.graph, self.schedule, self.config.objective.t_min)
         head = 2 * length * self.graph.dim * self.config.model.hidden_size
-        return 3 * rows * (network_flops(self.shape.params, length) + round(evaluated * head))
+        return 3 * rows * (network_flops(self.shape.params, length) + round(self.evaluated * head))
 
     @functools.cached_property
     def train_step(self) -> Any:

@@ -18,23 +18,24 @@ class Device:
     memory: int  # bytes that a program may use
     bandwidth: float  # bytes a second between memory and compute units
     links: float  # bytes a second to its neighbours, all links together, one direction
+    vector: float | None = None  # float32 instructions a second outside matmuls; not of TPUs
 
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; memory is what libtpu's compiler allows,
 # a little less than the chip's 32, 16, 95 and 32 GiB.
 # NVIDIA: the data sheets of A100, H100 and H200 (SXM unless named); memory is 0.9 of what the
 # driver reports, the share that XLA_PYTHON_CLIENT_MEM_FRACTION=0.9 gives a program: by default
-# jax takes 0.75.
+# jax takes 0.75. vector is half of their float32 rate, which counts a fused multiply-add as two.
 DEVICES = {
     "TPU v4": Device(275e12, int(30.75 * GIB), 1228e9, 300e9),
     "TPU v5 lite": Device(197e12, int(15.75 * GIB), 819e9, 200e9),
     "TPU v5": Device(459e12, int(95.74 * GIB), 2765e9, 600e9),
     "TPU v6 lite": Device(918e12, int(31.25 * GIB), 1638e9, 400e9),
-    "NVIDIA A100-SXM4-40GB": Device(312e12, int(0.9 * 42_298_834_944), 1555e9, 300e9),
-    "NVIDIA A100-SXM4-80GB": Device(312e12, int(0.9 * 85_100_068_864), 2039e9, 300e9),
-    "NVIDIA A100 80GB PCIe": Device(312e12, int(0.9 * 85_100_068_864), 1935e9, 300e9),
-    "NVIDIA H100 80GB HBM3": Device(989e12, int(0.9 * 84_942_979_072), 3352e9, 450e9),
-    "NVIDIA H200": Device(989e12, int(0.9 * 150_754_820_096), 4800e9, 450e9),
+    "NVIDIA A100-SXM4-40GB": Device(312e12, int(0.9 * 42_298_834_944), 1555e9, 300e9, 9.7e12),
+    "NVIDIA A100-SXM4-80GB": Device(312e12, int(0.9 * 85_100_068_864), 2039e9, 300e9, 9.7e12),
+    "NVIDIA A100 80GB PCIe": Device(312e12, int(0.9 * 85_100_068_864), 1935e9, 300e9, 9.7e12),
+    "NVIDIA H100 80GB HBM3": Device(989e12, int(0.9 * 84_942_979_072), 3352e9, 450e9, 33.5e12),
+    "NVIDIA H200": Device(989e12, int(0.9 * 150_754_820_096), 4800e9, 450e9, 33.5e12),
 }
 
 

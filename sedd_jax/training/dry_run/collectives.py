@@ -8,17 +8,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sedd_jax.training.dry_run.hlo import Instruction, parse
+from sedd_jax.training.dry_run.hlo import COLLECTIVES, Instruction, parse
 
-KINDS = (
-    "all-reduce",
-    "all-gather",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
 BETWEEN_SLICES = "between slices"
 
 
@@ -83,13 +74,9 @@ def _collective(one: Instruction, mesh: Mapping[str, int], scatters: bool) -> Co
         # Between TPU slices hosts do it, over the data centre's network.
         kind, array = sent[1].lower().replace("_", "-"), one.arrays[0]
         return Collective(kind, (BETWEEN_SLICES,), 1, array.bytes, (str(array),))
-    kind, arrays = one.opcode.removesuffix("-start"), one.arrays
-    if kind not in KINDS:
+    kind, arrays = one.opcode.removesuffix("-start"), one.results
+    if kind not in COLLECTIVES:
         return None
-    if kind != one.opcode and kind in ("all-gather", "collective-permute"):
-        # (operands, results, flags): the results are the second of what is no flag.
-        data = [array for array in arrays if array.dtype != "u32" or array.sides]
-        arrays = data[len(data) // 2 :]
     groups = _groups(one.attributes, math.prod(mesh.values()))
     size = sum(array.bytes for array in arrays)
     if kind == "reduce-scatter":

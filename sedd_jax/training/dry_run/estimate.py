@@ -5,6 +5,7 @@ from typing import Any
 
 from sedd_jax.parallel.devices import Device, device, format_bytes
 from sedd_jax.training.dry_run.collectives import Collective
+from sedd_jax.training.dry_run.costs import Cost, describe_costs
 
 MFU = 0.4  # the share of peak FLOP/s that hours assume
 
@@ -45,6 +46,7 @@ class Estimate:
     temporary_bytes: int | None = None
     code_bytes: int | None = None
     collectives: tuple[Collective, ...] = ()
+    costs: tuple[Cost, ...] = ()  # of one device, in a step; empty for a CPU, too
     available_bytes: int | None = None  # as the compiler that gave up reports it
 
     @property
@@ -84,6 +86,11 @@ class Estimate:
         return self.flops / (self.devices * self.device.flops * MFU)
 
     @property
+    def predicted_seconds(self) -> float | None:
+        """Of one step, kernel after kernel, from `costs`: a prediction, not a measurement."""
+        return sum(one.seconds for one in self.costs) if self.costs else None
+
+    @property
     def hours(self) -> float | None:
         """Of all the config's steps at MFU, without evaluation and checkpoints."""
         seconds = self.step_seconds
@@ -106,7 +113,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON may hold it, with the derived values."""
-        derived = ("memory_bytes", "fits", "step_seconds", "hours")
+        derived = ("memory_bytes", "fits", "step_seconds", "hours", "predicted_seconds")
         return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
 
 
@@ -125,10 +132,11 @@ def describe(estimate: Estimate) -> str:
     ]
     if e.step_seconds is not None:
         lines.append(
-            f"estimate at {MFU:.0%} of the peak of {e.device.flops / 1e12:.0f} TFLOP/s: "
+            f"if it runs at {MFU:.0%} of the peak of {e.device.flops / 1e12:.0f} TFLOP/s: "
             f"{e.step_seconds:.3f} s a step, {e.tokens / e.step_seconds:,.0f} tokens/s, "
             f"{e.hours:,.1f} h for {e.steps:,} steps ({e.hours * e.devices:,.0f} device hours)"
         )
+    lines += _cost_lines(e) if e.costs else []
     return "\n".join(lines + (_collective_lines(e) if e.is_compiled else []))
 
 
@@ -161,6 +169,18 @@ def _memory_lines(e: Estimate) -> list[str]:
         rows.append(("available", e.memory_bytes, "fits" if e.fits else "TOO LITTLE"))
     lines = [f"  {name:12}{format_bytes(size):>12}  {note}".rstrip() for name, size, note in rows]
     return ["", "memory of a device", *lines]
+
+
+def _cost_lines(e: Estimate) -> list[str]:
+    seconds = e.predicted_seconds
+    rate = e.flops / (e.devices * e.device.flops * seconds)
+    return [
+        "",
+        "where the time will go: predicted from the program, not measured",
+        *describe_costs(e.costs),
+        f"so a step in {1e3 * seconds:,.1f} ms, {e.tokens / seconds:,.0f} tokens/s, "
+        + f"{rate:.0%} of the peak",
+    ]
 
 
 def _collective_lines(e: Estimate) -> list[str]:

@@ -13,6 +13,7 @@ from sedd_jax import config as configuration
 from sedd_jax import data
 from sedd_jax.files import local_path
 from sedd_jax.training.dry_run.collectives import Collective
+from sedd_jax.training.dry_run.costs import Cost
 from sedd_jax.training.dry_run.estimate import Estimate, Parameter
 from sedd_jax.training.dry_run.targets import Target, parse_target
 
@@ -50,6 +51,7 @@ def dry_run(
     }
     answer = _run_child(machine, request)
     parameters = tuple(_from_json(Parameter, row) for row in answer.pop("parameters"))
+    costs = tuple(_from_json(Cost, row) for row in answer.pop("costs", ()))
     collectives = tuple(_from_json(Collective, row) for row in answer.pop("collectives", ()))
     return Estimate(
         target=target,
@@ -60,6 +62,7 @@ def dry_run(
         remat=config.model.remat,
         parameters=parameters,
         collectives=collectives,
+        costs=costs,
         **answer,
     )
 
