@@ -8,9 +8,11 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import device_time
 import numpy as np
 
 MODEL_KEYS = ("hidden_size", "blocks", "heads", "cond_dim", "dropout")
@@ -134,6 +136,18 @@ class Ours:
             self.batch_size, steps=steps, batch_size=self.batch_size, seed=self.seed
         )
         return int((tokens >= self.size["vocab_size"]).sum())
+
+    def profile(self, kind: str, steps: int) -> dict[str, Any]:
+        """Where the time of so many steps, or of a sample's network calls, goes on the device."""
+        options = self.jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        run, calls = (self.train, steps) if kind == "train" else (self.sample, steps + 1)
+        with tempfile.TemporaryDirectory() as folder:
+            with self.jax.profiler.trace(folder, profiler_options=options):
+                run(steps)
+            (file,) = Path(folder).rglob("*.xplane.pb")
+            profile = self.jax.profiler.ProfileData.from_file(str(file))
+        return device_time.summary(device_time.kernels(profile), calls)
 
     def _without_zeros(self, params: Any) -> Any:
         """Zero at the start (head, modulation) are drawn instead: scores must not be trivial."""
