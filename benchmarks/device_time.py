@@ -15,7 +15,9 @@ KINDS = {
     "copies": r"memcpy|memset|copy|transpose",
 }
 OTHERS = "elementwise, reductions"
-CONTAINERS = re.compile(r"(while|call|cond|conditional)(\.\d+)?$")  # of a CPU; what they run is there
+CONTAINERS = re.compile(
+    r"(while|call|cond|conditional)(\.\d+)?$"
+)  # of a CPU; what they run is there
 
 
 def kind_of(kernel: str) -> str:
