@@ -219,13 +219,10 @@ def _cells(bench: Bench, row: dict[str, Any]) -> dict[str, str]:
         return {"a step": row["skipped"]}
     task = {key: row[key] for key in ("kind", "batch_size", "steps")}
     ours = [other["seconds"] for other in bench.measured(**task, side=bench.ours)]
-    sheet = max(other.get("sheet_flops") or 0.0 for other in bench.measured())
     cells = {"a step": measure.seconds(row["seconds"])}
     cells["to ours"] = f"{row['seconds'] / ours[0]:.2f}" if ours else "-"
     mfu = row["flops_per_second"] / bench.ceilings.flops(bench.dtype)
     cells |= measure.rate_cells(row | {"mfu": mfu})
-    if sheet and bench.dtype == "bfloat16":
-        cells["of data sheet"] = f"{row['flops_per_second'] / sheet:.1%}"
     cells["peak"] = measure.bytes_of(row["peak_bytes"])
     if row["compiles"]:
         cells["compiled"] = f"{row['compiles']} times"

@@ -55,11 +55,9 @@ class Ours:
         self.compiles += event.endswith("backend_compile_duration")
 
     def about(self) -> dict[str, Any]:
-        devices = _first_module("parallel.devices", "devices")
-        sheet = devices.device(self.device.device_kind)
         stats = (self.device.memory_stats() if self.is_accelerator else None) or {}
         about = {"device": self.device.device_kind, "framework": f"jax {self.jax.__version__}"}
-        return about | {"memory": stats.get("bytes_limit"), "sheet_flops": sheet and sheet.flops}
+        return about | {"memory": stats.get("bytes_limit")}
 
     def _experiment(self, batch_size: int, length: int, **changes: Any) -> Any:
         """What the config means on one device: nothing is allocated."""
