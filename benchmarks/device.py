@@ -4,8 +4,8 @@
     python benchmarks/device.py --size=tiny --budget=60  # the rehearsal, on a CPU
 
 The most valuable rows come first: the device's ceilings and a large training batch, of the original
-under torch.compile too (unless --no-compile), then sampling, where our time goes, a small batch,
-and the largest that fits. Each group of rows has a process of its own, which has the whole
+under torch.compile too (unless --no-compile), then sampling, each with where our time goes, a small
+batch, and the largest that fits. Each group of rows has a process of its own, which has the whole
 accelerator; a row that fails, lasts longer than its limit or does not fit the budget says so, and
 the next one follows. JSON is written after every row. Columns and what is timed are those of
 compare.py.
@@ -65,6 +65,7 @@ class Bench:
         self.ceilings = measure.Ceilings()
         self.forward_flops = math.nan  # of a network call for one sequence
         self.rows: list[dict[str, Any]] = []
+        self.profiled: set[Task] = set()  # of ours
 
     @property
     def left(self) -> float:
@@ -106,36 +107,34 @@ def main() -> None:
 def measure_all(bench: Bench, sides: list[Side]) -> None:
     """Every group of rows, for one side after the other."""
     plan = bench.plan
-    ours = [side for side in sides if side.kind == "ours"]
     not_compiled = [side for side in sides if not side.compiled]
     large, small = plan.training(plan.batch), plan.training(plan.small_batch)
     samples = [Task("sample", size, plan.length, plan.steps) for size in plan.sample_batches]
-    groups = (
-        (sides, [large], _times),
-        (not_compiled, samples, _times),
-        (ours, [large], _profile),
-        (ours, samples[:-1], _profile),
-        (sides, [small], _times),
-    )
-    for of, tasks, numbers in groups:
+    bench.profiled = {large, *samples[:-1]}
+    groups = ((sides, [large]), (not_compiled, samples), (sides, [small]))
+    for of, tasks in groups:
         for side in of:
-            measure_rows(bench, side, tasks, numbers)
+            measure_rows(bench, side, tasks)
     for side in not_compiled:
         measure_largest(bench, side)
 
 
-def measure_rows(bench: Bench, side: Side, tasks: Sequence[Task], numbers: Callable) -> bool:
+def measure_rows(bench: Bench, side: Side, tasks: Sequence[Task]) -> bool:
     """A row for each task, in one process as long as none fails; whether the last one did not."""
     rest, done = list(tasks), True
     while rest:
         with Worker(side.doing(rest[0].kind), measure.SIZES[bench.name]) as worker:
             done = True
             while rest and done:
-                done = _measure_row(bench, worker, rest.pop(0), numbers)
+                task = rest.pop(0)
+                done = measure_row(bench, worker, task, _times)
+                if done and side.kind == "ours" and task in bench.profiled:
+                    done = measure_row(bench, worker, task, _profile)
     return done
 
 
-def _measure_row(bench: Bench, worker: Worker, task: Task, numbers: Callable) -> bool:
+def measure_row(bench: Bench, worker: Worker, task: Task, numbers: Callable) -> bool:
+    """A row of numbers(bench, worker, task), or of why there are none; whether there are."""
     row = {"side": worker.side.name, "profiled": numbers is _profile, **dataclasses.asdict(task)}
     worker.deadline = min(bench.deadline, time.monotonic() + bench.plan.limit)
     try:
@@ -166,8 +165,7 @@ def _times(bench: Bench, worker: Worker, task: Task) -> dict[str, Any]:
 
 
 def _profile(_: Bench, worker: Worker, task: Task) -> dict[str, Any]:
-    """Where the time goes, of steps or a sample after the first."""
-    task.start(worker)
+    """Where the time of what was timed last goes."""
     return worker.call("profile", kind=task.kind, steps=task.steps or 3)
 
 
@@ -187,7 +185,7 @@ def measure_largest(bench: Bench, side: Side) -> None:
     batch_size = min(batch_size, limit)
     tried = {row["batch_size"] for row in known}
     while batch_size not in tried and batch_size <= limit and bench.left > 0.0:
-        fits = measure_rows(bench, side, [bench.plan.training(batch_size)], _times)
+        fits = measure_rows(bench, side, [bench.plan.training(batch_size)])
         tried.add(batch_size)
         batch_size = 2 * batch_size if fits else batch_size // 2
 

@@ -13,7 +13,7 @@
 set -uo pipefail
 began=$(date +%s)
 
-# Pure Python or for CPython 3.12 on Linux x86_64: 11 MB. What a machine has already is not installed again.
+# Pure Python or for CPython 3.12 on Linux x86_64: 14 MB. What a machine has already is not installed again.
 wheels_needed=(ml-collections grain array_record tensorflow-datasets tensorboardX importlib_resources immutabledict dm-tree
   simple-parsing tensorflow-metadata toml docstring-parser googleapis-common-protos termcolor more-itertools sentencepiece
   omegaconf einops pytest pytest-xdist execnet iniconfig pluggy setuptools)
@@ -103,7 +103,7 @@ part() { # part NAME SECONDS COMMAND...: its output to out/NAME.txt and its verd
 
 # shellcheck disable=SC2329 # called in a shell of part
 install() { # into a virtual environment that sees the machine's packages, by their paths: it may be one itself
-  [[ -x $venv/bin/python ]] || python3 -m venv --without-pip "$venv" || return
+  "$venv/bin/python" -c '' 2>/dev/null || python3 -m venv --clear --without-pip "$venv" || return
   local site missing pip
   site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || return
   python3 -c '
@@ -142,7 +142,8 @@ PATH=$venv/bin:$PATH
 part about 40 bash -c about
 export SEDD_TEST_PLATFORM=$platform
 processes=$(least 8 "$(nproc)")
-part tests 130 python -m pytest -q -n "$processes" -p no:cacheprovider "${tests[@]}"
+# -v: a test that failed is named at once, whatever happens to the others.
+part tests 130 python -m pytest -v -n "$processes" -p no:cacheprovider "${tests[@]}"
 sides=(${against:+"--against=$against"} ${before:+"--before=$before"})
 budget=$(($(left) - 15)) # the rest is for its last row and its tables
 part device $((budget + 10)) python benchmarks/device.py --budget="$budget" --json="$out/device.json" \
@@ -151,7 +152,8 @@ part device $((budget + 10)) python benchmarks/device.py --budget="$budget" --js
 {
   tail -n 3 "$out/install.txt"
   cat "$out/about.txt"
-  grep -E '^(FAILED|ERROR)|[0-9]+ (passed|failed)' "$out/tests.txt" | cut -c1-150 | tail -n 12
+  echo "tests: $(grep -c '\] PASSED' "$out/tests.txt") passed, $(grep -c '\] SKIPPED' "$out/tests.txt") skipped; failed:"
+  grep -oE '(FAILED|ERROR) tests/[^ ]+' "$out/tests.txt" | sort -u | head -n 12
   grep -E '^\||; jax' "$out/device.txt" || grep -F 's left]' "$out/device.txt" | cut -c1-150
 } >>"$summary" 2>&1
 cat "$summary"

@@ -40,22 +40,24 @@ def pytest_configure(config):
 
 
 def pytest_sessionstart():
-    import jax
+    if PLATFORM != "cpu":
+        import jax
 
-    if jax.default_backend() != PLATFORM:
-        found = f"SEDD_TEST_PLATFORM={PLATFORM}, but jax has only {jax.default_backend()}"
-        raise pytest.UsageError(f"{found}; install jax for the device, or leave it out")
+        if (backend := jax.default_backend()) != PLATFORM:
+            raise pytest.UsageError(
+                f"SEDD_TEST_PLATFORM={PLATFORM}, but jax runs on {backend}; install jax for it"
+            )
 
 
 def pytest_runtest_setup(item):
-    import jax
-
     for marker in item.iter_markers("platforms"):
         if PLATFORM not in marker.args:
             pytest.skip(f"on {' and '.join(marker.args)} only: {marker.kwargs['reason']}")
     for marker in item.iter_markers("devices"):
-        if jax.device_count() < marker.args[0]:
-            pytest.skip(f"needs {marker.args[0]} devices, here are {jax.device_count()}")
+        import jax
+
+        if (count := jax.device_count()) < marker.args[0]:
+            pytest.skip(f"needs {marker.args[0]} devices, and there are {count}")
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]

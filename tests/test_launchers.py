@@ -485,7 +485,10 @@ def test_a_device_check_goes_on_after_a_part_that_fails_and_says_so(tmp_path):
     stand_in(tmp_path / "bin", "python3", "echo no venv; exit 3")
     story = """
 case "$*" in
-  *'-m pytest'*) echo 'FAILED tests/test_golden.py::test_x'; echo '1 failed, 3 passed'; exit 1 ;;
+  *'-m pytest'*)
+    echo '[gw0] [ 50%] PASSED tests/test_golden.py::test_y'
+    echo '[gw1] [ 99%] FAILED tests/test_golden.py::test_x'
+    exit 1 ;;
   *device.py*) echo '| training | a step |' ;;
   *) echo 'jax 0.0.0 [a device]' ;;
 esac
@@ -507,7 +510,7 @@ esac
         "no venv",
         "tests: failed with status 1",
         "FAILED tests/test_golden.py::test_x",
-        "1 failed, 3 passed",
+        "tests: 1 passed, 0 skipped; failed:",
         "device: done",
         "jax 0.0.0 [a device]",
         "| training | a step |",
