@@ -109,7 +109,7 @@ class Worker:
             self._calls.send((name, arguments))
             if not self._calls.poll(seconds if math.isfinite(seconds) else None):
                 self._process.kill()
-                raise Failed(f"stopped after {seconds:.0f} s")
+                raise Failed(f"{name} stopped after {seconds:.0f} s")
             answer = self._calls.recv()
         except (BrokenPipeError, ConnectionResetError, EOFError):
             self._process.join()

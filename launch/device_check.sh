@@ -96,8 +96,11 @@ part() { # part NAME SECONDS COMMAND...: its output to out/NAME.txt and its verd
       *) verdict="failed with status $status" ;;
     esac
   fi
-  ((status)) && failed=1
   echo "$name: $verdict (at $(($(date +%s) - began)) s)" >>"$summary"
+  if ((status)); then
+    failed=1
+    tail -n 2 "$out/$name.txt" 2>/dev/null | cut -c1-150 | sed 's/^/    /' >>"$summary"
+  fi
   return "$status"
 }
 
@@ -150,8 +153,7 @@ part device $((budget + 10)) python benchmarks/device.py --budget="$budget" --js
   ${sides[@]+"${sides[@]}"} "$@"
 
 {
-  tail -n 3 "$out/install.txt"
-  cat "$out/about.txt"
+  grep -E '^jax |^[0-9a-f]{40}$|MiB' "$out/about.txt"
   echo "tests: $(grep -c '\] PASSED' "$out/tests.txt") passed, $(grep -c '\] SKIPPED' "$out/tests.txt") skipped; failed:"
   grep -oE '(FAILED|ERROR) tests/[^ ]+' "$out/tests.txt" | sort -u | head -n 12
   grep -E '^\||; jax' "$out/device.txt" || grep -F 's left]' "$out/device.txt" | cut -c1-150

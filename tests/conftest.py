@@ -43,10 +43,13 @@ def pytest_sessionstart():
     if PLATFORM != "cpu":
         import jax
 
-        if (backend := jax.default_backend()) != PLATFORM:
-            raise pytest.UsageError(
-                f"SEDD_TEST_PLATFORM={PLATFORM}, but jax runs on {backend}; install jax for it"
-            )
+        try:
+            backend = jax.default_backend()
+        except RuntimeError as error:
+            raise pytest.UsageError(f"SEDD_TEST_PLATFORM={PLATFORM}: {error}") from None
+        if backend != PLATFORM:
+            message = f"SEDD_TEST_PLATFORM={PLATFORM}, but jax runs on {backend}"
+            raise pytest.UsageError(f"{message}; install jax for it")
 
 
 def pytest_runtest_setup(item):
