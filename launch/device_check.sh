@@ -80,6 +80,7 @@ fi
 mkdir -p "$out"
 venv=$folder/venv summary=$out/summary.txt failed=0
 : >"$summary"
+rm -f "$out"/{install,about,tests,device}.txt "$out/device.json" # of an earlier run
 
 part() { # part NAME SECONDS COMMAND...: its output to out/NAME.txt and its verdict to the summary
   local name=$1 limit status=0 verdict
