@@ -78,7 +78,7 @@ def compare_times(options: argparse.Namespace, size: Size, sides: list[Side]) ->
     with contextlib.ExitStack() as stack:
         workers, rows = [], {}
         for side in sides:
-            workers.append(stack.enter_context(Worker(side, size)))
+            workers.append(stack.enter_context(Worker(side.doing(task.kind), size)))
             row = {"name": side.name, "dtype": side.dtype, "cores": side.cores}
             row |= task.start(workers[-1])
             rows[side.name] = row | {"count": task.count(workers[-1], options.seconds)}
@@ -131,7 +131,7 @@ def compare_memory(options: argparse.Namespace, size: Size, sides: list[Side]) -
     for task in (size.task("train"), size.task("sample", steps)):
         for side in sides:
             row = {"name": side.name, "dtype": side.dtype, **dataclasses.asdict(task)}
-            with Worker(side, size) as worker:
+            with Worker(side.doing(task.kind), size) as worker:
                 try:
                     row |= _peaks(worker, task, steps)
                 except Failed as error:

@@ -78,6 +78,13 @@ class Side:
     values: tuple[tuple[str, Any], ...] = ()  # config keys of ours
     environment: tuple[tuple[str, str], ...] = ()
 
+    def doing(self, kind: str) -> "Side":
+        """This side for tasks of a kind: the original samples without TorchScript, in whose rotary
+        embedding torch 2.11 crashes on a GPU then."""
+        if self.kind == "ours" or kind != "sample":
+            return self
+        return dataclasses.replace(self, environment=(*self.environment, ("PYTORCH_JIT", "0")))
+
 
 class Failed(RuntimeError):
     """A side could not do what it was called for; the message fits a table."""
@@ -87,7 +94,7 @@ class Worker:
     """The process of a side: `worker.call("train", steps=3)`."""
 
     def __init__(self, side: Side, size: Size, deadline: float = math.inf):
-        self.side, self._deadline = side, deadline  # as time.monotonic counts
+        self.side, self.deadline = side, deadline  # as time.monotonic counts
         os.environ.update(ENVIRONMENT | os.environ)
         self._calls, its_end = SPAWN.Pipe()
         sizes = dataclasses.asdict(side), dataclasses.asdict(size)
@@ -97,12 +104,12 @@ class Worker:
 
     def call(self, name: str, timeout: float = math.inf, **arguments: Any) -> Any:
         """What worker.py answers to the call; Failed if it raises, or after timeout or deadline."""
-        seconds = max(0.0, min(timeout, self._deadline - time.monotonic()))
+        seconds = max(0.0, min(timeout, self.deadline - time.monotonic()))
         try:
             self._calls.send((name, arguments))
             if not self._calls.poll(seconds if math.isfinite(seconds) else None):
                 self._process.kill()
-                raise Failed(f"stopped after {seconds:.0f} s")
+                raise Failed(f"{name} stopped after {seconds:.0f} s")
             answer = self._calls.recv()
         except (BrokenPipeError, ConnectionResetError, EOFError):
             self._process.join()
@@ -132,7 +139,8 @@ def add_sides(parser: argparse.ArgumentParser) -> None:
     """The options that say which programs are compared."""
     parser.add_argument("--against", type=Path, help="a folder with the original's code")
     parser.add_argument("--before", type=Path, help="another checkout of ours")
-    parser.add_argument("--compile", action="store_true", help="the original by torch.compile")
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--compile", action=flag, help="the original by torch.compile too")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of ours")
     parser.add_argument("--cores", type=int, default=0, help="of a CPU, for each side; 0: all")
     parser.add_argument("--json", type=Path, help="a file for all the numbers")
@@ -154,9 +162,9 @@ def sides_of(options: argparse.Namespace) -> list[Side]:
         if options.before:
             add("before", "ours", options.before, values=values)
         if options.against:
-            add("original", "original", options.against)
             if options.compile:
                 add("original compiled", "original", options.against, compiled=True)
+            add("original", "original", options.against)
     return sides
 
 

@@ -8,9 +8,11 @@ import dataclasses
 import importlib
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import device_time
 import numpy as np
 
 MODEL_KEYS = ("hidden_size", "blocks", "heads", "cond_dim", "dropout")
@@ -53,11 +55,9 @@ class Ours:
         self.compiles += event.endswith("backend_compile_duration")
 
     def about(self) -> dict[str, Any]:
-        devices = _first_module("parallel.devices", "devices")
-        sheet = devices.device(self.device.device_kind)
         stats = (self.device.memory_stats() if self.is_accelerator else None) or {}
         about = {"device": self.device.device_kind, "framework": f"jax {self.jax.__version__}"}
-        return about | {"memory": stats.get("bytes_limit"), "sheet_flops": sheet and sheet.flops}
+        return about | {"memory": stats.get("bytes_limit")}
 
     def _experiment(self, batch_size: int, length: int, **changes: Any) -> Any:
         """What the config means on one device: nothing is allocated."""
@@ -134,6 +134,18 @@ class Ours:
             self.batch_size, steps=steps, batch_size=self.batch_size, seed=self.seed
         )
         return int((tokens >= self.size["vocab_size"]).sum())
+
+    def profile(self, kind: str, steps: int) -> dict[str, Any]:
+        """Where the time of so many steps, or of a sample's network calls, goes on the device."""
+        options = self.jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0
+        run, calls = (self.train, steps) if kind == "train" else (self.sample, steps + 1)
+        with tempfile.TemporaryDirectory() as folder:
+            with self.jax.profiler.trace(folder, profiler_options=options):
+                run(steps)
+            (file,) = Path(folder).rglob("*.xplane.pb")
+            profile = self.jax.profiler.ProfileData.from_file(str(file))
+        return device_time.summary(device_time.kernels(profile), calls)
 
     def _without_zeros(self, params: Any) -> Any:
         """Zero at the start (head, modulation) are drawn instead: scores must not be trivial."""

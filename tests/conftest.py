@@ -1,4 +1,8 @@
-"""Eight CPU devices for the mesh tests, and a run small enough to be trained in a test."""
+"""Eight CPU devices for the mesh tests, and a run small enough to be trained in a test.
+
+SEDD_TEST_PLATFORM=gpu (or cuda, tpu) leaves the tests the accelerator that is there: what needs
+more devices or another platform is skipped.
+"""
 
 import json
 import os
@@ -11,14 +15,53 @@ from pathlib import Path
 import pytest
 from local_hub import alone, server  # noqa: F401 (fixtures)
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before anything imports jax
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+PLATFORM = {"cuda": "gpu"}.get(name := os.environ.get("SEDD_TEST_PLATFORM", "cpu"), name)
+# Pallas kernels are interpreted where there is no device to compile them for.
+INTERPRET = PLATFORM == "cpu"
+DEVICES = "--xla_force_host_platform_device_count"
+# Before anything imports jax:
+if PLATFORM == "cpu":
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    if DEVICES not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES}=8"
+else:
+    os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(PLATFORM, PLATFORM) + ",cpu"
+    # The processes of pytest -n share the device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 # A background job of a script (nohup ... &, cron, a CI's) inherits that SIGINT is ignored, and so
 # would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "devices(count): needs so many devices")
+    config.addinivalue_line("markers", "platforms(*names, reason): runs on these alone")
+
+
+def pytest_sessionstart():
+    if PLATFORM != "cpu":
+        import jax
+
+        try:
+            backend = jax.default_backend()
+        except RuntimeError as error:
+            raise pytest.UsageError(f"SEDD_TEST_PLATFORM={PLATFORM}: {error}") from None
+        if backend != PLATFORM:
+            message = f"SEDD_TEST_PLATFORM={PLATFORM}, but jax runs on {backend}"
+            raise pytest.UsageError(f"{message}; install jax for it")
+
+
+def pytest_runtest_setup(item):
+    for marker in item.iter_markers("platforms"):
+        if PLATFORM not in marker.args:
+            pytest.skip(f"on {' and '.join(marker.args)} only: {marker.kwargs['reason']}")
+    for marker in item.iter_markers("devices"):
+        import jax
+
+        if (count := jax.device_count()) < marker.args[0]:
+            pytest.skip(f"needs {marker.args[0]} devices, and there are {count}")
+
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEST_DATA = Path(os.environ.get("SEDD_TEST_DATA", REPOSITORY / "../shared/data"))

@@ -150,6 +150,7 @@ def test_the_log_likelihood_of_texts_is_a_bound_for_each(model):
     np.testing.assert_allclose(model.log_likelihood("if", seed=5).total, found.total[:1], rtol=1e-5)
 
 
+@pytest.mark.devices(8)
 def test_a_mesh_shares_the_batch_and_changes_nothing_else(model, tiny_run):
     from sedd_jax.parallel.sharding import make_mesh
 

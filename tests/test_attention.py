@@ -43,8 +43,18 @@ def answers(attend, heads, weight):
     return [np.asarray(a, np.float32) for a in (value, *slopes)]
 
 
+SPLASH = pytest.mark.platforms("cpu", "tpu", reason="a TPU's kernel, interpreted on a CPU")
+CUDNN = pytest.mark.platforms("gpu", reason="a GPU's kernel, which nothing interprets")
+
+
 @pytest.mark.parametrize(
-    "name, dtype", [("xla", "float32"), ("xla", "bfloat16"), ("splash", "bfloat16")]
+    "name, dtype",
+    [
+        ("xla", "float32"),
+        ("xla", "bfloat16"),
+        pytest.param("splash", "bfloat16", marks=SPLASH),
+        pytest.param("cudnn", "bfloat16", marks=CUDNN),
+    ],
 )
 @pytest.mark.parametrize("is_causal, padded", [(False, False), (False, True), (True, False)])
 def test_values_and_gradients_are_those_of_the_softmax(name, dtype, is_causal, padded):
@@ -108,6 +118,7 @@ def test_what_a_kernel_does_not_take_is_refused_by_name_and_passed_over_by_auto(
             np.testing.assert_array_equal(passed_over, attention(*heads, implementation="xla"))
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_a_kernel_runs_on_each_devices_rows_and_heads(sizes):
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)))

@@ -48,6 +48,11 @@ def measure(monkeypatch):
     return importlib.import_module("measure")
 
 
+@pytest.fixture
+def device_time(measure):
+    return importlib.import_module("device_time")
+
+
 def parameters(size) -> int:
     """Of the absorbing graph's network, whose states are the clean tokens and MASK."""
     h, c, states = size.hidden_size, size.cond_dim, size.vocab_size + 1
@@ -127,3 +132,84 @@ def test_the_peak_of_memory_holds_the_state(tmp_path):
     assert min(train["first_bytes"], train["later_bytes"]) > train["state_bytes"] > 0
     assert min(sample["first_bytes"], sample["later_bytes"]) > 0
     assert "ours f32" in printed and "state" in printed
+
+
+OTHERS = "elementwise, reductions"
+RECORDED = {  # names of kernels in a profile of an H200
+    "loop_add_convert_fusion_3": OTHERS,
+    "input_convert_reduce_fusion.12": OTHERS,
+    "input_concatenate_fusion": OTHERS,
+    "dynamic_update_slice_fusion.4": OTHERS,
+    "loop_broadcast_fusion": OTHERS,
+    "wrapped_convert": OTHERS,
+    "memcpy128": "copies",
+    "MemcpyD2D": "copies",
+    "wrapped_transpose.2": "copies",
+    "gemm_fusion_dot_7": "matmuls",
+    "nvjet_tst_256x128_64x4_2x1_v_bz_coopA_NNT": "matmuls",
+    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64": "matmuls",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7": "attention",
+    "void cudnn::fusion::compute_dot_do_o_specialized<true>": "attention",
+    "dot.3": "matmuls",  # of a CPU
+    "ynn_fusion.1": "matmuls",
+}
+
+
+@pytest.mark.parametrize("name, kind", RECORDED.items())
+def test_a_kernel_is_what_its_name_says(device_time, name, kind):
+    assert device_time.kind_of(name) == kind
+
+
+def test_time_in_which_no_kernel_runs_is_idle(device_time):
+    ms = 1_000_000
+    events = [  # two streams overlap from 2 to 3 ms; nothing runs from 5 to 9 ms
+        ("gemm_1", 0 * ms, 3 * ms),
+        ("memcpy128", 2 * ms, 5 * ms),
+        ("gemm_1", 9 * ms, 10 * ms),
+    ]
+    found = device_time.summary(events, calls=2)
+    assert (found["idle_ms"], found["span_ms"], found["kernels"]) == (2.0, 5.0, 1.5)
+    assert found["kinds"]["matmuls"] == {"ms": 2.0, "kernels": 1.0}
+    assert found["kinds"]["copies"] == {"ms": 1.5, "kernels": 0.5}
+    assert [kernel["name"] for kernel in found["longest"]] == ["gemm_1", "memcpy128"]
+    with pytest.raises(ValueError, match="no kernels"):
+        device_time.summary([], calls=1)
+
+
+def test_the_original_samples_without_torchscript_and_trains_with_it(measure):
+    side = measure.Side("original", "original", "x", "float32", environment=(("A", "1"),))
+    assert side.doing("train") == side
+    assert dict(side.doing("sample").environment) == {"A": "1", "PYTORCH_JIT": "0"}
+    ours = measure.Side("ours", "ours", "x", "float32")
+    assert ours.doing("sample") == ours
+
+
+def test_a_row_that_fails_ends_nothing_and_every_row_is_kept(measure, monkeypatch, tmp_path):
+    """The original's folder is empty, so each row of it fails."""
+    device, file = importlib.import_module("device"), tmp_path / "device.json"
+    plan = device.Plan(16, 2, 1, 2, (1, 2), 2, 0.01)
+    monkeypatch.setitem(device.PLANS, "tiny", plan)
+    monkeypatch.setitem(measure.SIZES, "tiny", measure.Size(**SMALLEST))
+    options = ["--size=tiny", "--no-compile", f"--against={tmp_path}", f"--json={file}"]
+    monkeypatch.setattr(sys, "argv", ["device.py", *options, "--dtype=float32"])
+    device.main()
+    rows = json.loads(file.read_text())["rows"]
+    found = [(row["side"], row["kind"], row["batch_size"], row["profiled"]) for row in rows]
+    ours, original = "ours f32", "original f32"
+    assert found == [
+        (ours, "train", 2, False),
+        (ours, "train", 2, True),
+        (original, "train", 2, False),
+        (ours, "sample", 1, False),
+        (ours, "sample", 1, True),
+        (ours, "sample", 2, False),
+        (original, "sample", 1, False),
+        (original, "sample", 2, False),
+        (ours, "train", 1, False),
+        (original, "train", 1, False),
+    ]
+    for row in rows:
+        assert ("skipped" in row) == (row["side"] == original), row
+        if row["profiled"]:
+            assert row["kernels"] > 0 and 0.0 <= row["idle_ms"] < row["span_ms"]
+            assert row["kinds"]["matmuls"]["ms"] > 0.0

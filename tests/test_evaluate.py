@@ -76,6 +76,7 @@ def test_the_corpus_bound_does_not_depend_on_the_batch_size(name):
         assert total.normalised < total.bound
 
 
+@pytest.mark.devices(8)
 def test_the_corpus_bound_over_a_mesh_is_that_of_one_device():
     graph, schedule = GRAPHS["absorbing"](5), LogLinear()
     blocks = Blocks(np.asarray(jax.random.randint(jax.random.key(0), (11, 6), 0, 5)))

@@ -40,13 +40,6 @@ both_graphs = pytest.mark.parametrize("name", GRAPHS)
 both_predictors = pytest.mark.parametrize("predictor", PREDICTORS)
 
 
-@pytest.fixture(autouse=True)
-def float32_products():
-    """Accelerators multiply float32 matrices in fewer bits unless told otherwise."""
-    with jax.default_matmul_precision("highest"):
-        yield
-
-
 @pytest.mark.parametrize("file", golden_set.KEYS)
 def test_the_set_holds_exactly_the_arrays_that_it_declares(file):
     held = {key: f"{array.dtype}{list(array.shape)}" for key, array in arrays(file).items()}

@@ -190,10 +190,10 @@ def test_bfloat16_is_close_to_float32_and_leaves_the_parameters_alone(scorer, fo
 
 def test_causal_attention_is_a_softmax_over_the_positions_so_far():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 8))
-    products = jnp.einsum("blhk,bmhk->bhlm", q, k) / 8**0.5
+    products = jnp.einsum("blhk,bmhk->bhlm", q, k, precision="highest") / 8**0.5
     seen = jnp.tril(jnp.ones((5, 5), bool))
     weights = jax.nn.softmax(jnp.where(seen, products, -jnp.inf), axis=-1)
-    exact = jnp.einsum("bhlm,bmhk->blhk", weights, v)
+    exact = jnp.einsum("bhlm,bmhk->blhk", weights, v, precision="highest")
     np.testing.assert_allclose(attention(q, k, v, is_causal=True), exact, atol=1e-5)
 
 

@@ -231,6 +231,11 @@ TPU = ("--name=n", "--zone=z")
         ),
         ("worker.sh", ["boil", "x"], {}, "unknown action 'boil'; known: start, status"),
         ("worker.sh", ["status"], {}, "no folder"),
+        ("device_check.sh", ["boil"], {}, "unknown command 'boil'; known: fetch, run"),
+        ("device_check.sh", ["run", "--nmae=x"], {}, "unknown flag '--nmae=x'"),
+        ("device_check.sh", ["run", "--seconds=soon"], {}, "--seconds 'soon' is not a whole"),
+        ("device_check.sh", ["run", "--against=/none"], {}, "there is no folder '/none'"),
+        ("device_check.sh", ["run", "--wheels=/none"], {}, "no folder of wheels '/none'; run 'dev"),
     ],
 )
 def test_bad_input_is_one_line(script, arguments, changes, words):
@@ -468,6 +473,49 @@ def test_the_documented_commands_pass_their_dry_run(line):
     command = ["bash", "-c", line.replace(" --", " --dry-run --", 1)]
     result = finished(command, env=environment(), cwd=LAUNCH.parent)
     assert result.returncode == 0 and result.stdout and not result.stderr
+
+
+# A bare accelerator machine
+
+
+def test_a_device_check_goes_on_after_a_part_that_fails_and_says_so(tmp_path):
+    """The script in a checkout of the test's own, with stand-ins for Python."""
+    shutil.copytree(LAUNCH, tmp_path / "launch")
+    (tmp_path / "wheels").mkdir()
+    stand_in(tmp_path / "bin", "python3", "echo no venv; exit 3")
+    story = """
+case "$*" in
+  *'-m pytest'*)
+    echo '[gw0] [ 50%] PASSED tests/test_golden.py::test_y'
+    echo '[gw1] [ 99%] FAILED tests/test_golden.py::test_x'
+    exit 1 ;;
+  *device.py*) echo '| training | a step |' ;;
+  *) echo 'jax 0.0.0 [a device]' ;;
+esac
+"""
+    stand_in(tmp_path / "bin", "python", story)
+    flags = [f"--wheels={tmp_path}/wheels", f"--before={tmp_path}", "--", "--size=tiny"]
+    result = finished(
+        ["bash", str(tmp_path / "launch/device_check.sh"), "run", *flags],
+        env=environment(PATH=f"{tmp_path}/bin:{os.environ['PATH']}", OUT=str(tmp_path / "out")),
+    )
+    assert result.returncode == 1, result.stderr
+    about, tests, device = calls(tmp_path / "bin", "python.calls")
+    assert "jax.devices" in about and "-m pytest" in tests and "tests/test_golden.py" in tests
+    assert device.startswith("benchmarks/device.py --budget=4")  # of 470 s, little is gone
+    assert f"--json={tmp_path}/out/device.json --before={tmp_path} --size=tiny" in device
+    summary = (tmp_path / "out/summary.txt").read_text()
+    for words in (
+        "install: failed with status 3",
+        "no venv",
+        "tests: failed with status 1",
+        "FAILED tests/test_golden.py::test_x",
+        "tests: 1 passed, 0 skipped; failed:",
+        "device: done",
+        "jax 0.0.0 [a device]",
+        "| training | a step |",
+    ):
+        assert words in summary and words in result.stdout, words
 
 
 # GKE

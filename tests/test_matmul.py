@@ -1,12 +1,18 @@
 """Matmuls: their precision, a layer's gradients on a CPU, and what is saved for them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sedd_jax.diffusion.graphs import Absorbing, Uniform
 from sedd_jax.kernels.cpu import add_bias, as_bits, from_bits, linear, save, transposed
 from sedd_jax.kernels.matmul import CPU_SUMS_IN_FLOAT32, einsum
+from sedd_jax.models.gpt2 import GPT2, token_nats
+from sedd_jax.models.head import make_score_fn
+from sedd_jax.models.transformer import Transformer
 
 dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 
@@ -103,3 +109,65 @@ def test_what_is_saved_by_name_is_all_that_the_gradient_needs_and_bits_on_a_cpu(
     found = sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(saved))
     assert found == sorted([((4, 3), bits), ((4, 3), "bfloat16"), ((3,), "float32")])
     np.testing.assert_array_equal(from_bits(as_bits(x, platform)), x)
+
+
+# A GPU multiplies float32 in TF32, 10 bits, and a TPU in bfloat16, unless each matmul forbids it.
+DOT = re.compile(r"stablehlo\.(?:dot_general|convolution).*: \(tensor<[\dx]*f32>.*")
+
+
+def float32_matmuls(fn, *arguments) -> list[str]:
+    """Those of fn as it is lowered for an NVIDIA GPU; no GPU is needed."""
+    lowered = jax.jit(fn).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return DOT.findall(lowered.as_text())
+
+
+def in_less_precision(matmuls: list[str]) -> list[str]:
+    return [matmul for matmul in matmuls if "precision = [HIGHEST, HIGHEST]" not in matmul]
+
+
+def test_a_matmul_without_a_precision_is_noticed():
+    (matmul,) = float32_matmuls(jnp.matmul, jnp.ones((2, 3)), jnp.ones((3, 4)))
+    assert in_less_precision([matmul]) == [matmul]
+
+
+@dtypes
+@pytest.mark.parametrize("graph", [Absorbing(11), Uniform(11)], ids=["absorbing", "uniform"])
+def test_every_float32_matmul_of_the_network_is_in_full_precision_on_a_gpu(
+    graph, dtype, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    model = Transformer(
+        dim=graph.dim,
+        hidden_size=16,
+        blocks=2,
+        heads=2,
+        cond_dim=8,
+        dropout=0.1,
+        dtype=dtype,
+        attention="xla",  # of float32 the only one; cuDNN's cannot be traced without cuDNN
+    )
+    xt, sigma = jnp.zeros((2, 8), jnp.int32), jnp.ones((2, 1))
+    keys = jax.random.split(jax.random.key(0), 2)
+    params = jax.eval_shape(lambda: model.init(keys[0], xt, sigma, deterministic=True)["params"])
+
+    def loss(params):
+        score_fn = make_score_fn(model, params, graph, dropout_key=keys[0], is_token=xt >= 0)
+        scores = score_fn(xt, sigma)
+        return graph.score_entropy(scores, sigma, xt, xt).value.sum()
+
+    def answers(params):
+        scores = make_score_fn(model, params, graph)(xt, sigma)
+        return scores.draw(keys), scores.log_score(), scores.log_sum(), scores.total()
+
+    for fn in (jax.grad(loss), answers):
+        matmuls = float32_matmuls(fn, params)
+        assert len(matmuls) >= 5 and in_less_precision(matmuls) == []
+
+
+def test_every_float32_matmul_of_the_scorer_is_in_full_precision_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    network = GPT2(vocab_size=11, positions=8, hidden_size=16, blocks=1, heads=2)
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    params = jax.eval_shape(lambda: network.init(jax.random.key(0), tokens)["params"])
+    matmuls = float32_matmuls(lambda params: token_nats(network, params, tokens), params)
+    assert len(matmuls) >= 7 and in_less_precision(matmuls) == []

@@ -70,6 +70,7 @@ def one_device():
     return {}
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     "mesh",
     # One axis alone is in the mixed mesh too.
@@ -88,6 +89,7 @@ def test_eight_devices_give_the_losses_of_one_with_the_same_noise(tiny_config, m
         np.testing.assert_allclose(a, b, atol=2e-4)
 
 
+@pytest.mark.devices(8)
 def test_parameters_moments_and_average_live_where_the_rules_say(tiny_config):
     step, current, x0, mesh = parts(tiny_config, mesh=MESHES[0])
     current, _ = step(current, x0, jax.random.key(7))
@@ -240,6 +242,7 @@ def test_the_average_is_the_weighted_mean_of_the_parameters():
     np.testing.assert_allclose(current.ema["w"], average, rtol=1e-5)
 
 
+@pytest.mark.devices(8)
 def test_a_mesh_that_does_not_fit_the_devices_is_refused():
     with pytest.raises(ValueError, match="data=3, fsdp=1, tensor=1 does not multiply to 8"):
         sharding.make_mesh({"data": 3, "fsdp": 1, "tensor": 1})
@@ -248,12 +251,14 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused():
     assert dict(sharding.make_mesh({"data": -1, "fsdp": 2, "tensor": 2}).shape)["data"] == 2
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.platforms("cpu", reason="the devices' platform is looked at")
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.devices(2))])
 def test_arrays_are_on_one_cpu_where_the_mesh_has_one(count):
     mesh = sharding.make_mesh({"data": count, "fsdp": 1, "tensor": 1}, jax.devices()[:count])
     assert sharding.Placement(mesh).is_one_cpu == (count == 1)
 
 
+@pytest.mark.devices(8)
 def test_a_parameter_without_a_rule_or_that_does_not_divide_is_refused():
     leaf = jax.ShapeDtypeStruct((3,), jnp.float32)
     mesh = sharding.make_mesh({"data": 1, "fsdp": 8, "tensor": 1})

@@ -268,6 +268,7 @@ def test_a_bad_corpus_is_refused_before_any_compilation(tmp_path, tiny_config):
     assert train(tiny_config, tmp_path / "run") == 1
 
 
+@pytest.mark.devices(8)
 def test_a_batch_that_the_mesh_cannot_split_is_refused(tmp_path, tiny_config):
     tiny_config.train.batch_size = 12
     with pytest.raises(ValueError, match="gives 12 rows, not divisible by the 8 devices"):

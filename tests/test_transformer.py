@@ -52,7 +52,8 @@ def logits(model, params, tokens, sigma=SIGMA, **options):
     def run(params, tokens, sigma):
         options.setdefault("deterministic", True)
         hidden, weight, bias = model.apply({"params": params}, tokens, sigma, **options)
-        return jnp.einsum("blc,vc->blv", hidden.astype(jnp.float32), weight) + bias
+        hidden = hidden.astype(jnp.float32)
+        return jnp.einsum("blc,vc->blv", hidden, weight, precision="highest") + bias
 
     return run(params, tokens, sigma)
 
@@ -222,12 +223,12 @@ def test_rotary_products_depend_on_the_distance_alone():
     q, k = jax.random.normal(jax.random.key(0), (2, 16))
     length = 12
     q_rows, k_rows = (rotate(jnp.tile(v, (1, length, 1, 1)))[0, :, 0] for v in (q, k))
-    products = np.asarray(q_rows @ k_rows.T)
+    products = np.asarray(q_rows) @ np.asarray(k_rows).T
     for distance in range(-length + 1, length):
         diagonal = np.diagonal(products, distance)
         np.testing.assert_allclose(diagonal, diagonal[0], atol=2e-5)
     assert products[0].std() > 0.1
-    np.testing.assert_allclose(products[0, 0], q @ k, rtol=1e-5)
+    np.testing.assert_allclose(products[0, 0], np.dot(q, k), rtol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(q_rows, axis=-1), jnp.linalg.norm(q), rtol=1e-5)
 
 
@@ -240,8 +241,10 @@ def test_sigma_embedding_is_cosines_then_sines():
 
 def test_attention_is_a_softmax_over_all_positions():
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 3, 8))
-    weights = jax.nn.softmax(jnp.einsum("blhk,bmhk->bhlm", q, k) / 8**0.5, axis=-1)
-    exact = jnp.einsum("bhlm,bmhk->blhk", weights, v)
+    weights = jax.nn.softmax(
+        jnp.einsum("blhk,bmhk->bhlm", q, k, precision="highest") / 8**0.5, axis=-1
+    )
+    exact = jnp.einsum("bhlm,bmhk->blhk", weights, v, precision="highest")
     np.testing.assert_allclose(attention(q, k, v), exact, atol=1e-5)
 
 
