@@ -100,7 +100,8 @@ def reverse_steps(
     sampling holds functions, not their names. begin == 0 starts from noise; end == steps ends with
     the denoiser. Equal networks share what is compiled, whatever their parameters.
     """
-    params = cast_weights(params, network.dtype)
+    if network.placement.platform != "cpu":  # whose loops slice bfloat16 as float32
+        params = cast_weights(params, network.dtype)
     return samplers.sample(
         key,
         make_score_fn(network, params, graph, is_token=rows.is_token),
