@@ -582,8 +582,17 @@ def test_jax_comes_up_with_the_flags(preset):
     assert done.returncode == 0, done.stderr
     if preset == "gpu":
         assert all(sourced(preset, name) for name in names) and done.stdout.strip().endswith("O1")
-    else:
+    elif preset == "tpu":
         assert not sourced(preset, "XLA_FLAGS:-")
+
+
+def test_the_presets_for_gpus_add_up():
+    command = f". {LAUNCH}/flags/gpu.sh; . {LAUNCH}/flags/gpu_graphs.sh; echo $XLA_FLAGS"
+    flags = finished(["sh", "-euc", command], env=environment()).stdout
+    assert "latency_hiding" in flags and "command_buffer=+WHILE,+CONDITIONAL" in flags
+    assert jax_starts(XLA_FLAGS=flags.strip()).stdout == "up\n"
+    unknown = jax_starts(XLA_FLAGS=flags.strip().replace("WHILE", "MADE_UP"))
+    assert unknown.returncode != 0
 
 
 def test_jax_aborts_at_a_flag_that_it_does_not_know():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,8 +12,24 @@ import numpy as np
 from sedd_jax.diffusion import samplers
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.models.head import make_score_fn
+from sedd_jax.parallel.sharding import path_name
+
+# Parameters that only matmuls in the network's dtype read.
+MATMUL_WEIGHTS = re.compile(r"(^|/)(blocks/(qkv|out|up|down)/kernel|head_weight)$")
 
 TABLES = {"predictor": samplers.PREDICTORS, "draw": samplers.DRAWS, "grid": samplers.GRIDS}
+
+
+def cast_weights(params: Any, dtype: Any) -> Any:
+    """params with the weights of the network's matmuls in dtype, in which they are multiplied.
+
+    Before a loop over network calls: inside it they would be read as float32 and cast at each.
+    """
+
+    def cast(path, leaf):
+        return leaf.astype(dtype) if MATMUL_WEIGHTS.search(path_name(path)) else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 # steps and t_min are traced: another number of steps does not compile again.
@@ -83,6 +100,8 @@ def reverse_steps(
     sampling holds functions, not their names. begin == 0 starts from noise; end == steps ends with
     the denoiser. Equal networks share what is compiled, whatever their parameters.
     """
+    if network.placement.platform != "cpu":  # whose loops slice bfloat16 as float32
+        params = cast_weights(params, network.dtype)
     return samplers.sample(
         key,
         make_score_fn(network, params, graph, is_token=rows.is_token),

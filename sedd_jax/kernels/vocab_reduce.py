@@ -31,6 +31,10 @@ class Tile(NamedTuple):
 # On a CPU a tile's logits fit into the cache, and little is wasted on a last tile that is not full.
 # An accelerator wants fewer and larger matmuls.
 TILES = {"cpu": Tile(96, 12_672), "gpu": Tile(2048, 16_896), "tpu": Tile(2048, 8192)}
+# Where no gradient is taken. Before each iteration of a loop whose end depends on data a GPU's host
+# waits for the device, and at small batches a sampler is bound by launches: whole rows of GPT-2's
+# 50,258 logits, 103 MB at a time. With a gradient the larger loop is that over tokens.
+FORWARD_TILES = TILES | {"gpu": Tile(512, 50_304)}
 # Logits of one block of draws, whole rows. A step of the sampler draws few tokens, which a CPU
 # would notice.
 DRAWN_LOGITS = {"cpu": 2**20, "gpu": 2**22, "tpu": 2**22}
@@ -62,11 +66,15 @@ def total_and_pick(
     platform is that of the devices, by default jax's own; tile the size of the tiles, for tests.
     """
     count, vocab = excluded.size, weight.shape[0]
-    tile = tile or _fitted(for_platform(TILES, platform or jax.default_backend()), count, vocab)
+    platform = platform or jax.default_backend()
+    tiles = [
+        tile or _fitted(for_platform(table, platform), count, vocab)
+        for table in (FORWARD_TILES, TILES)
+    ]
     needed = jnp.ones(excluded.shape, bool) if needed is None else needed
     order = _needed_first(needed.reshape(-1))
     rows = jnp.reshape(hidden, (count, -1)), weight, bias, jnp.ravel(excluded), jnp.ravel(targets)
-    total, pick = (a.reshape(excluded.shape) for a in _total_and_pick(tile, *rows, order))
+    total, pick = (a.reshape(excluded.shape) for a in _total_and_pick(*tiles, *rows, order))
     return jnp.where(needed, total, 0.0), jnp.where(needed, pick, 0.0)
 
 
@@ -137,14 +145,14 @@ def _needed_first(needed: jax.Array) -> _Order:
 # positions. A block of the weights is sliced once, and its gradient written once.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _total_and_pick(tile, hidden, weight, bias, excluded, targets, order):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _total_and_pick(forward_tile, tile, hidden, weight, bias, excluded, targets, order):
     """total and pick [N] of hidden [N, C]; anything where a position is not needed, whose
-    cotangents must be 0."""
-    return _forward(tile, hidden, weight, bias, excluded, targets, order)[0]
+    cotangents must be 0. tile is that of the gradient and of its forward pass."""
+    return _forward(None, forward_tile, hidden, weight, bias, excluded, targets, order)[0]
 
 
-def _forward(tile, hidden, weight, bias, excluded, targets, order):
+def _forward(_, tile, hidden, weight, bias, excluded, targets, order):
     rows = [_padded(a[order.position], tile.positions) for a in (hidden, excluded)]
     narrow = weight.astype(hidden.dtype)
 
@@ -193,7 +201,7 @@ def _max_and_sum(table):
     )
 
 
-def _backward(tile, saved, cotangents):
+def _backward(_, tile, saved, cotangents):
     """With p = exp(logit - log_total) of the tokens that are not excluded:
 
     d_logit = d_total p + d_pick 1{token = target}
