@@ -33,8 +33,8 @@ class Tile(NamedTuple):
 TILES = {"cpu": Tile(96, 12_672), "gpu": Tile(2048, 16_896), "tpu": Tile(2048, 8192)}
 # Where no gradient is taken. Before each iteration of a loop whose end depends on data a GPU's host
 # waits for the device, and at small batches a sampler is bound by launches: whole rows of GPT-2's
-# 50,258 logits, 103 MB at a time. With a gradient the larger loop is that over tokens.
-FORWARD_TILES = TILES | {"gpu": Tile(512, 50_304)}
+# 50,258 logits, 206 MB at a time. With a gradient the larger loop is that over tokens.
+FORWARD_TILES = TILES | {"gpu": Tile(1024, 50_304)}
 # Logits of one block of draws, whole rows. A step of the sampler draws few tokens, which a CPU
 # would notice.
 DRAWN_LOGITS = {"cpu": 2**20, "gpu": 2**22, "tpu": 2**22}
