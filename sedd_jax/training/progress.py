@@ -22,6 +22,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
+from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.files import write_text
 from sedd_jax.inference import bounds
 from sedd_jax.parallel import processes
@@ -298,6 +299,18 @@ class Progress:
             write_text(folder / f"{step}.txt", text + "\n")
             # Indented, the viewer's Markdown shows a text as it is.
             self._events.add_text("samples", textwrap.indent(text, "    ", lambda line: True), step)
+
+    @contextlib.contextmanager
+    def scores_may_diverge(self, step: int) -> Iterator[None]:
+        """Says that the model's scores are not finite, where they are not; training goes on.
+
+        A later step may bring them back, and what is wrong with a step itself is skipped there.
+        """
+        try:
+            yield
+        except NotFiniteError as error:
+            if self._writes:
+                self._bar.write(f"step {step}: {error}; training goes on", file=sys.stderr)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         if not self._writes:

@@ -76,10 +76,11 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             if is_due(config.checkpoint.every):
                 with progress.clock("checkpoint"):
                     checkpoints.save(step, train_state)  # copied; written in the background
-            if is_due(config.train.eval_every):
-                evaluate(step, train_state.ema)
-            if is_due(config.sample.every):
-                draw_texts(step, train_state.ema)
+            with progress.scores_may_diverge(step):
+                if is_due(config.train.eval_every):
+                    evaluate(step, train_state.ema)
+                if is_due(config.sample.every):
+                    draw_texts(step, train_state.ema)
         progress.settle()
         with progress.clock("checkpoint"):
             checkpoints.save(step, train_state)
