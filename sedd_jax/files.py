@@ -24,7 +24,7 @@ MAX_DEPTH = 32  # of JSON: whoever reads or copies it afterwards may do so by re
 
 
 def is_address(path: str | os.PathLike) -> bool:
-    """Whether this is gs://bucket/run or the like, which is no local path."""
+    """Whether this is gs://bucket/run or the like, which is not a local path."""
     return bool(_ADDRESS.match(os.fspath(path)))
 
 
@@ -281,7 +281,7 @@ def load_json(text: str | bytes, where: str) -> dict[str, Any]:
         return values
 
     def no_constants(word):
-        raise ValueError(f"{word} is no number of JSON")
+        raise ValueError(f"{word} is not a number in JSON")
 
     refuse_pointer(text, where)
     try:
@@ -295,7 +295,7 @@ def load_json(text: str | bytes, where: str) -> dict[str, Any]:
             raise ValueError(f"it is nested over {MAX_DEPTH} deep")
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{where} is no JSON: {reason}; get it again") from error
+        raise ValueError(f"{where} is not JSON: {reason}; get it again") from error
     kind = type(value).__name__
     if kind != "dict":
         raise ValueError(f"{where} holds a {kind}, not an object; get it again")

@@ -97,7 +97,7 @@ def push(folder: Path | str, name: str, *, private: bool, token: str | None, mes
 
     folder = Path(folder)
     if parse(name) != (name, None):
-        raise ValueError(f"{name!r} is no name of a repository; write owner/name")
+        raise ValueError(f"{name!r} is not the name of a repository; write owner/name")
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"no config.json in {str(folder)!r}; give a folder with a model in the hub's format"

@@ -293,7 +293,7 @@ def test_tokenizer_and_changes_are_refused_before_weights_are_read(theirs, tmp_p
 def test_a_pth_file_is_named_whatever_is_wrong_with_it(tmp_path):
     bad = tmp_path / "bad.pth"
     bad.write_bytes(b"no archive")
-    with says("bad.pth' is no archive as torch.save has written"):
+    with says("bad.pth' is not an archive as torch.save has written"):
         convert.convert(bad, tmp_path / "out")
     torch.save({"w": torch.zeros(2)}, bad)
     with says(".hydra/config.yaml' for", "bad.pth'; give the folder of a run"):

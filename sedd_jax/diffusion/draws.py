@@ -43,7 +43,7 @@ def make_key(seed: int) -> jax.Array:
 def categorical(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     """A token in proportion to exp(log_weights [..., V]), int32 [...].
 
-    -1 where they are no distribution: one is NaN or +inf, or all are -inf.
+    -1 where they are not a distribution: one is NaN or +inf, or all are -inf.
     The distribution is that of noise over all V tokens, but for a large V first a group of tokens
     is drawn, in proportion to its sum, and then a token of it: noise costs more than the sum.
     """

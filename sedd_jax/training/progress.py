@@ -174,7 +174,7 @@ class Progress:
         step: int,
         *,
         steps: int,
-        tokens_per_sequence: float,  # on average: padding is no token
+        tokens_per_sequence: float,  # on average: padding is not a token
         tokens_per_step: float,
         peak_share_per_step: float | None,  # seconds of the devices' peak that a step needs
         max_skipped: int,

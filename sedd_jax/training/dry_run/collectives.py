@@ -87,7 +87,7 @@ def _collective(one: Instruction, mesh: Mapping[str, int], scatters: bool) -> Co
     if kind not in KINDS:
         return None
     if kind != one.opcode and kind in ("all-gather", "collective-permute"):
-        # (operands, results, flags): the results are the second of what is no flag.
+        # (operands, results, flags): the results are the second of what is not a flag.
         data = [array for array in arrays if array.dtype != "u32" or array.sides]
         arrays = data[len(data) // 2 :]
     groups = _groups(one.attributes, math.prod(mesh.values()))
