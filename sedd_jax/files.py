@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 HEARTBEAT, PATIENCE = 5.0, 20.0  # seconds between signs of life; without one before it is dead
 # Of gs://bucket/run; Path() makes one slash of two.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+MAX_NAME, MAX_PATH = 255, 4095  # bytes, of what Linux's file systems and macOS's allow
 MAX_DEPTH = 32  # of JSON: whoever reads or copies it afterwards may do so by recursion
 
 
@@ -43,9 +44,21 @@ def local_path(path: str | os.PathLike) -> Path:
             "s3:// with mountpoint-s3) or copy the files, and give the path of the local folder"
         )
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        sizes = [len(os.fsencode(part)) for part in path.parts]
     except RuntimeError as error:
         raise ValueError(f"{text!r} names no user's home folder; write the whole path") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{text!r} cannot be a path under the encoding {error.encoding}; rename it, or set "
+            "LANG to a UTF-8 locale"
+        ) from error
+    if max(sizes, default=0) > MAX_NAME or sum(sizes) + len(sizes) > MAX_PATH:
+        raise ValueError(
+            f"{shown(text)!r} is too long for a path: a name may have {MAX_NAME} bytes, all of it "
+            f"{MAX_PATH}; give a shorter one"
+        )
+    return path
 
 
 def refuse_pointer(content: bytes | str, where: str) -> None:

@@ -267,6 +267,13 @@ def test_the_tokenizer_is_read_where_its_files_are(scorer, tmp_path):
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
     ids = load_scorer(folder).tokenizer.encode("abb")
     np.testing.assert_array_equal(ids, [256, tokens.index("b")])
+    whole = load_scorer(folder).tokenizer
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    assert load_scorer(folder).tokenizer is None
+    (folder / "tokenizer.json").write_text(whole.library_json)
+    assert load_scorer(folder).tokenizer.fingerprint() == whole.fingerprint()
+    np.testing.assert_array_equal(load_scorer(folder).tokenizer.encode("abb"), ids)
 
     save(folder, {**tensors, "wte.weight": np.ones((257, SIZE), np.float32)}, vocab_size=257)
     with pytest.raises(ValueError, match="258 tokens, more than the model's vocab_size 257"):

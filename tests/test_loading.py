@@ -106,7 +106,7 @@ def test_options_that_do_not_fit_are_one_line(folder, options, words):
 def test_a_source_that_is_nothing_says_what_was_looked_for(tmp_path, alone):
     for source, words in (
         ("runs/nowhere", "no folder at 'runs/nowhere', and as a hub id"),
-        ("x" * 300, "and it is not a hub id owner/name"),
+        ("x" * 300, "xxx...' is too long for a path: a name may have 255 bytes"),
         (tmp_path / "none", "and it is not a hub id owner/name; give the workdir of a sedd-train"),
         (tmp_path, "holds no model: it is not a .pth file of a run, and no folder with"),
         ("a/b@main", "no folder at 'a/b@main', and as a hub id"),

@@ -185,6 +185,15 @@ def make_tokenizer(name: str, path: str, corpus: Corpus | None) -> Tokenizer:
         raise ValueError(f"{name!r} is not a tokenizer.json of a run: {error}") from error
 
 
+def is_of_kind(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether `make_tokenizer` with this name may have given the tokenizer.
+
+    For gpt2 and bert that is also the library's, where their files have settings of their own.
+    """
+    is_library = tokenizer.name == LibraryTokenizer.name
+    return tokenizer.name == name or (is_library and issubclass(TOKENIZERS[name], LibraryTokenizer))
+
+
 def named_tokenizer(name: str, path: str = "") -> Tokenizer:
     """Returns the tokenizer of "gpt2", "gpt2:FOLDER", "ids:4096", or of a tokenizer.json.
 
