@@ -166,7 +166,7 @@ def test_a_pipe_or_a_link_to_nothing_is_refused_without_waiting(tmp_path):
             text(str(path), 0.1)
     with says("'/dev/null'", "a pipe or a device"):  # as <(zcat texts.gz) is
         text("/dev/null", 0.1)
-    with says("no text in", "notes.log'; set data.path"):
+    with says("notes.log' holds text", "call it .txt if it is a document"):
         text(write(tmp_path, {"notes.log": "x"}) + "/notes.log", 0.1)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/a.txt").symlink_to("/no/such")
@@ -185,6 +185,10 @@ FORMS = [
     ("wiki.train.tokens.txt", "wiki.dev.tokens.txt", "wiki.test.tokens.txt"),
     ("train_0.md", "dev1.txt", "test_set.txt"),
     ("train/valid-notes.txt", "validation/train.txt", None),
+    ("train.jsonl.txt", "eval.txt", "testing.txt"),
+    ("train/a.txt", "held-out/a.txt", None),
+    ("a-train.txt", "a-heldout-00001.txt", None),
+    ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"),
     (None, "dev.txt", "test.txt"),
     (None, None, "test/a.txt"),
 ]
@@ -325,6 +329,25 @@ def test_records_by_name_bring_their_corpus_and_tokenizer(tmp_path):
         workdir.prepare_data(
             configuration.with_values(config, {"data.length": 32}), tmp_path / "run"
         )
+
+
+def test_gpt2_may_give_the_tokenizer_of_its_files_settings(tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    library = ByteLevelBPETokenizer({t: i for i, t in enumerate(tokens)}, [], add_prefix_space=True)
+    library.save(str(tmp_path / "tokenizer.json"))
+    path = write(tmp_path / "t", {"a.txt": "one line of text\n" * 40})
+    values = {"data.corpus": "text", "data.path": path, "data.length": 16}
+    values |= {"data.tokenizer": "gpt2", "data.tokenizer_path": str(tmp_path / "tokenizer.json")}
+    config = configuration.with_values(quickstart.get_config(), values)
+    for _ in range(2):  # prepared, and there already
+        assert workdir.prepare_data(config, tmp_path / "run").tokenizer.name == "json"
+    for other in ("bytes", "sentencepiece"):
+        config.data.tokenizer = other
+        with says("have tokenizer 'json', config.data.tokenizer is", other):
+            workdir.prepare_data(config, tmp_path / "run")
 
 
 def test_training_says_which_splits_there_are_before_it_prepares(tmp_path):

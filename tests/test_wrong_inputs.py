@@ -484,7 +484,8 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
         an_exit__py="import sys\nsys.exit(7)\n",
         a_key__py=f"{config}    c = quickstart.get_config()\n    c.unlock()\n    c.trian = 1\n"
         "    return c\n",
-        a_section__py=f"{config}    c = quickstart.get_config()\n    del c.optimizer\n    return c\n",
+        a_section__py=f"{config}    c = quickstart.get_config()\n    del c.optimizer\n"
+        "    return c\n",
         a_string__py=f"{config}    c = quickstart.get_config()\n    with c.ignore_type():\n"
         "        c.train.steps = '100'\n    return c\n",
         a_lookup__py=f"{config}    return {{}}['x']\n",
@@ -515,7 +516,7 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     files("corpora/tar_xz", a__txt=words, a__tar__xz=b"\xfd7zXZ\x00")
     files("corpora/bare_bz2", a__txt=words, **{"part-0__bz2": b"BZh9"})
     files("corpora/broken_xz", a__txt__xz=b"\xfd7zXZ\x00")
-    files("corpora/hidden", **{"__a__txt": words})
+    files("corpora/hidden", __a__txt=words)
     files("corpora/dangling")
     (top / "corpora/dangling/a.txt").symlink_to("nothing")
     files("corpora/eval_and_dev", train__txt=words, dev__txt=words, eval__txt=words)
