@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, who works in one, and JSON from strangers."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -131,8 +132,16 @@ def appearing(folder: Path) -> Iterator[Path]:
     whether it may be.
     """
     folder = Path(os.path.abspath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        raise ValueError(
+            f"cannot write in {str(folder.parent)!r}: {error.strerror}; make it writable or name "
+            "another folder"
+        ) from error
     try:
         yield part
         mask = os.umask(0)

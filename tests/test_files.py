@@ -1,5 +1,6 @@
 """Paths that users write, and the claim on a folder that two processes want."""
 
+import errno
 import json
 import os
 import signal
@@ -176,3 +177,13 @@ def test_of_many_that_see_a_dead_holder_one_enters_at_a_time(tmp_path):
     for thread in threads:
         thread.join(30)
     assert seen == [1] * 8
+
+
+def test_a_folder_on_a_read_only_mount_is_said(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    where = f"cannot write in {str(tmp_path)!r}: Read-only"
+    with says(where, "name another folder"), files.appearing(tmp_path / "out"):
+        raise AssertionError

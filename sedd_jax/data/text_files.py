@@ -208,10 +208,9 @@ def _is_text(file: Path) -> bool:
     """Whether a file of any name begins as UTF-8 text that is not blank."""
     if not (file.is_file() and os.access(file, os.R_OK)):
         return False
-    with file.open("rb") as opened:
-        head = opened.read(1 << 16)
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(head)
+        with file.open("rb") as opened:  # its first bytes may end amid a character
+            text = codecs.getincrementaldecoder("utf-8")().decode(opened.read(1 << 16))
     except UnicodeDecodeError:
         return False
     return bool(text.strip()) and not re.search(r"\A%PDF-|[\x00-\x08\x0e-\x1a]", text)
