@@ -388,7 +388,7 @@ def test_a_payload_is_refused_and_named_and_not_run(tmp_path, torch):
         read(tmp_path / "evil.pth")
     with (tmp_path / "bare.pth").open("wb") as file:
         pickle.dump({"w": Payload(f"touch {trace}")}, file)
-    with says("bare.pth", "no archive as torch.save has written"):
+    with says("bare.pth", "not an archive as torch.save has written"):
         read(tmp_path / "bare.pth")
     assert not trace.exists()
 
@@ -432,13 +432,13 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path, monkeypatch):
             archive.writestr("a/data.pkl", body or b"x")
             if body is None:
                 archive.writestr("b/data.pkl", b"x")
-        with says(name, "no archive as torch.save writes"):
+        with says(name, "not an archive as torch.save writes"):
             read(tmp_path / name)
     (tmp_path / "pointer.pth").write_text(POINTER)
     with says("pointer.pth' is git-lfs's pointer to the file", "git lfs pull"):
         read(tmp_path / "pointer.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with says("text.pth", "no archive as torch.save has written"):
+    with says("text.pth", "not an archive as torch.save has written"):
         read(tmp_path / "text.pth")
     with says("over the limit of 4"):
         monkeypatch.setattr(torch_files, "MAX_FILE", 4)
