@@ -91,7 +91,7 @@ class Experiment:
 
         The backward pass has two matmuls for each of the forward pass. The head is counted where
         scores are evaluated: with absorbing noise at the masked tokens, about half. What is
-        rematerialised, in the blocks or in the head's gradient, is no part of the model's work, and
+        rematerialised, in the blocks or in the head's gradient, is not part of the model's work and
         is not counted: the convention of MFU (Chowdhery et al. 2022, appendix B).
         """
         rows, length = self.config.train.batch_size, self.config.data.length

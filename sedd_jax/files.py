@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, who works in one, and JSON from strangers."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -20,11 +21,12 @@ log = logging.getLogger(__name__)
 HEARTBEAT, PATIENCE = 5.0, 20.0  # seconds between signs of life; without one before it is dead
 # Of gs://bucket/run; Path() makes one slash of two.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+MAX_NAME, MAX_PATH = 255, 4095  # bytes, of what Linux's file systems and macOS's allow
 MAX_DEPTH = 32  # of JSON: whoever reads or copies it afterwards may do so by recursion
 
 
 def is_address(path: str | os.PathLike) -> bool:
-    """Whether this is gs://bucket/run or the like, which is no local path."""
+    """Whether this is gs://bucket/run or the like, which is not a local path."""
     return bool(_ADDRESS.match(os.fspath(path)))
 
 
@@ -43,9 +45,21 @@ def local_path(path: str | os.PathLike) -> Path:
             "s3:// with mountpoint-s3) or copy the files, and give the path of the local folder"
         )
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
+        sizes = [len(os.fsencode(part)) for part in path.parts]
     except RuntimeError as error:
         raise ValueError(f"{text!r} names no user's home folder; write the whole path") from error
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{text!r} cannot be a path under the encoding {error.encoding}; rename it, or set "
+            "LANG to a UTF-8 locale"
+        ) from error
+    if max(sizes, default=0) > MAX_NAME or sum(sizes) + len(sizes) > MAX_PATH:
+        raise ValueError(
+            f"{shown(text)!r} is too long for a path: a name may have {MAX_NAME} bytes, all of it "
+            f"{MAX_PATH}; give a shorter one"
+        )
+    return path
 
 
 def refuse_pointer(content: bytes | str, where: str) -> None:
@@ -118,8 +132,16 @@ def appearing(folder: Path) -> Iterator[Path]:
     whether it may be.
     """
     folder = Path(os.path.abspath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        raise ValueError(
+            f"cannot write in {str(folder.parent)!r}: {error.strerror}; make it writable or name "
+            "another folder"
+        ) from error
     try:
         yield part
         mask = os.umask(0)
@@ -281,7 +303,7 @@ def load_json(text: str | bytes, where: str) -> dict[str, Any]:
         return values
 
     def no_constants(word):
-        raise ValueError(f"{word} is no number of JSON")
+        raise ValueError(f"{word} is not a number in JSON")
 
     refuse_pointer(text, where)
     try:
@@ -295,7 +317,7 @@ def load_json(text: str | bytes, where: str) -> dict[str, Any]:
             raise ValueError(f"it is nested over {MAX_DEPTH} deep")
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ValueError(f"{where} is no JSON: {reason}; get it again") from error
+        raise ValueError(f"{where} is not JSON: {reason}; get it again") from error
     kind = type(value).__name__
     if kind != "dict":
         raise ValueError(f"{where} holds a {kind}, not an object; get it again")

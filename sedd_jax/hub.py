@@ -97,7 +97,7 @@ def push(folder: Path | str, name: str, *, private: bool, token: str | None, mes
 
     folder = Path(folder)
     if parse(name) != (name, None):
-        raise ValueError(f"{name!r} is no name of a repository; write owner/name")
+        raise ValueError(f"{name!r} is not the name of a repository; write owner/name")
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"no config.json in {str(folder)!r}; give a folder with a model in the hub's format"
@@ -135,7 +135,7 @@ class _OddToken(ValueError):
 
 def _check_token(token: str | None) -> None:
     """_OddToken for one that cannot be in a request: an HTTP library's error would show it."""
-    if token and not re.fullmatch(r"[!-~]+", token):
+    if token and not re.fullmatch(r"[A-Za-z0-9._~+/=-]+", token):
         raise _OddToken(
             "the token has a character that no token has; copy it again into HF_TOKEN or with "
             "`hf auth login`, or unset HF_TOKEN"

@@ -156,7 +156,7 @@ def test_a_foreign_config_is_one_line(capsys, tmp_path):
     for text, words in (
         ("[]", "config.json' holds a list, not an object"),
         ('{"model": "bert"}', "is not a config of sedd_jax"),
-        ('{"seed": ', "config.json' is no JSON"),
+        ('{"seed": ', "config.json' is not JSON"),
     ):
         (tmp_path / "config.json").write_text(text)
         assert words in fails(capsys, sample_command, f"--workdir={tmp_path}")
@@ -461,7 +461,7 @@ def test_an_older_checkpoint_is_sampled_and_scored(capsys, tiny_run, tmp_path):
     loading.load(tiny_run, step=4).save_pretrained(tmp_path / "model")
     assert loading.load(tmp_path / "model").step == 4
     for source in (str(tmp_path / "model"), "owner/name"):
-        with pytest.raises(ValueError, match="is no run with checkpoints; leave step 4 out"):
+        with pytest.raises(ValueError, match="is not a run with checkpoints; leave step 4 out"):
             loading.load(source, step=4)
 
 

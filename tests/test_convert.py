@@ -273,7 +273,7 @@ def test_what_is_told_holds_and_is_told_once(tmp_path, caplog):
     bare = convert.convert(tmp_path / "a", tmp_path / "c", tokenizer=TOKENIZER)
     assert done.notices == ("no tokenizer is known for 37 tokens; add --tokenizer",)
     assert bare.notices == (
-        "data.train 'pydoc' is no corpus known here; config.data.corpus is text",
+        "data.train 'pydoc' is not a corpus known here; config.data.corpus is text",
     )
     assert not caplog.records
 

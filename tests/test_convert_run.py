@@ -293,7 +293,7 @@ def test_tokenizer_and_changes_are_refused_before_weights_are_read(theirs, tmp_p
 def test_a_pth_file_is_named_whatever_is_wrong_with_it(tmp_path):
     bad = tmp_path / "bad.pth"
     bad.write_bytes(b"no archive")
-    with says("bad.pth' is no archive as torch.save has written"):
+    with says("bad.pth' is not an archive as torch.save has written"):
         convert.convert(bad, tmp_path / "out")
     torch.save({"w": torch.zeros(2)}, bad)
     with says(".hydra/config.yaml' for", "bad.pth'; give the folder of a run"):
@@ -381,7 +381,7 @@ def test_what_cannot_be_converted_is_said(theirs, tmp_path):
         convert.convert(one, two, form="original", tokenizer=TOKENIZER)
     with says("--weights=raw is for a run or a workdir"):
         convert.convert(golden("hf_absorb/config.json").parent, two, weights="raw")
-    with says("is no .pth file of a run, and no folder with"):
+    with says("is not a .pth file of a run, and no folder with"):
         convert.convert(tmp_path / "nowhere", two)
     config, train_state = random_state("absorb")
     config.schedule.eps = 0.01
@@ -441,7 +441,7 @@ def test_commands_carry_a_run_there_and_back_and_train_on(tiny_run, tmp_path, ca
     "options, words",
     [
         (["--to=x"], "--from"),
-        (["--from=nowhere", "--to=x"], "is no .pth file of a run"),
+        (["--from=nowhere", "--to=x"], "is not a .pth file of a run"),
         (["--from=nowhere", "--to=x", "--what=1"], "unknown argument '--what=1'"),
         (["--from=nowhere", "--to=x", "--tokenizer=characters"], "is fitted on a corpus"),
         (["--from=nowhere", "--to=x", "--tokenizer_path=y"], "needs --tokenizer"),

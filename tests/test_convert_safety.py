@@ -218,12 +218,12 @@ def test_a_name_that_is_there_twice_is_refused(tmp_path):
     "text, words",
     [
         (b'{"w": 1, "w": 2}', ["w is there twice"]),
-        (b'{"w": NaN}', ["NaN is no number"]),
-        (b"[" * 50_000, ["is no JSON"]),
+        (b'{"w": NaN}', ["NaN is not a number"]),
+        (b"[" * 50_000, ["is not JSON"]),
         (b'{"a":' * 40 + b"1" + b"}" * 40, ["is nested over 32 deep"]),
-        (b"\xff\xfe", ["is no JSON"]),
+        (b"\xff\xfe", ["is not JSON"]),
         (b"[]", ["holds a list"]),
-        (b'{"w": ' + b"9" * 5000 + b"}", ["is no JSON"]),
+        (b'{"w": ' + b"9" * 5000 + b"}", ["is not JSON"]),
     ],
 )
 def test_text_that_is_no_json_object_is_refused(text, words):
@@ -330,7 +330,7 @@ def test_shards_are_the_files_that_the_index_names(tmp_path):
         ('{"weight_map": {"a": 3}}', ["names 3, no safetensors file"]),
         ('{"weight_map": ["one.safetensors"]}', ["has no weight_map"]),
         ('{"metadata": {}}', ["has no weight_map"]),
-        ("[", ["is no JSON"]),
+        ("[", ["is not JSON"]),
         ("version https://git-lfs.github.com/spec/v1\n", ["git-lfs's pointer", "git lfs pull"]),
     ],
 )
@@ -388,7 +388,7 @@ def test_a_payload_is_refused_and_named_and_not_run(tmp_path, torch):
         read(tmp_path / "evil.pth")
     with (tmp_path / "bare.pth").open("wb") as file:
         pickle.dump({"w": Payload(f"touch {trace}")}, file)
-    with says("bare.pth", "no archive as torch.save has written"):
+    with says("bare.pth", "not an archive as torch.save has written"):
         read(tmp_path / "bare.pth")
     assert not trace.exists()
 
@@ -432,13 +432,13 @@ def test_archives_that_torch_does_not_write_are_refused(tmp_path, monkeypatch):
             archive.writestr("a/data.pkl", body or b"x")
             if body is None:
                 archive.writestr("b/data.pkl", b"x")
-        with says(name, "no archive as torch.save writes"):
+        with says(name, "not an archive as torch.save writes"):
             read(tmp_path / name)
     (tmp_path / "pointer.pth").write_text(POINTER)
     with says("pointer.pth' is git-lfs's pointer to the file", "git lfs pull"):
         read(tmp_path / "pointer.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with says("text.pth", "no archive as torch.save has written"):
+    with says("text.pth", "not an archive as torch.save has written"):
         read(tmp_path / "text.pth")
     with says("over the limit of 4"):
         monkeypatch.setattr(torch_files, "MAX_FILE", 4)

@@ -320,8 +320,8 @@ def test_targets_are_parsed(text, count, shape, slices):
         ("v4:16x16x20", "at most 4096 chips"),
         ("v5p:4x4x6", "multiple of 4"),
         ("a100:12", "12 GPUs are not a whole number of nodes of 8"),
-        ("a100:0", "is no number of devices"),
-        ("cpu:", "is no number of devices"),
+        ("a100:0", "is not a number of devices"),
+        ("cpu:", "is not a number of devices"),
         ("cpu:9999", "at most 512"),
     ],
 )
@@ -341,7 +341,7 @@ def test_a_mesh_or_batch_that_does_not_divide_is_refused(tiny_config):
 def test_a_vocabulary_that_is_not_known_is_asked_for(tiny_config):
     with says("tokenizer 'characters' depends on", "--vocab_size"):
         dry_run(tiny_config, "cpu:8")
-    with says("vocab_size 1 is no vocabulary"):
+    with says("vocab_size 1 is not a vocabulary's size"):
         dry_run(tiny_config, "cpu:8", vocab_size=1)
 
 

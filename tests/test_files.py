@@ -1,5 +1,6 @@
 """Paths that users write, and the claim on a folder that two processes want."""
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import says
 
 from sedd_jax import files
 
@@ -63,6 +65,14 @@ def test_the_home_folder_is_expanded(monkeypatch):
     assert files.local_path("a:b/~c") == Path("a:b/~c")
     with pytest.raises(ValueError, match="home"):
         files.local_path("~nobody-of-this-name/x")
+
+
+def test_a_path_that_no_file_system_takes_is_refused(tmp_path):
+    for good in ("x" * 255, "é" * 127, "a/" * 2000):
+        files.local_path(good)
+    for bad in ("x" * 256, f"a/{'é' * 128}/b", "a/" * 2100):
+        with says("...' is too long for a path: a name may have 255 bytes", "give a shorter one"):
+            files.local_path(bad)
 
 
 def test_a_living_process_keeps_its_claim_and_a_killed_one_does_not(tmp_path):
@@ -167,3 +177,13 @@ def test_of_many_that_see_a_dead_holder_one_enters_at_a_time(tmp_path):
     for thread in threads:
         thread.join(30)
     assert seen == [1] * 8
+
+
+def test_a_folder_on_a_read_only_mount_is_said(tmp_path, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.mkdtemp", read_only)
+    where = f"cannot write in {str(tmp_path)!r}: Read-only"
+    with says(where, "name another folder"), files.appearing(tmp_path / "out"):
+        raise AssertionError

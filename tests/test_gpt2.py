@@ -267,6 +267,13 @@ def test_the_tokenizer_is_read_where_its_files_are(scorer, tmp_path):
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
     ids = load_scorer(folder).tokenizer.encode("abb")
     np.testing.assert_array_equal(ids, [256, tokens.index("b")])
+    whole = load_scorer(folder).tokenizer
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
+    assert load_scorer(folder).tokenizer is None
+    (folder / "tokenizer.json").write_text(whole.library_json)
+    assert load_scorer(folder).tokenizer.fingerprint() == whole.fingerprint()
+    np.testing.assert_array_equal(load_scorer(folder).tokenizer.encode("abb"), ids)
 
     save(folder, {**tensors, "wte.weight": np.ones((257, SIZE), np.float32)}, vocab_size=257)
     with pytest.raises(ValueError, match="258 tokens, more than the model's vocab_size 257"):
@@ -346,12 +353,12 @@ WEIGHT = "h.1.attn.c_attn.weight"
             f"a tensor too many: transformer.{WEIGHT};",
         ),
         (truncate, "model.safetensors': Error while deserializing header"),
-        (truncate_header, "the header of .*model.safetensors' is no JSON"),
+        (truncate_header, "the header of .*model.safetensors' is not JSON"),
         (lose_a_shard, "no '.*part-2.safetensors', which '.*index.json' names"),
         (repeat_a_tensor, "h.0.attn.c_attn.bias is in '.*part-2.* or in '.*index.json', not in bo"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors or .*index.json in"),
         (lambda f: (f / "config.json").unlink(), "no config.json in"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json' is no JSON: Expecting"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json' is not JSON: Expecting"),
         (lambda f: (f / "config.json").write_text("3"), "config.json' holds a int, not an"),
         (change_config(model_type="llama"), "model_type 'llama' in .* is not 'gpt2'"),
         (change_config(model_type=None), "model_type None in .* is not 'gpt2'"),

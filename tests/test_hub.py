@@ -190,8 +190,8 @@ def test_every_fault_of_a_push_is_named_without_the_token(
     server.add("me/public", {})
     told = []
     for options, parts in (
-        ({"name": "me/new@main"}, ("'me/new@main' is no name of a repository",)),
-        ({"name": "new"}, ("'new' is no name of a repository; write owner/name",)),
+        ({"name": "me/new@main"}, ("'me/new@main' is not the name of a repository",)),
+        ({"name": "new"}, ("'new' is not the name of a repository; write owner/name",)),
         ({"folder": tmp_path}, ("no config.json in",)),
         ({"token": None}, ("no token to write to 'me/new'; run `hf auth login`",)),
         ({"token": f"{OWNER}\n"}, ("has a character that no token has",)),

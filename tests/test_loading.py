@@ -95,7 +95,7 @@ def test_the_pth_run_of_the_original_is_pointed_to_its_command(tmp_path):
         ({"dtype": "int8"}, "unknown dtype 'int8'; known: float32, bfloat16"),
         ({"tokenizer": "morse"}, "unknown tokenizer 'morse'; known: bert"),
         ({"tokenizer": "ids:7"}, "tokenizer 'ids' has 7 tokens, the model in"),
-        ({"tokenizer": "ids:x"}, "'x' is no number of ids"),
+        ({"tokenizer": "ids:x"}, "'x' is not a number of ids"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(folder, options, words):
@@ -106,9 +106,9 @@ def test_options_that_do_not_fit_are_one_line(folder, options, words):
 def test_a_source_that_is_nothing_says_what_was_looked_for(tmp_path, alone):
     for source, words in (
         ("runs/nowhere", "no folder at 'runs/nowhere', and as a hub id"),
-        ("x" * 300, "and it is no hub id owner/name"),
-        (tmp_path / "none", "and it is no hub id owner/name; give the workdir of a sedd-train"),
-        (tmp_path, "holds no model: it is no .pth file of a run, and no folder with"),
+        ("x" * 300, "xxx...' is too long for a path: a name may have 255 bytes"),
+        (tmp_path / "none", "and it is not a hub id owner/name; give the workdir of a sedd-train"),
+        (tmp_path, "holds no model: it is not a .pth file of a run, and no folder with"),
         ("a/b@main", "no folder at 'a/b@main', and as a hub id"),
     ):
         with says(words):

@@ -78,21 +78,27 @@ def test_parquet_is_read_by_its_text_column_and_a_csv_as_csv(tmp_path):
     assert everything(str(tmp_path)) == sorted(ROWS)
     path = write(tmp_path / "csv", {"a.csv": CSV})
     assert everything(path) == ["NA", 'a "quoted",\nsecond line']
+    path = write(tmp_path / "long", {"a.csv": "\ufefftext\r\n" + "word " * 99_999 + "\r\n\r\nb"})
+    assert sorted(map(len, everything(path))) == [1, 5 * 99_999]
 
 
 def test_whole_files_in_any_case_packed_or_not_and_folders_behind_links(tmp_path):
     path = write(tmp_path / "t", {"A.TXT": "upper", "b.md": "# mark", "c.rst": "rest"})
+    write(tmp_path / "t", {"wiki.x.tokens": "tokens", "y.raw": "raw"})
     write(tmp_path / "t", {"d.txt.gz": gzip.compress(b"packed"), "e.TXT.Zst": zstd("zst")})
     write(tmp_path / "elsewhere", {"f.txt": "linked"})
     (tmp_path / "t/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/up").symlink_to(tmp_path / "t")  # a circle
-    assert everything(path) == ["# mark", "linked", "packed", "rest", "upper", "zst"]
+    assert everything(path) == [
+        *("# mark", "linked", "packed", "raw", "rest", "tokens", "upper", "zst"),
+    ]
 
 
 def test_what_is_read_and_passed_over_is_said_in_one_line(tmp_path, caplog):
     path = write(
         tmp_path / "t", {"README.txt": "x " * 99, "b.png": b"\x89PNG", "c.py": "", "_": ""}
     )
+    write(tmp_path / "t", {"LICENSE": "Apache", "d.pdf": b"%PDF-1.4\n1 0 obj\n", "e": b"a\0b"})
     write(tmp_path / "t", {"part-0.jsonl.gz": gzip.compress(JSONL.encode())})
     write(tmp_path / "t", {".a.txt": b"\xa3\xff", ".git/a.txt": "hidden"})
     logging.getLogger("sedd_jax").propagate = True
@@ -103,7 +109,7 @@ def test_what_is_read_and_passed_over_is_said_in_one_line(tmp_path, caplog):
     line = f"reading {path!r}: 1 .txt, 1 .jsonl.gz; 0.1 of it held out; passed over: "
     ours = [record for record in caplog.records if record.name.startswith("sedd_jax")]
     said = [(record.levelname, record.message) for record in ours]
-    assert said == [("WARNING", f"{line}_, b.png, c.py, 2 hidden")]
+    assert said == [("WARNING", f"{line}LICENSE, _, b.png, 3 more, 2 hidden")]
     assert sum(records.counts(s)["documents"] for s in ("train", "validation")) == 31
 
 
@@ -120,7 +126,23 @@ def test_what_is_read_and_passed_over_is_said_in_one_line(tmp_path, caplog):
         ("b.txt.bz2", b"BZh9nonsense", ["b.txt.bz2", "get it again"]),
         ("b.txt.zst", zstd("text " * 99)[:-3], ["b.txt.zst", "get it again"]),
         ("b.csv", b"id;text\n1;x\n", ["b.csv", 'no column "text"']),
-        ("b.csv", b"text\n\xff\n", ["b.csv", "UTF8", "UTF-8"]),
+        ("b.csv", b"text\n\xff\n", ["b.csv", "invalid UTF-8 at byte 5"]),
+        ("b.csv", b"", ["b.csv", 'no column "text"']),
+        ("b.csv", b"text,n,text\na,1,b\n", ["b.csv", 'two columns "text"']),
+        ("b.csv", b'text\none\n"two\nthree\n', ["b.csv:3", "a quote that nothing closes"]),
+        ("b.csv", b'n,text\n1,"one""\n2,two\n', ["b.csv:2", "a quote that nothing closes"]),
+        ("b.csv", b'text\n"one" two\n', ["b.csv:2", "expected after"]),
+        ("b.csv", b"n,text\n\n1,one\n2\n", ["b.csv:4", "1 fields in a row, 2 columns"]),
+        ("b.csv", b'text\n"a\nb"\none, two\n', ["b.csv:4", "2 fields in a row, 1 columns"]),
+        ("b.csv", b"text\none\0two\n", ["b.csv:2", "NUL", "UTF-16"]),
+        ("b.tsv", b"n\ttext\n1\tone\ttwo\n", ["b.tsv:2", "3 fields", "quote the fields"]),
+        ("b.tsv", b'text\n"one\n', ["b.tsv:2", "a quote that nothing closes"]),
+        ("b.tsv", b'text\n"' + b"x" * 200_000, ["b.tsv:2", "a quote that nothing closes"]),
+        ("run.log", b"step 1\n", ["run.log", "call it .txt if it is a document"]),
+        ("b.TXT.part", b"some text\n", ["b.TXT.part", ".txt"]),
+        ("page.html", b"<p>text</p>", ["page.html", "move it elsewhere"]),
+        ("notes", "caf\u00e9".encode(), ["notes", "move it elsewhere"]),
+        ("sub.tokens.1", b"a b c", ["sub.tokens.1", "move it elsewhere"]),
         ("b.parquet", b"PAR1", ["b.parquet", "move the file"]),
         ("b.json", b'{"body": "x"}', ["b.json:1", 'no string under "text"']),
         ("b.json", b'[{"text": 3}]', ["b.json:1", 'no string under "text"']),
@@ -144,7 +166,7 @@ def test_a_pipe_or_a_link_to_nothing_is_refused_without_waiting(tmp_path):
             text(str(path), 0.1)
     with says("'/dev/null'", "a pipe or a device"):  # as <(zcat texts.gz) is
         text("/dev/null", 0.1)
-    with says("no text in", "notes.log'; set data.path"):
+    with says("notes.log' holds text", "call it .txt if it is a document"):
         text(write(tmp_path, {"notes.log": "x"}) + "/notes.log", 0.1)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/a.txt").symlink_to("/no/such")
@@ -163,6 +185,10 @@ FORMS = [
     ("wiki.train.tokens.txt", "wiki.dev.tokens.txt", "wiki.test.tokens.txt"),
     ("train_0.md", "dev1.txt", "test_set.txt"),
     ("train/valid-notes.txt", "validation/train.txt", None),
+    ("train.jsonl.txt", "eval.txt", "testing.txt"),
+    ("train/a.txt", "held-out/a.txt", None),
+    ("a-train.txt", "a-heldout-00001.txt", None),
+    ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"),
     (None, "dev.txt", "test.txt"),
     (None, None, "test/a.txt"),
 ]
@@ -303,6 +329,25 @@ def test_records_by_name_bring_their_corpus_and_tokenizer(tmp_path):
         workdir.prepare_data(
             configuration.with_values(config, {"data.length": 32}), tmp_path / "run"
         )
+
+
+def test_gpt2_may_give_the_tokenizer_of_its_files_settings(tmp_path):
+    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    library = ByteLevelBPETokenizer({t: i for i, t in enumerate(tokens)}, [], add_prefix_space=True)
+    library.save(str(tmp_path / "tokenizer.json"))
+    path = write(tmp_path / "t", {"a.txt": "one line of text\n" * 40})
+    values = {"data.corpus": "text", "data.path": path, "data.length": 16}
+    values |= {"data.tokenizer": "gpt2", "data.tokenizer_path": str(tmp_path / "tokenizer.json")}
+    config = configuration.with_values(quickstart.get_config(), values)
+    for _ in range(2):  # prepared, and there already
+        assert workdir.prepare_data(config, tmp_path / "run").tokenizer.name == "json"
+    for other in ("bytes", "sentencepiece"):
+        config.data.tokenizer = other
+        with says("have tokenizer 'json', config.data.tokenizer is", other):
+            workdir.prepare_data(config, tmp_path / "run")
 
 
 def test_training_says_which_splits_there_are_before_it_prepares(tmp_path):

@@ -329,7 +329,7 @@ def test_a_stored_tokenizer_that_is_none_of_the_library_is_refused(content):
         lambda: tokenizer.encode("a"),
         lambda: tokenizer.decode([0]),
     ):
-        with says("it is no tokenizer.json of the `tokenizers` library: ", "; get it again"):
+        with says("it is not a tokenizer.json of the `tokenizers` library: ", "; get it again"):
             use()
 
 
@@ -443,7 +443,9 @@ def test_a_folder_that_is_there_wins_over_a_hub_id(tmp_path, monkeypatch, offlin
 
 def test_every_fault_of_a_hub_id_is_named(offline):
     for path in ("some/one", "some/one@main", "some/one@" + COMMIT[:12]):
-        with says(f"{path!r} is no folder or file here", "write some/one@ and the commit's 40 hex"):
+        with says(
+            f"{path!r} is not a folder or file here", "write some/one@ and the commit's 40 hex"
+        ):
             make_tokenizer("gpt2", path, reference())
     for path in ("/no/such/folder", "nowhere", f"gpt2@{COMMIT}"):
         with says(
@@ -460,10 +462,10 @@ def test_ids_are_numbers_and_a_name_tells_them():
     tokenizer = named_tokenizer("ids:12")
     assert tokenizer.encode(" 3\n11 0").tolist() == [3, 11, 0] and tokenizer.separator == ()
     for text in ("12", "-1", "x", "3.0"):
-        with says(f"{text!r} is no id in [0, 12)"):
+        with says(f"{text!r} is not an id in [0, 12)"):
             tokenizer.encode(text)
     for path in ("", "x", "0", "-3"):
-        with says(f"{path!r} is no number of ids"):
+        with says(f"{path!r} is not a number of ids"):
             make_tokenizer("ids", path, reference())
 
 
@@ -478,7 +480,7 @@ def test_a_named_tokenizer_is_one_that_needs_no_corpus(tmp_path):
             named_tokenizer(name)
     file.write_text("{}")
     with says(
-        "tokenizer.json' as a tokenizer: it is no tokenizer.json of the `tokenizers` library"
+        "tokenizer.json' as a tokenizer: it is not a tokenizer.json of the `tokenizers` library"
     ):
         named_tokenizer(str(file))
 
@@ -641,7 +643,7 @@ def test_a_file_that_is_named_itself_is_what_is_meant(tmp_path):
     assert (
         by_folder == named_tokenizer(f"json:{tmp_path}") == named_tokenizer("json", str(tmp_path))
     )
-    with says("it is no tokenizer.json of the `tokenizers` library"):
+    with says("it is not a tokenizer.json of the `tokenizers` library"):
         make_tokenizer("json", str(tmp_path / "vocab.json"), None)
     with says("tokenizer 'bytes' needs no files, but tokenizer_path is", "leave it out"):
         make_tokenizer("bytes", str(tmp_path), None)
@@ -700,7 +702,7 @@ def test_every_fault_of_vocabulary_files_is_named(tmp_path):
         make("bert", vocab_txt="[UNK]\na\n")
     with says("it holds a token twice"):
         make("bert", vocab_txt="[UNK]\n[SEP]\na\na\n")
-    with says("tokenizer.json' as a tokenizer: tokenizer.json is no JSON: Expecting value"):
+    with says("tokenizer.json' as a tokenizer: tokenizer.json is not JSON: Expecting value"):
         make("bert", tokenizer_json="")
     (tmp_path / "tokenizer.json").write_text('{"name": "bytes"}')
     with says("tokenizer.json' as a tokenizer: it is a run's", "give the file itself as tokenizer"):
@@ -808,7 +810,7 @@ def test_every_fault_of_a_sentencepiece_model_is_named(tmp_path):
     model = base64.b64decode(some_tokenizer("sentencepiece").model)
     for content in (b"no model", model[: len(model) // 2]):
         file.write_bytes(content)
-        with says("a.model': this is no SentencePiece .model file; copy it again"):
+        with says("a.model': this is not a SentencePiece .model file; copy it again"):
             make(file)
     file.write_bytes(b"")
     with says("a.model': this SentencePiece model is empty; copy it again"):
@@ -819,5 +821,5 @@ def test_every_fault_of_a_sentencepiece_model_is_named(tmp_path):
     (tmp_path / "b.model").write_bytes(model)
     with says("2 .model files in"):
         make(tmp_path)
-    with says("this is no SentencePiece .model file"):
+    with says("this is not a SentencePiece .model file"):
         tokenizer_from_dict({"name": "sentencepiece", "model": "?"}).encode("a")

@@ -3,6 +3,9 @@
 import errno
 import fcntl
 import json
+import os
+import pty
+import select
 import shutil
 import signal
 import struct
@@ -163,7 +166,7 @@ def test_a_workdir_that_cannot_be_written_is_said(tmp_path, tiny_config, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_training_with_a_checkpoint_and_exit_code_zero(tmp_path, number):
     workdir = tmp_path / "run"
     changes = {"train__steps": 100_000, "train__log_every": 1, "checkpoint__every": 100_000}
@@ -176,6 +179,24 @@ def test_a_signal_ends_training_with_a_checkpoint_and_exit_code_zero(tmp_path, n
     assert 3 <= step < 100_000
     assert int(train_state["step"]) == step
     assert f"stopped by a signal at step {step}" in errors
+
+
+def test_a_terminal_that_is_closed_ends_training_with_a_checkpoint(tmp_path):
+    workdir = tmp_path / "run"
+    changes = {"train__steps": 100_000, "train__log_every": 1, "checkpoint__every": 100_000}
+    arguments = [sys.executable, "-m", "sedd_jax", "train", *command_line(workdir, **changes)]
+    process, terminal = pty.fork()  # the process leads the session of a terminal of its own
+    if process == 0:
+        os.execve(sys.executable, arguments, {**os.environ, "XLA_FLAGS": ""})
+    try:
+        end = time.monotonic() + 120
+        while max(logged_steps(workdir), default=0) < 3 and time.monotonic() < end:
+            if select.select([terminal], [], [], 0.1)[0]:
+                os.read(terminal, 1 << 16)
+    finally:
+        os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    assert 3 <= restored(workdir)[0] < 100_000
 
 
 def test_a_finished_run_leaves_its_config_metrics_events_and_checkpoints(tiny_run, tiny_config):
@@ -348,7 +369,7 @@ with Signals():
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_heard_while_the_main_thread_waits_for_something_else(number):
     with subprocess.Popen(
         [sys.executable, "-c", BLOCKED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -28,6 +28,8 @@ TINY = (
 TRAIN = f"train --config=quickstart --workdir=run {TINY}"
 TEXT = f"{TRAIN} --config.data.corpus=text --config.data.path="
 PREPARE = "prepare --dataset=text --tokenizer=bytes --length=16 --out=records --manual_dir="
+LONG = "x" * 300
+TOO_LONG = ("xxx...' is too long for a path", "give a shorter one")
 TOKENS = "prepare --dataset=text --manual_dir={text} --length=16 --out=records"
 
 
@@ -319,7 +321,88 @@ CASES = [
     Case("sample --model=owner/name@main", "main", "unset it"),
     Case("sample --model=a/b/c", "a/b/c", "owner/name"),
     Case("convert --from={models}/bad.pth --to=out", "bad.pth", "torch"),
+    # --- paths that are too long, and addresses of other kinds
+    Case(f"train --config=quickstart {TINY} --workdir={LONG}", *TOO_LONG),
+    Case(f"train --config={LONG} --workdir=run", *TOO_LONG),
+    Case(f"{TRAIN} --config.data.records={LONG}", *TOO_LONG),
+    Case(f"{TEXT}{LONG}", *TOO_LONG),
+    Case(f"{PREPARE}{LONG}", *TOO_LONG),
+    Case(f"{PREPARE}{'a/' * 2100}", "/a...' is too long for a path", "give a shorter one"),
+    Case(f"{TOKENS} --tokenizer={LONG}", *TOO_LONG),
+    Case(f"{TOKENS} --tokenizer=gpt2 --tokenizer_path={LONG}", *TOO_LONG),
+    Case(f"prepare --dataset=text --manual_dir={{text}} --tokenizer=bytes --out={LONG}", *TOO_LONG),
+    Case(f"sample --workdir={LONG}", *TOO_LONG),
+    Case(f"sample --model={LONG}", *TOO_LONG),
+    Case(f"sample --workdir={{run}} --out={LONG}", *TOO_LONG),
+    Case(f"eval likelihood --workdir={{run}} --json={LONG}", *TOO_LONG),
+    Case(f"eval pareto --workdir={{run}} --scorer={LONG}", *TOO_LONG),
+    Case(f"report --workdir={LONG}", *TOO_LONG),
+    Case(f"convert --from={{hub}} --to={LONG}", *TOO_LONG),
+    Case(f"convert --from={{hub}} --to={'x' * 250}", *TOO_LONG),
+    Case("sample --model=https://huggingface.co/a/b", "https://huggingface.co/a/b", "local folder"),
+    Case("train --config=quickstart --workdir=file:///tmp/run", "file:///tmp/run", "local folder"),
+    Case("report --workdir=hf://a/b", "hf://a/b", "local folder"),
+    Case("prepare --dataset=ptb --manual_dir=dbfs:/ptb --out=records", "dbfs:/ptb", "local folder"),
+    Case("eval mauve --workdir={run} --records=hf://datasets/a", "hf://datasets/a", "local folder"),
+    Case(f"{TRAIN} --config.data.path=hf://datasets/a", "hf://datasets/a", "mount"),
+    Case("convert --from=r2://b/run --to=out", "r2://b/run", "local folder"),
+    # --- a space in place of =, numbers of another kind, a flag without a value
+    Case("sample --workdir {run} --steps 0", "0", "steps"),
+    Case("sample --workdir={run} --steps=2.5", "2.5", "--help"),
+    Case("sample --workdir={run} --num_samples=1e1", "1e1", "--help"),
+    Case("sample --workdir={run} --seed 4294967296", "4294967296", "4294967295"),
+    Case("sample --workdir", "--workdir", "--help"),
+    Case("eval likelihood --workdir {run} --passes 3", "3", "even"),
+    Case("eval likelihood --workdir={run} --batch_size=2.5", "2.5", "--help"),
+    Case("eval likelihood --workdir={run} --split=held-out", "'held-out'", "validation"),
+    Case(TOKENS.replace("16", "1e2") + " --tokenizer=bytes", "1e2", "--help"),
+    Case(f"{TRAIN} --config.train.steps 1.5", "1.5", "whole number"),
+    Case(f"{TRAIN} --config.train.steps=1_0x", "1_0x", "whole number"),
+    Case(f"{TRAIN} --config.seed=1e30", "1e30", "seed"),
+    Case("train --workdir", "workdir", "value"),
+    Case(f"{TRAIN} --config.mesh.data=0", "0", "mesh.data"),
+    Case(f"{TRAIN} --config.optimizer.clip_norm=inf", "inf", "finite"),
+    # --- mistakes in a config file
+    Case("train --config={broken}/a_key.py --workdir=run", "trian", "train"),
+    Case("train --config={broken}/a_section.py --workdir=run", "optimizer", "configs/base.py"),
+    Case("train --config={broken}/a_string.py --workdir=run", "'100'", "whole number"),
+    Case("train --config={broken}/a_lookup.py --workdir=run", "a_lookup.py', line 3", "correct"),
+    Case("train --config={broken}/a_dict.py --workdir=run", "dict", "ConfigDict"),
+    # --- corpora of other kinds
+    Case(f"{PREPARE}{{corpora}}/open_quote", "a.csv:3", "a quote that nothing closes; give"),
+    Case(f"{PREPARE}{{corpora}}/ragged", "a.tsv:3", "3 fields in a row, 2 columns; quote"),
+    Case(f"{PREPARE}{{corpora}}/nul", "a.csv:2", "UTF-8 text"),
+    Case(f"{PREPARE}{{corpora}}/two_texts", 'two columns "text"', "name one so"),
+    Case(f"{PREPARE}{{corpora}}/other_keys", "a.jsonl:2", "move the file"),
+    Case(f"{PREPARE}{{corpora}}/log", "run.log", "call it .txt if it is a document"),
+    Case(f"{PREPARE}{{corpora}}/html", "page.html", "move it elsewhere"),
+    Case(f"{PREPARE}{{corpora}}/tar_gz", "a.tar.gz", "unpack"),
+    Case(f"{PREPARE}{{corpora}}/tar_xz", "a.tar.xz", "unpack"),
+    Case(f"{PREPARE}{{corpora}}/bare_bz2", "part-0.bz2", "unpack"),
+    Case(f"{PREPARE}{{corpora}}/broken_xz", "a.txt.xz", "again"),
+    Case(f"{PREPARE}{{corpora}}/hidden", "hidden", ".txt"),
+    Case(f"{PREPARE}{{corpora}}/dangling", "a.txt", "link to nothing"),
+    Case(f"{PREPARE}{{corpora}}/eval_and_dev", "dev.txt", "one of the folders"),
+    Case(f"{PREPARE}{{corpora}}/held_out", "more.txt", "rename it"),
+    # --- model folders and tokenizers of other kinds
+    Case("sample --model={models}/pickled", "pytorch_model.bin.index.json", "safe_serialization"),
+    Case("convert --from={models}/pickled --to=out", "index.json", "safe_serialization"),
+    Case("sample --workdir={models}/bad_remat", "'most'", "blocks"),
+    Case("train --workdir={models}/bad_remat", "'most'", "blocks"),
+    Case("eval likelihood --workdir={models}/bad_remat", "'most'", "blocks"),
+    Case(f"{TOKENS} --tokenizer={{tk}}/list.json", "list.json", "object"),
+    Case(f"{TOKENS} --tokenizer={{tk}}/unknown.json", "unknown.json", "give another"),
+    Case(f"{TOKENS} --tokenizer=bert --tokenizer_path={{tk}}/vocab.txt", "vocab.txt", "again"),
     # --- the environment
+    Case(TRAIN, "rocm", "cpu", {"JAX_PLATFORMS": "rocm"}),
+    Case(TRAIN, "CUDA", "cpu", {"JAX_PLATFORMS": "CUDA"}),
+    Case("convert --from={run} --to=out", "tpu", "cpu", {"JAX_PLATFORMS": "tpu,cpu"}),
+    Case("report --workdir={run}", "metal", "cpu", {"JAX_PLATFORMS": "metal"}),
+    Case("sample --model=owner/name", "token", "unset HF_TOKEN", {"HF_TOKEN": "Bearer hf_abc"}),
+    Case("sample --model=owner/name", "token", "unset HF_TOKEN", {"HF_TOKEN": "'hf_abc'"}),
+    Case("sample --model=owner/name", "token", "unset HF_TOKEN", {"HF_TOKEN": "hf_caf\u00e9"}),
+    Case(TRAIN, "JAX_COORDINATOR_ADDRESS", "one process", {"JAX_COORDINATOR_ADDRESS": "a:1"}),
+    Case(TRAIN, "JAX_COORDINATOR_PORT", "correct it", {"JAX_COORDINATOR_PORT": "http"}),
     Case(TRAIN, "cuda", "sedd_jax[cuda", {"JAX_PLATFORMS": "cuda"}),
     Case(TRAIN, "tpu", "sedd_jax[tpu]", {"JAX_PLATFORMS": "tpu"}),
     Case(TRAIN, "gpu", "JAX_PLATFORMS", {"JAX_PLATFORMS": "gpu"}),
@@ -396,6 +479,14 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
         a_type__py="def get_config():\n    return 3\n",
         an_argument__py=f"{config}    return quickstart.get_config()\n",
         an_exit__py="import sys\nsys.exit(7)\n",
+        a_key__py=f"{config}    c = quickstart.get_config()\n    c.unlock()\n    c.trian = 1\n"
+        "    return c\n",
+        a_section__py=f"{config}    c = quickstart.get_config()\n    del c.optimizer\n"
+        "    return c\n",
+        a_string__py=f"{config}    c = quickstart.get_config()\n    with c.ignore_type():\n"
+        "        c.train.steps = '100'\n    return c\n",
+        a_lookup__py=f"{config}    return {{}}['x']\n",
+        a_dict__py=f"{config}    return quickstart.get_config().to_dict()\n",
     )
     files("corpora/blank", a__txt=" \n", b__txt="")
     files("corpora/latin1", a__txt="café".encode("latin-1"))
@@ -411,9 +502,26 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     files("corpora/splits", train__txt=words, valid__txt=words)
     files("corpora/train_and_test", train__txt=words, test__txt=words)
     files("corpora/one_column", a__csv="body\nx\n", b__txt=words)
+    files("corpora/open_quote", a__csv='n,text\n1,one\n2,"two\n3,three\n')
+    files("corpora/ragged", a__tsv="n\ttext\n1\tone\n2\ttwo\tmore\n")
+    files("corpora/nul", a__csv="text\no\0ne\n")
+    files("corpora/two_texts", a__csv="text,text\na,b\n")
+    files("corpora/other_keys", a__jsonl='{"text": "a"}\n{"content": "b"}\n')
+    files("corpora/log", a__txt=words, run__log="step 1 loss 2\n")
+    files("corpora/html", a__txt=words, page__html="<p>text</p>")
+    files("corpora/tar_gz", a__txt=words, a__tar__gz=b"\x1f\x8b\x08\x00")
+    files("corpora/tar_xz", a__txt=words, a__tar__xz=b"\xfd7zXZ\x00")
+    files("corpora/bare_bz2", a__txt=words, **{"part-0__bz2": b"BZh9"})
+    files("corpora/broken_xz", a__txt__xz=b"\xfd7zXZ\x00")
+    files("corpora/hidden", __a__txt=words)
+    files("corpora/dangling")
+    (top / "corpora/dangling/a.txt").symlink_to("nothing")
+    files("corpora/eval_and_dev", train__txt=words, dev__txt=words, eval__txt=words)
+    files("corpora/held_out", train__txt=words, **{"held-out__txt": words, "more__txt": words})
     files("corpora/pipe")
     os.mkfifo(top / "corpora/pipe/a.txt")
-    files("tk", broken__json='{"model": ', lfs__json=pointer)
+    files("tk", broken__json='{"model": ', lfs__json=pointer, vocab__txt="a\nb\n")
+    files("tk", list__json="[]", unknown__json='{"model": {"type": "Morse"}}')
 
     def model(name: str, **changes: bytes | str | None) -> None:
         shutil.copytree(earlier / "hub_absorbing", top / "models" / name)
@@ -437,6 +545,7 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     model("torn", model__safetensors=torn[: len(torn) // 2])
     model("no_weights", model__safetensors=None)
     model("no_config", config__json=None)
+    model("pickled", model__safetensors=None, pytorch_model__bin__index__json="{}")
     model("bad_config", config__json='{"ngpus": 1')
     model("other_names")
     other = {f"encoder.layer.{n}": np.zeros(3, np.float32) for n in range(4)}
@@ -446,11 +555,14 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     wrong = {**weights, name: weights[name][..., :1].copy()}
     save_file(wrong, top / "models/other_shape/model.safetensors")
     files("models", bad__pth=b"not a torch file", lfs__pth=pointer)
-    for name in ("no_checkpoint", "bad_run_config", "lfs_run", "damaged_ema"):
+    for name in ("no_checkpoint", "bad_run_config", "lfs_run", "damaged_ema", "bad_remat"):
         shutil.copytree(top / "run", top / "models" / name)
     shutil.rmtree(top / "models/no_checkpoint/checkpoints")
     files("models/bad_run_config", config__json='{"seed": ')
     files("models/lfs_run", config__json=pointer)
+    saved = json.loads((top / "run/config.json").read_text())
+    saved["model"]["remat"] = "most"
+    files("models/bad_remat", config__json=json.dumps(saved))
     for step in (top / "models/damaged_ema/checkpoints").iterdir():
         for file in (step / "ema").rglob("*"):
             if file.is_file() and file.stat().st_size > 200 and file.name != "sha256.json":

@@ -149,8 +149,9 @@ def check_run(source: Path, remedy: str) -> None:
     """ValueError for a model alone where the command needs its run; load refuses other things."""
     from sedd_jax import hub
     from sedd_jax.convert.folder import INDEX, PICKLED, WEIGHTS
+    from sedd_jax.convert.weights import PICKLED_INDEX
 
-    if any((source / name).is_file() for name in (WEIGHTS, INDEX, PICKLED)):
+    if any((source / name).is_file() for name in (WEIGHTS, INDEX, PICKLED, PICKLED_INDEX)):
         fault = f"{str(source)!r} is an exported model, which has no records of its own"
     elif not source.exists() and hub.parse(str(source)) is not None:
         fault = f"no folder at {str(source)!r}, and a model of the hub has no records of its own"

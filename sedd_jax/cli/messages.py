@@ -1,6 +1,7 @@
 """What the commands say on standard error."""
 
 import contextlib
+import errno
 import io
 import logging
 import os
@@ -9,12 +10,17 @@ import select
 import sys
 from collections.abc import Iterator
 
+from sedd_jax.files import shown
+
 SIGPIPE = 128 + 13  # the status of what the shell saw end by that signal
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
 
 def say(name: str, error: Exception, status: int) -> int:
-    print(f"{name}: error: {visible(' '.join(str(error).split()))}", file=sys.stderr)
+    message = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # with a suffix of ours
+        message = f"{shown(str(error.filename))!r} is too long for a path; give a shorter one"
+    print(f"{name}: error: {visible(' '.join(message.split()))}", file=sys.stderr)
     return status
 
 

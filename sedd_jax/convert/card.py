@@ -91,7 +91,7 @@ def _checked(about: dict[str, Any]) -> dict[str, Any]:
     checked = {key: about[key] for key in _ABOUT if _ABOUT[key].holds(about.get(key))}
     for key, rule in _ABOUT.items():
         if key not in checked and about.get(key) is not None:
-            log.warning("about.%s is left out of the card: it is no %s", key, rule.words)
+            log.warning("about.%s is left out of the card: it is not %s", key, rule.words)
     return checked
 
 

@@ -139,7 +139,7 @@ def recognise(source: Path) -> str:
         is_run = any((source / n).exists() for n in (workdir.TOKENIZER, workdir.CHECKPOINTS))
         return "workdir" if is_run else "hub"
     raise ValueError(
-        f"{str(source)!r} holds no model: it is no .pth file of a run, and no folder with "
+        f"{str(source)!r} holds no model: it is not a .pth file of a run, and no folder with "
         f"{original_run.YAML} or {hub.CONFIG}; give the workdir of a sedd-train, a hub folder, or "
         "a run of the original"
     )

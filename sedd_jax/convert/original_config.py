@@ -42,7 +42,7 @@ def _one_of(*values: Any) -> Constraint:
 def _size(low: int, high: int) -> Constraint:
     """high is far above any model's: names and shapes are listed before a file is read."""
     words = f"a whole number in [{low}, {high}]"
-    return Constraint(lambda x: type(x) is int and low <= x <= high, words)  # True is no number
+    return Constraint(lambda x: type(x) is int and low <= x <= high, words)  # True is not a number
 
 
 class _Field(NamedTuple):
@@ -152,7 +152,8 @@ def from_original_config(theirs: Mapping[str, Any], where: str = "config.json") 
     else:
         values["data.corpus"] = "text"
         notices.append(
-            f"data.train {shown(repr(corpus))} is no corpus known here; config.data.corpus is text"
+            f"data.train {shown(repr(corpus))} is not a corpus known here; config.data.corpus is "
+            "text"
         )
     if tokens in TOKENIZERS:
         values["data.tokenizer"] = TOKENIZERS[tokens]
@@ -262,6 +263,6 @@ def read_config(file: Path) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:120]
             raise ValueError(
-                f"{where} is no config of the original code: {reason}; get it again"
+                f"{where} is not a config of the original code: {reason}; get it again"
             ) from error
     return load_json(text, where)

@@ -94,8 +94,8 @@ def check_archive(file: Path) -> None:
         raise ValueError(f"cannot read {where}: {error.strerror}; give a .pth file") from error
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{where} is no archive as torch.save has written since torch 1.6; load and save it "
-            "again with the original's torch"
+            f"{where} is not an archive as torch.save has written since torch 1.6; load and save "
+            "it again with the original's torch"
         ) from error
     pickles = [r.file_size for r in records if r.filename.endswith("data.pkl")]
     if (
@@ -106,7 +106,7 @@ def check_archive(file: Path) -> None:
         or sum(r.file_size for r in records) > size
     ):
         raise ValueError(
-            f"{where} is no archive as torch.save writes: it has {len(records)} records, which "
+            f"{where} is not an archive as torch.save writes: it has {len(records)} records, which "
             "must be uncompressed with one small pickle; give a checkpoint of the original code"
         )
 

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor is in which
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 DIGEST = "sedd_jax.sha256"  # in the metadata of our own files
 DTYPES = ("F32", "F16", "BF16")
 # Of the original's state dict; it follows from the sizes, and a file may lack it.
@@ -69,7 +70,9 @@ class Tensors(Mapping[str, np.ndarray]):
 def download(repository: str, revision: str | None, *, optional: Sequence[str] = ()) -> Path:
     """`hub.download` of config.json and the weights: WEIGHTS, else the shards of INDEX, if any."""
     files = ["config.json"]
-    folder = hub.download(repository, revision, files, optional=[WEIGHTS, INDEX, *optional])
+    folder = hub.download(
+        repository, revision, files, optional=[WEIGHTS, INDEX, PICKLED_INDEX, *optional]
+    )
     if locate(folder) == folder / INDEX:
         with _reading(repr(str(folder / INDEX))):
             shards = [shard.name for shard in _read_index(folder / INDEX)]
@@ -78,8 +81,18 @@ def download(repository: str, revision: str | None, *, optional: Sequence[str] =
 
 
 def locate(folder: Path) -> Path | None:
-    """The file of `folder` for `open_tensors`: WEIGHTS, else INDEX."""
-    return next((folder / name for name in (WEIGHTS, INDEX) if (folder / name).is_file()), None)
+    """The file of `folder` for `open_tensors`: WEIGHTS, else INDEX; None if there is neither.
+
+    ValueError if there is the index of files that torch has pickled, in place of both.
+    """
+    file = next((folder / name for name in (WEIGHTS, INDEX) if (folder / name).is_file()), None)
+    if file is None and (folder / PICKLED_INDEX).is_file():
+        raise ValueError(
+            f"{str(folder / PICKLED_INDEX)!r} is of weights that torch has pickled in several "
+            "files, which are not read; write safetensors of them: in PyTorch, load the model and "
+            "call save_pretrained(FOLDER, safe_serialization=True)"
+        )
+    return file
 
 
 def open_tensors(

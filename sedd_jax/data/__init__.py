@@ -18,6 +18,7 @@ from sedd_jax.data.text_files import text_source
 from sedd_jax.data.tokenizers import (
     TOKENIZERS,
     Tokenizer,
+    is_of_kind,
     make_tokenizer,
     named_tokenizer,
     tokenizer_from_dict,

@@ -193,7 +193,7 @@ def json_lines(stream: IO[bytes], name: str, remedy: str) -> Iterator[tuple[int,
 
 
 def text_of(value: Any, where: str, remedy: str) -> str:
-    """What is under "text" of a JSON object or of a table's row; ValueError if that is no text."""
+    """What is under "text" of a JSON object or of a table's row; ValueError if that is not text."""
     try:
         document = value["text"]
         document.encode("utf-8")

@@ -348,7 +348,7 @@ def _packed(parts, length: int, drop: Callable[[np.ndarray], None]) -> Iterator[
         whole = len(tail) // length * length
         yield from tail[:whole].reshape(-1, length)
         tail, ends = tail[whole:], ends[ends > whole] - whole
-    for document in np.split(tail, ends[:-1]):  # each ends in a separator, which is no text
+    for document in np.split(tail, ends[:-1]):  # each ends in a separator, which is not text
         drop(document)
 
 

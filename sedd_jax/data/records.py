@@ -27,7 +27,7 @@ class Blocks(NamedTuple):
 
     @property
     def count(self) -> int:
-        """Tokens that are no padding."""
+        """Tokens that are not padding."""
         return self.tokens.size if self.is_token is None else int(self.is_token.sum())
 
 
@@ -51,7 +51,7 @@ class Records:
         return next((split for split in ("test", "validation") if split in splits), min(splits))
 
     def tokens_per_block(self, split: str) -> float:
-        """Tokens of a block of this split that are no padding, on average."""
+        """Tokens of a block of this split that are not padding, on average."""
         counts = self.counts(split)
         return (counts["tokens"] - counts["dropped_tokens"]) / counts["blocks"]
 

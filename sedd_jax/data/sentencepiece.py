@@ -55,7 +55,7 @@ class SentencePiece(Tokenizer):
             library = SentencePieceProcessor(model_proto=proto)
             size = library.get_piece_size()
         except (RuntimeError, ValueError) as error:
-            raise ValueError("this is no SentencePiece .model file; copy it again") from error
+            raise ValueError("this is not a SentencePiece .model file; copy it again") from error
         if size == 0:  # what an empty file gives
             raise ValueError("this SentencePiece model is empty; copy it again")
         if library.eos_id() < 0:

@@ -113,7 +113,7 @@ class LibraryTokenizer(Tokenizer):
         repository, revision = parsed
         if revision is None or not hub.COMMIT.fullmatch(revision):
             raise ValueError(
-                f"{name!r} is no folder or file here, and as a hub id it pins no commit; write "
+                f"{name!r} is not a folder or file here, and as a hub id it pins no commit; write "
                 f"{repository}@ and the commit's 40 hex digits"
             )
         files = [names[0] for names in cls.files]
@@ -132,8 +132,8 @@ class LibraryTokenizer(Tokenizer):
             library = Library.from_str(self.library_json)
         except Exception as error:  # the Rust library raises plain Exception
             raise ValueError(
-                f"it is no {WHOLE} of the `tokenizers` library: {_reason(error)}; get it again or "
-                "give another"
+                f"it is not a {WHOLE} of the `tokenizers` library: {_reason(error)}; get it again "
+                "or give another"
             ) from error
         library.no_truncation()
         library.no_padding()

@@ -1,6 +1,8 @@
 """Text of one's own as a corpus: which files are read and how, and which split each is in."""
 
 import bz2
+import codecs
+import csv
 import functools
 import gzip
 import io
@@ -8,6 +10,7 @@ import json
 import lzma
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -36,7 +39,8 @@ FEW = 20  # documents; below this a split by document is too coarse, so the text
 REMEDY = 'give UTF-8 text, in a .jsonl file {"text": "..."} a line, or move the file elsewhere'
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("valid", "val", "dev", "validation"), "validation"),
+    **dict.fromkeys(("valid", "val", "dev", "validation", "eval", "evaluation"), "validation"),
+    **dict.fromkeys(("heldout", "held-out", "held_out", "holdout"), "validation"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 _WORD = "|".join(SPLIT_NAMES)
@@ -149,6 +153,11 @@ def _plan(path: str) -> tuple[dict[str, Files], str]:
                 f"{str(paths[name])!r} is not read: unpack it, or write its text as .txt, .jsonl "
                 f"or .parquet ({', '.join(filter(None, OPENERS))} may follow), or move it elsewhere"
             )
+        elif _is_text(paths[name]) and not _ABOUT.match(PurePosixPath(name).name.lower()):
+            raise ValueError(
+                f"{str(paths[name])!r} holds text, and its name ends in none of "
+                f"{', '.join(READERS)}: call it .txt if it is a document, or move it elsewhere"
+            )
         else:
             others.append(name)
     if not files:
@@ -193,6 +202,18 @@ def _check_file(file: Path) -> None:
     else:
         return refuse_pointer_file(file)
     raise ValueError(f"cannot read {str(file)!r}: {fault}; give its text as a file")
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file of any name begins as UTF-8 text that is not blank."""
+    if not (file.is_file() and os.access(file, os.R_OK)):
+        return False
+    try:
+        with file.open("rb") as opened:  # its first bytes may end amid a character
+            text = codecs.getincrementaldecoder("utf-8")().decode(opened.read(1 << 16))
+    except UnicodeDecodeError:
+        return False
+    return bool(text.strip()) and not re.search(r"\A%PDF-|[\x00-\x08\x0e-\x1a]", text)
 
 
 def _kind(name: str) -> tuple[str, str]:
@@ -271,34 +292,55 @@ def _json(stream: io.BufferedReader, name: str) -> Iterator[tuple[str, str]]:
         yield f":{number}", text_of(row, f"{name}:{number}", REMEDY)
 
 
-def _table(kind: str, stream: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
+def _table(delimiter: str, stream: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
+    """A document a row of a table whose first row names its columns."""
+
+    def lines() -> Iterator[str]:
+        offset = 0
+        for number, line in enumerate(stream, start=1):
+            text = decode(line, name, offset, REMEDY)
+            offset += len(line)
+            if "\0" in text:
+                raise ValueError(f"{name}:{number}: NUL, as in UTF-16 or no text; {REMEDY}")
+            yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
+
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a document is a field; 128 KiB by default
+    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
+    count, begin = 0, 1
+    try:
+        columns = next(filter(None, rows), [])
+        if columns.count("text") != 1:
+            fault = "two columns" if "text" in columns else "no column"
+            raise ValueError(f'{name}: {fault} "text"; name one so, or {REMEDY}')
+        begin = rows.line_num + 1
+        for row in rows:
+            if row and len(row) != len(columns):
+                raise ValueError(
+                    f"{name}:{begin}: {len(row)} fields in a row, {len(columns)} columns; quote "
+                    f"the fields that hold {delimiter!r}, or {REMEDY}"
+                )
+            if row:
+                count += 1
+                yield f":{count}", row[columns.index("text")]
+            begin = rows.line_num + 1
+    except csv.Error as error:
+        reason = str(error).replace("unexpected end of data", "a quote that nothing closes")
+        raise ValueError(f"{name}:{begin}: {reason}; {REMEDY}") from error
+
+
+def _parquet(stream: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
     """A document a row."""
     import pyarrow
-    from pyarrow import csv, parquet
+    from pyarrow import parquet
 
     number = 0
     try:
-        if kind == ".parquet":
-            batches = parquet.ParquetFile(stream).iter_batches(1024, columns=["text"])
-        else:
-            batches = csv.open_csv(
-                stream,
-                csv.ReadOptions(block_size=1 << 24),
-                csv.ParseOptions(
-                    delimiter="," if kind == ".csv" else "\t", newlines_in_values=True
-                ),
-                csv.ConvertOptions(
-                    include_columns=["text"],
-                    column_types={"text": pyarrow.string()},
-                    strings_can_be_null=False,
-                ),
-            )
-        for batch in batches:
+        for batch in parquet.ParquetFile(stream).iter_batches(1024, columns=["text"]):
             for value in batch.column("text").to_pylist():
                 number += 1
                 yield f":{number}", text_of({"text": value}, f"{name}:{number}", REMEDY)
     except KeyError as error:
-        raise ValueError(f'{name}: no column "text"; name it so, or {REMEDY}') from error
+        raise ValueError(f'{name}: no column "text"; name one so, or {REMEDY}') from error
     except pyarrow.ArrowException as error:
         raise ValueError(f"{name}: {str(error).splitlines()[0]}; {REMEDY}") from error
 
@@ -310,10 +352,12 @@ def _unzstd(file: IO[bytes]) -> io.BufferedReader:
 
 
 READERS: dict[str, Callable[[Any, str], Iterator[tuple[str, str]]]] = {
-    **dict.fromkeys((".txt", ".text", ".md", ".markdown", ".rst"), _whole),
+    **dict.fromkeys((".txt", ".text", ".raw", ".tokens", ".md", ".markdown", ".rst"), _whole),
     **dict.fromkeys((".jsonl", ".ndjson"), _lines),
     ".json": _json,
-    **{kind: functools.partial(_table, kind) for kind in (".csv", ".tsv", ".parquet")},
+    ".csv": functools.partial(_table, ","),
+    ".tsv": functools.partial(_table, "\t"),
+    ".parquet": _parquet,
 }
 OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
     ".gz": gzip.open,

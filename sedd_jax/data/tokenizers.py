@@ -109,7 +109,7 @@ class Bytes(Tokenizer):
 class Ids(Tokenizer):
     """Text that is ids already, numbers with white space between; documents are joined by nothing.
 
-    For a model whose own tokenizer is not here, and for sequences that are no text.
+    For a model whose own tokenizer is not here, and for sequences that are not text.
     """
 
     size: int
@@ -119,7 +119,9 @@ class Ids(Tokenizer):
     def make(cls, path: str, corpus: Corpus) -> "Ids":
         """`path` is the number of ids."""
         if not re.fullmatch(r"[1-9][0-9]{0,8}", path):
-            raise ValueError(f"{path!r} is no number of ids; give tokenizer 'ids' one, like 4096")
+            raise ValueError(
+                f"{path!r} is not a number of ids; give tokenizer 'ids' one, like 4096"
+            )
         return cls(int(path))
 
     @property
@@ -135,7 +137,7 @@ class Ids(Tokenizer):
         for word in words:
             if not (re.fullmatch(r"[0-9]{1,9}", word) and int(word) < self.size):
                 raise ValueError(
-                    f"{shorten(repr(word))} is no id in [0, {self.size}); choose others"
+                    f"{shorten(repr(word))} is not an id in [0, {self.size}); choose others"
                 )
         return np.array([int(word) for word in words], np.int32)
 
@@ -158,8 +160,8 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 def make_tokenizer(name: str, path: str, corpus: Corpus | None) -> Tokenizer:
     """Returns tokenizer `name`: from the files at `path`, or fitted on `corpus`; see its `make`.
 
-    Or, if that is no name of TOKENIZERS, that of the file or folder `name`: a tokenizer.json of a
-    run or of the `tokenizers` library.
+    Or, if that is not a name of TOKENIZERS, that of the file or folder `name`: a tokenizer.json of
+    a run or of the `tokenizers` library.
     """
     cls = TOKENIZERS.get(name)
     if cls is not None and not (path and cls in (Bytes, Characters, Text8)):
@@ -180,7 +182,16 @@ def make_tokenizer(name: str, path: str, corpus: Corpus | None) -> Tokenizer:
     try:
         return tokenizer_from_dict(stored)
     except ValueError as error:
-        raise ValueError(f"{name!r} is no tokenizer.json of a run: {error}") from error
+        raise ValueError(f"{name!r} is not a tokenizer.json of a run: {error}") from error
+
+
+def is_of_kind(tokenizer: Tokenizer, name: str) -> bool:
+    """Whether `make_tokenizer` with this name may have given the tokenizer.
+
+    For gpt2 and bert that is also the library's, where their files have settings of their own.
+    """
+    is_library = tokenizer.name == LibraryTokenizer.name
+    return tokenizer.name == name or (is_library and issubclass(TOKENIZERS[name], LibraryTokenizer))
 
 
 def named_tokenizer(name: str, path: str = "") -> Tokenizer:

@@ -43,6 +43,7 @@ def make_key(seed: int) -> jax.Array:
 def categorical(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     """A token in proportion to exp(log_weights [..., V]), int32 [...].
 
+    -1 where they are not a distribution: one is NaN or +inf, or all are -inf.
     The distribution is that of noise over all V tokens, but for a large V first a group of tokens
     is drawn, in proportion to its sum, and then a token of it: noise costs more than the sum.
     """
@@ -52,9 +53,12 @@ def categorical(key: jax.Array, log_weights: jax.Array) -> jax.Array:
         # drawn at half its rate.
         return jax.random.categorical(key, log_weights, mode="high").astype(jnp.int32)
 
+    def where_finite(log_weights, drawn):
+        return jnp.where(jnp.isfinite(log_weights.max(axis=-1)), drawn, -1)
+
     *rows, vocab = log_weights.shape
     if vocab <= 2 * GROUP:
-        return draw(key, log_weights)
+        return where_finite(log_weights, draw(key, log_weights))
     key_group, key_token = jax.random.split(key)
     padding = [(0, 0)] * len(rows) + [(0, -vocab % GROUP)]
     groups = jnp.pad(log_weights, padding, constant_values=-jnp.inf)
@@ -65,4 +69,5 @@ def categorical(key: jax.Array, log_weights: jax.Array) -> jax.Array:
     cut = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, GROUP))
     members = cut(log_weights.reshape(-1, vocab), start.reshape(-1)).reshape(*rows, GROUP)
     is_member = jnp.arange(GROUP) >= (begin - start)[..., None]
-    return start + draw(key_token, jnp.where(is_member, members, -jnp.inf))
+    drawn = start + draw(key_token, jnp.where(is_member, members, -jnp.inf))
+    return where_finite(groups, drawn)

@@ -74,7 +74,8 @@ class Reveal:
         if self.log_factor is not None:
             reveal = jnp.exp(self._log_reveal(self.scores.total(is_revealed)))
             bernoulli = jax.vmap(lambda k, p: jax.random.bernoulli(k, p, mode="high"))
-            is_revealed &= bernoulli(key_reveal, reveal)
+            # NaN is revealed: the draw says that the scores are not finite.
+            is_revealed &= bernoulli(key_reveal, reveal) | jnp.isnan(reveal)
         # Only now, and only for the few that are revealed: noise over the vocabulary is expensive.
         return jnp.where(is_revealed, self.scores.draw(key_token, is_revealed), self.xt)
 

@@ -73,8 +73,12 @@ def draw_float32_gumbel(keys: jax.Array, distribution: Distribution) -> Tokens:
 
 
 def gumbel_argmax(u: jax.Array, probabilities: jax.Array) -> Tokens:
-    """argmax of probabilities / -log u, with the original's guards against zero, int32 [B, L]."""
-    return jnp.argmax(probabilities / (1e-10 - jnp.log(u + 1e-10)), axis=-1).astype(jnp.int32)
+    """argmax of probabilities / -log u, with the original's guards against zero, int32 [B, L].
+
+    -1 where a probability is not finite.
+    """
+    drawn = jnp.argmax(probabilities / (1e-10 - jnp.log(u + 1e-10)), axis=-1).astype(jnp.int32)
+    return jnp.where(jnp.isfinite(probabilities).all(axis=-1), drawn, -1)
 
 
 DRAWS = {"exact": draw_exact, "float32_gumbel": draw_float32_gumbel}
@@ -120,6 +124,8 @@ def sample(
     the samples' numbers, 0, 1, ... by default: a sample's noise is keyed by its own number, not by
     what else is in the batch.
 
+    A token is -1, from then to the end, if its scores were not finite.
+
     The loop may be cut: begin and end take the steps begin <= i < end from the state x at step
     begin (unused at 0), and the denoiser comes when end == steps. The parts give what the whole
     gives.
@@ -136,14 +142,17 @@ def sample(
     x = clamp(start if x is None else jnp.where(begin == 0, start, x))
     column = jnp.ones((shape[0], 1), jnp.float32)
 
+    def moved(x, keys, distribution):
+        return clamp(jnp.where(x < 0, x, draw(keys, distribution)))
+
     def step(i, x):
         t, s = grid(i, steps, t_min), grid(i + 1, steps, t_min)
         s = jnp.where(i + 1 == steps, t_min, s)  # exactly
         distribution = predictor(x, t * column, s * column, score_fn, graph, schedule)
-        return clamp(draw(jax.vmap(jax.random.fold_in, (0, None))(key_steps, i), distribution))
+        return moved(x, jax.vmap(jax.random.fold_in, (0, None))(key_steps, i), distribution)
 
     def finish(x):
-        return clamp(draw(key_last, denoise(x, t_min * column, score_fn, graph, schedule)))
+        return moved(x, key_last, denoise(x, t_min * column, score_fn, graph, schedule))
 
     if predictor is not None:
         x = jax.lax.fori_loop(begin, steps if end is None else end, step, x)

@@ -46,6 +46,17 @@ class Scores(Protocol):
 ScoreFn = Callable[[Tokens, Sigma], Scores]
 
 
+class NotFiniteError(ValueError):
+    """A model's scores are NaN or infinite: finite weights may still have diverged."""
+
+    def __init__(self, where: str):
+        super().__init__(
+            f"the model's scores are not finite {where}: its training has diverged; take an "
+            "earlier checkpoint of the run with --step=STEP (in Python load(step=STEP)), or train "
+            "again with a lower optimizer.learning_rate"
+        )
+
+
 def draw_categorical(keys: jax.Array, log_weights: jax.Array) -> Tokens:
     """A token in proportion to exp(log_weights [B, L, V]), int32 [B, L]; one key a row, [B]."""
     return jax.vmap(categorical)(keys, log_weights)

@@ -238,7 +238,7 @@ def _shares_tokens(model: SEDD, scorer: Scorer) -> bool:
     if ours.name != "gpt2":
         raise ValueError(
             f"scorer {scorer.name!r} comes without a tokenizer, and the model's is {ours.name!r}; "
-            "put vocab.json and merges.txt into the scorer's folder"
+            "put tokenizer.json, or vocab.json and merges.txt, into the scorer's folder"
         )
     return True
 

@@ -1,7 +1,7 @@
 """A pretrained GPT-2 that scores text: nats of its tokens, and features of whole texts.
 
 Its files are those of the Hugging Face hub: config.json, model.safetensors, whole or in shards,
-and, where there, vocab.json and merges.txt.
+and, where there, tokenizer.json or vocab.json and merges.txt.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from sedd_jax import hub
 from sedd_jax.config import DTYPES
 from sedd_jax.convert import weights
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
+from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.files import load_json, local_path
 from sedd_jax.inference.bounds import batches
@@ -35,6 +36,7 @@ SCORERS = {
 }
 
 CONFIG, VOCAB, MERGES = "config.json", "vocab.json", "merges.txt"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 # Field of the network: key of config.json.
 _SIZES = {
@@ -88,7 +90,7 @@ class Scorer:
     name: str  # the folder, or owner/name@commit: what a reported number should carry
     network: GPT2
     params: Any  # float32
-    tokenizer: GPT2Tokenizer | None  # None where the files hold none
+    tokenizer: Tokenizer | None  # None where the files hold none
 
     def nats(
         self, tokens: np.ndarray, *, batch_size: int = 8, progress: bool = False
@@ -203,7 +205,8 @@ def _locate(name: str) -> tuple[str, Path]:
             f"no scorer {name!r}: neither a folder, nor owner/name@revision on the hub, nor one of "
             f"{', '.join(SCORERS)}"
         )
-    folder = weights.download(repository, revision, optional=[VOCAB, MERGES])
+    optional = [TOKENIZER, TOKENIZER_CONFIG, VOCAB, MERGES]
+    folder = weights.download(repository, revision, optional=optional)
     return f"{repository}@{folder.name}", folder  # a snapshot's folder is called by its commit
 
 
@@ -236,14 +239,16 @@ def _read_network(file: Path, dtype: jnp.dtype) -> GPT2:
     return GPT2(**sizes, dtype=dtype)
 
 
-def _tokenizer(folder: Path, network: GPT2) -> GPT2Tokenizer | None:
-    if not all((folder / name).is_file() for name in (VOCAB, MERGES)):
+def _tokenizer(folder: Path, network: GPT2) -> Tokenizer | None:
+    if not any(
+        all((folder / name).is_file() for name in names) for names in ([TOKENIZER], [VOCAB, MERGES])
+    ):
         return None
     tokenizer = GPT2Tokenizer.make(str(folder), None)  # its files are all it needs: no corpus
     if tokenizer.vocab_size > network.vocab_size:
         raise ValueError(
-            f"{str(folder / VOCAB)!r} has {tokenizer.vocab_size} tokens, more than the model's "
-            f"vocab_size {network.vocab_size}; get both from one place"
+            f"the tokenizer in {str(folder)!r} has {tokenizer.vocab_size} tokens, more than the "
+            f"model's vocab_size {network.vocab_size}; get both from one place"
         )
     return tokenizer
 

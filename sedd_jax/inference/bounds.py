@@ -15,6 +15,7 @@ from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
 from sedd_jax.diffusion.schedules import Schedule
+from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import processes, sharding
@@ -104,6 +105,7 @@ def corpus_bound(
         if mesh is not None:
             batch = sharding.put_whole(batch, mesh)
         results.append(processes.fetch(bound_fn(params, key, *batch, passes=passes)))
+        check_finite(results[-1], rows, "block")
 
     def add_up(*values):
         return float(np.concatenate(values)[:count].sum(dtype=np.float64))
@@ -124,6 +126,13 @@ def corpus_bound(
         paper_protocol=total.diffusion / (1.0 - t_min),
         passes=passes,
     )
+
+
+def check_finite(bound: Bound, index: np.ndarray, kind: str) -> None:
+    """NotFiniteError with the first of index [B] whose bound or its error is not finite."""
+    wrong = ~np.isfinite(bound.total + bound.variance)
+    if wrong.any():
+        raise NotFiniteError(f"on {kind} {index[wrong][0]}")
 
 
 def batches(

@@ -24,7 +24,7 @@ from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.likelihood import Bound, check_passes
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.schedules import Schedule
-from sedd_jax.diffusion.scores import ScoreFn
+from sedd_jax.diffusion.scores import NotFiniteError, ScoreFn
 from sedd_jax.files import local_path
 from sedd_jax.inference import bounds
 from sedd_jax.inference.sampling import (
@@ -221,6 +221,8 @@ class SEDD:
                 xt = reverse_steps(self.params, key, rows, *span, sampling.functions(), **process)
                 rows = rows._replace(xt=xt)
                 tokens = processes.fetch(xt)[:count, :length]
+                if (tokens < 0).any():
+                    raise NotFiniteError(f"by step {end} of {sampling.steps}")
                 yield State(end, sampling.steps, tokens, part.is_known, self.tokenizer)
 
     # --- likelihood
@@ -258,6 +260,7 @@ class SEDD:
                 blocks = data.Blocks(tokens, _is_token(lengths[index], bucket))
                 batch = self._put((blocks, index))
                 bound = processes.fetch(self.bound_fn(self.params, key, *batch, passes=passes))
+                bounds.check_finite(bound, index, "text")
                 results.append(jax.tree.map(lambda a, part=part: a[: len(part)], bound))
                 numbers.extend(part)
         order = np.argsort(numbers)

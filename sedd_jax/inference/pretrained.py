@@ -61,8 +61,8 @@ def load(
     is_there = os.path.lexists(folder)  # False, and no error, for a name that no file can have
     if step is not None and not (is_there and convert.recognise(folder) == "workdir"):
         raise ValueError(
-            f"{str(source)!r} is no run with checkpoints; leave step {step} out, or name the run's "
-            "workdir"
+            f"{str(source)!r} is not a run with checkpoints; leave step {step} out, or name the "
+            "run's workdir"
         )
     if not is_there:
         folder = _download(str(source), revision)
@@ -85,7 +85,7 @@ def _download(name: str, revision: str | None) -> Path:
     """The snapshot of a hub id."""
     parsed = hub.parse(name)
     if parsed is None:
-        raise ValueError(f"no folder at {name!r}, and it is no hub id owner/name; {SOURCES}")
+        raise ValueError(f"no folder at {name!r}, and it is not a hub id owner/name; {SOURCES}")
     repository, pinned = parsed
     if revision is not None and pinned is not None:
         raise ValueError(f"{name!r} names a revision and revision {revision!r} another; give one")

@@ -87,7 +87,7 @@ def make_score_fn(
 ) -> ScoreFn:
     """The network with these parameters as a score function; dropout acts if it gets a key.
 
-    is_token, bool [B, L], marks what is no padding in the rows that it will be called with.
+    is_token, bool [B, L], marks what is not padding in the rows that it will be called with.
     """
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
 

@@ -159,8 +159,9 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
             "corpus": source.get("corpus"),
             # A corpus with splits of its own has no such fraction.
             "heldout_fraction": source.get("heldout_fraction", section.heldout_fraction),
-            "tokenizer": records.tokenizer.name,
         }
+        if not data.is_of_kind(records.tokenizer, section.tokenizer):
+            stored["tokenizer"] = records.tokenizer.name
     for field, value in stored.items():
         if value != section[field]:
             raise ValueError(

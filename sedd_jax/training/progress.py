@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import select
 import signal
 import sys
 import textwrap
@@ -22,6 +23,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
+from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.files import write_text
 from sedd_jax.inference import bounds
 from sedd_jax.parallel import processes
@@ -36,7 +38,7 @@ class TrainingStopped(RuntimeError):
 
 
 class Signals:
-    """While entered, the first SIGINT or SIGTERM sets `received` and says so; the next ends it.
+    """While entered, the first SIGINT, SIGTERM or SIGHUP sets `received`; the next ends it.
 
     The next acts as usual, and where that has ended nothing within GRACE seconds, ends the process.
     A thread hears them: Python calls a handler only when the main thread is back from what it waits
@@ -55,8 +57,10 @@ class Signals:
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             return self  # where Python lets nobody handle signals
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) in (signal.SIG_IGN, None):  # None: another library's
+                if number == signal.SIGHUP:
+                    continue  # as nohup is there to do
                 log.info("%s is ignored, as it was at the start", signal.Signals(number).name)
             else:
                 self._before[number] = signal.signal(number, self._handle)
@@ -73,6 +77,8 @@ class Signals:
                     continue
                 self._count += 1
                 self.received = True
+                if byte[0] == signal.SIGHUP:
+                    _leave_terminal()
                 if self._count == 1:
                     tqdm.write("stopping after this step; again: end now", file=sys.stderr)
                 elif not hasattr(sys, "ps1") and not self._done.wait(self.GRACE):  # no notebook
@@ -95,6 +101,16 @@ class Signals:
             self._restore()
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._write)
+
+
+def _leave_terminal() -> None:
+    """Drops what is written to a terminal that was closed: each write there would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file, as a notebook's
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)
+            if poll.poll(0):  # it hung up
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def watchdog(seconds: float) -> processes.Watchdog:
@@ -173,7 +189,7 @@ class Progress:
         step: int,
         *,
         steps: int,
-        tokens_per_sequence: float,  # on average: padding is no token
+        tokens_per_sequence: float,  # on average: padding is not a token
         tokens_per_step: float,
         peak_share_per_step: float | None,  # seconds of the devices' peak that a step needs
         max_skipped: int,
@@ -298,6 +314,18 @@ class Progress:
             write_text(folder / f"{step}.txt", text + "\n")
             # Indented, the viewer's Markdown shows a text as it is.
             self._events.add_text("samples", textwrap.indent(text, "    ", lambda line: True), step)
+
+    @contextlib.contextmanager
+    def scores_may_diverge(self, step: int) -> Iterator[None]:
+        """Says that the model's scores are not finite, where they are not; training goes on.
+
+        A later step may bring them back, and what is wrong with a step itself is skipped there.
+        """
+        try:
+            yield
+        except NotFiniteError as error:
+            if self._writes:
+                self._bar.write(f"step {step}: {error}; training goes on", file=sys.stderr)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         if not self._writes:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def train(config: ConfigDict, workdir: str | Path) -> int:
     """Train until config.train.steps, resuming from workdir's newest checkpoint if there is one.
 
-    Returns the step reached, below config.train.steps if SIGINT or SIGTERM came to any process,
+    Returns the step reached, below config.train.steps if a process had a signal (see Signals),
     after which a checkpoint is written; a second signal ends at once. ValueError, on every process,
     before any work for what the config, the corpus or the workdir cannot give; TrainingStopped for
     a loss or gradient that is not finite config.train.max_skipped times in a row.
@@ -76,10 +76,11 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             if is_due(config.checkpoint.every):
                 with progress.clock("checkpoint"):
                     checkpoints.save(step, train_state)  # copied; written in the background
-            if is_due(config.train.eval_every):
-                evaluate(step, train_state.ema)
-            if is_due(config.sample.every):
-                draw_texts(step, train_state.ema)
+            with progress.scores_may_diverge(step):
+                if is_due(config.train.eval_every):
+                    evaluate(step, train_state.ema)
+                if is_due(config.sample.every):
+                    draw_texts(step, train_state.ema)
         progress.settle()
         with progress.clock("checkpoint"):
             checkpoints.save(step, train_state)

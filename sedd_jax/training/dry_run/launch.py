@@ -40,7 +40,9 @@ def dry_run(
     machine = parse_target(target)
     vocab_size = _vocab_size(config) if vocab_size is None else vocab_size
     if vocab_size < 2:
-        raise ValueError(f"vocab_size {vocab_size} is no vocabulary; it must be at least 2")
+        raise ValueError(
+            f"vocab_size {vocab_size} is not a vocabulary's size; it must be at least 2"
+        )
     if not machine.is_installed:
         raise ValueError(f"the compiler for {target} is not installed; it needs {machine.packages}")
     request = {

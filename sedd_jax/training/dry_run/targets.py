@@ -135,7 +135,7 @@ def parse_target(text: str) -> Target:
     if kind in TPUS:
         return _tpu(text, kind, rest)
     if not re.fullmatch("[1-9][0-9]{0,4}", rest):
-        raise ValueError(f"target {text!r}: {rest!r} is no number of devices, like {kind}:8")
+        raise ValueError(f"target {text!r}: {rest!r} is not a number of devices, like {kind}:8")
     count = int(rest)
     if kind == "cpu":
         if count > MAX_CPUS:
