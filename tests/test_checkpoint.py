@@ -160,10 +160,11 @@ def test_the_average_of_a_step_that_is_named(folder):
         step, ema = reader.restore_ema(shape().ema, 4)
         jax.tree.map(np.testing.assert_array_equal, ema, state_of(4).ema)
         assert step == 4
-        with says("no checkpoint of step 5 in", "there are 4, 8"):
+        with says("no checkpoint of step 5 in", "steps there: 4, 8"):
             reader.restore_ema(shape().ema, 5)
         flip(largest(folder / "4/ema"))
-        with says("checkpoint 4 in", "is damaged: ema/", "there are 4, 8"):  # not another instead
+        # Not another instead.
+        with says("checkpoint 4 in", "is damaged: ema/", "steps there: 4, 8"):
             reader.restore_ema(shape().ema, 4)
 
 

@@ -455,7 +455,7 @@ def test_an_older_checkpoint_is_sampled_and_scored(capsys, tiny_run, tmp_path):
     capsys.readouterr()
     for command, *arguments in ((sample_command,), (eval_command, *run), (eval_command, "pareto")):
         line = fails(capsys, command, *arguments, f"--workdir={tiny_run}", "--step=5")
-        assert "no checkpoint of step 5 in" in line and line.endswith("there are 4, 8")
+        assert "no checkpoint of step 5 in" in line and line.endswith("steps there: 4, 8")
     gpt2 = ["likelihood", "--gpt2=gpt2", f"--records={tiny_run / 'records'}", "--step=4"]
     assert "leave it out" in fails(capsys, eval_command, *gpt2)
     loading.load(tiny_run, step=4).save_pretrained(tmp_path / "model")

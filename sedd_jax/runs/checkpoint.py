@@ -162,7 +162,7 @@ class Checkpoints:
                     f"no checkpoint in {str(self.folder)!r}; train first, or name another workdir"
                 )
             return step
-        there = f"there are {', '.join(map(str, sorted(self._manager.all_steps()))) or 'none'}"
+        there = f"steps there: {', '.join(map(str, sorted(self._manager.all_steps()))) or 'none'}"
         if step not in self._manager.all_steps():
             raise ValueError(f"no checkpoint of step {step} in {str(self.folder)!r}; {there}")
         fault = self._fault_of(step, items)
