@@ -402,6 +402,8 @@ CASES = [
     Case("sample --model=owner/name", "token", "unset HF_TOKEN", {"HF_TOKEN": "'hf_abc'"}),
     Case("sample --model=owner/name", "token", "unset HF_TOKEN", {"HF_TOKEN": "hf_caf\u00e9"}),
     Case(TRAIN, "JAX_COORDINATOR_ADDRESS", "one process", {"JAX_COORDINATOR_ADDRESS": "a:1"}),
+    Case(TRAIN, "OMPI_COMM_WORLD_SIZE=2", "--coordinator", {"OMPI_COMM_WORLD_SIZE": "2"}),
+    Case(TRAIN, "PMI_SIZE=4", "--process_index=$PMI_RANK", {"PMI_SIZE": "4"}),
     Case(TRAIN, "JAX_COORDINATOR_PORT", "correct it", {"JAX_COORDINATOR_PORT": "http"}),
     Case(TRAIN, "cuda", "sedd_jax[cuda", {"JAX_PLATFORMS": "cuda"}),
     Case(TRAIN, "tpu", "sedd_jax[tpu]", {"JAX_PLATFORMS": "tpu"}),

@@ -96,6 +96,10 @@ def check(cluster: Cluster) -> None:
             raise ValueError(f"{name} {getattr(cluster, name)} is below 1; give seconds")
 
 
+# The variables with the number of processes and this one's, as Open MPI and MPICH set them.
+MPI = (("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"))
+
+
 def kind_of_cluster() -> str | None:
     """The kind of cluster that the environment describes: slurm, tpu, or None for one machine."""
     # Inside srun, that is: a batch script's own shell has the other names, and is one process.
@@ -156,6 +160,13 @@ def join(cluster: Cluster) -> None:
         )
     check_environment(kind)
     if is_alone:
+        for size, index in MPI:
+            if os.environ.get(size, "1") != "1":
+                raise ValueError(
+                    f"{size}={os.environ[size]}: processes that mpirun starts do not join each "
+                    "other by themselves; start them with srun, or give each "
+                    f"--coordinator=HOST:PORT --process_count=${size} --process_index=${index}"
+                )
         return check_platform()
     where = (
         f"the coordinator at {cluster.coordinator}"
