@@ -29,9 +29,10 @@ else:
     # The processes of pytest -n share the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-# A background job of a script (nohup ... &, cron, a CI's) inherits that SIGINT is ignored, and so
-# would every process that a test starts.
+# A background job of a script (nohup ... &, cron, a CI's) inherits that SIGINT and SIGHUP are
+# ignored, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config):

@@ -392,8 +392,8 @@ def test_broken_sedd_jax_json_is_refused(exported, change, words):
 @pytest.mark.parametrize(
     "about, words",
     [
-        ({"license": ["mit"]}, ["about.license is left out", "no text"]),
-        ({"weights": 1}, ["about.weights is left out", "no text"]),
+        ({"license": ["mit"]}, ["about.license is left out", "not text"]),
+        ({"weights": 1}, ["about.weights is left out", "not text"]),
         ({"numbers": {"a": 1}}, ["about.numbers is left out", "name, value, how"]),
         ({"numbers": ["a"]}, ["about.numbers is left out", "name, value, how"]),
         ({"numbers": [{"name": "a", "value": 1, "how": "b"}]}, ["about.numbers is left out"]),

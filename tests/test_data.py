@@ -128,7 +128,7 @@ def test_every_fault_of_a_text_corpus_is_named(tmp_path):
     with says("no file or folder at '/no/such'", "set data.path"):
         text_corpus("/no/such", 0.1)
     with says("no text in", "but a.pdf; set data.path", ".txt, "):
-        make(a_pdf="text")
+        make(a_pdf="%PDF-1.4\n\0")
     with says("hold no text"):
         make(a_txt=" \n", b_jsonl="\n")
     with says("a.txt: invalid UTF-8 at byte 2;"):

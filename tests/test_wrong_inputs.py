@@ -29,7 +29,7 @@ TRAIN = f"train --config=quickstart --workdir=run {TINY}"
 TEXT = f"{TRAIN} --config.data.corpus=text --config.data.path="
 PREPARE = "prepare --dataset=text --tokenizer=bytes --length=16 --out=records --manual_dir="
 LONG = "x" * 300
-TOO_LONG = ("xxx...' is too long for a path", "give a shorter one")
+TOO_LONG = ("...' is too long for a path", "give a shorter one")
 TOKENS = "prepare --dataset=text --manual_dir={text} --length=16 --out=records"
 
 

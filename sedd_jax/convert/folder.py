@@ -139,9 +139,9 @@ def _config(values: Mapping[str, Any], where: str) -> tuple[ConfigDict, tuple[st
         if key not in configuration.KEYS:
             raise ValueError(f"unknown config key {key[:60]!r} in {where}; update sedd_jax")
     config = configuration.with_values(base.get_config(), known)
-    missing = [key for key in configuration.KEYS if key not in known]
+    missing = {*configuration.KEYS} - {*known, *configuration.AS_BEFORE}
     values = dict(configuration.flatten(config))
-    taken = ", ".join(f"{key} {values[key]!r}" for key in missing)
+    taken = ", ".join(f"{key} {values[key]!r}" for key in sorted(missing))
     return config, ((f"{where} lacks these, taken as {taken}",) if missing else ())
 
 

@@ -67,7 +67,7 @@ def open_tfds(name: str, data_dir: str | Path) -> Corpus:
 def _text_feature(name: str, features: Any) -> str:
     from tensorflow_datasets.core.features import Text
 
-    texts = [key for key, feature in features.items() if isinstance(feature, Text)]
+    texts = sorted(key for key, feature in features.items() if isinstance(feature, Text))
     if "text" in texts:
         return "text"
     if len(texts) != 1:
