@@ -6,6 +6,7 @@ the tables of `sedd-train --dry_run` it prints the longest kernels.
 
 import argparse
 import re
+import signal
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -22,6 +23,8 @@ def main() -> int:
     parser.add_argument("--fraction", type=float, default=0.5, help="of positions that are masked")
     parser.add_argument("--rows", type=int, default=30, help="the longest kernels to print")
     options = parser.parse_args()
+    if not options.program.is_file():
+        parser.error(f"{str(options.program)!r} is not a file; dry_run(text_file=...) writes one")
     device = DEVICES[options.device]
     kernels = program_kernels(options.program.read_text(encoding="utf-8"), options.fraction)
     print("\n".join(describe_costs(costs(kernels, device))))
@@ -48,4 +51,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ... | head ends it without a word
     sys.exit(main())
