@@ -1,42 +1,30 @@
 """Text of one's own as a corpus: which files are read and how, and which split each is in."""
 
-import bz2
 import codecs
-import csv
 import functools
-import gzip
-import io
-import json
-import lzma
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 from sedd_jax.data.corpora import (
-    BYTE_ORDER_MARK,
     PATH,
     SPLITS,
     Corpus,
     Files,
     Pairs,
     ReadingProgress,
-    decode,
-    json_lines,
     listing_sha256,
     split_of,
-    text_of,
 )
-from sedd_jax.data.readers import DAMAGE
+from sedd_jax.data.text_formats import OPENERS, READERS, kind_of, read
 from sedd_jax.files import local_path, refuse_pointer_file
 
 FEW = 20  # documents; below this a split by document is too coarse, so the text is cut instead
-REMEDY = 'give UTF-8 text, in a .jsonl file {"text": "..."} a line, or move the file elsewhere'
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("valid", "val", "dev", "validation", "eval", "evaluation"), "validation"),
@@ -97,7 +85,7 @@ def text(path: str, heldout_fraction: float) -> Corpus:
         source=_source(files_of, heldout_fraction),
         one_pass=one_pass,
         progress=progress,
-        is_read=_is_read(path, files_of, heldout_fraction),
+        is_read=_isread(path, files_of, heldout_fraction),
         passed_over=passed_over,
     )
 
@@ -115,8 +103,8 @@ def _source(files_of: dict[str, Files], heldout_fraction: float) -> dict[str, An
     return {**about, "heldout_fraction": heldout_fraction}
 
 
-def _is_read(path: str, files_of: dict[str, Files], heldout_fraction: float) -> str:
-    kinds = Counter("".join(_kind(name)) for files in files_of.values() for name, _ in files)
+def _isread(path: str, files_of: dict[str, Files], heldout_fraction: float) -> str:
+    kinds = Counter("".join(kind_of(name)) for files in files_of.values() for name, _ in files)
     shown = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     splits = ", ".join(f"{len(files)} {split}" for split, files in files_of.items())
     how = f"{heldout_fraction:g} of it held out" if "" in files_of else f"of which {splits}"
@@ -144,7 +132,7 @@ def _plan(path: str) -> tuple[dict[str, Files], str]:
     paths, hidden = _walk(root) if root.is_dir() else ({root.name: root}, 0)
     files, others = [], []
     for name in sorted(paths):
-        kind, packing = _kind(name)
+        kind, packing = kind_of(name)
         if kind in READERS:
             files.append((name, paths[name]))
             _check_file(paths[name])
@@ -216,12 +204,6 @@ def _is_text(file: Path) -> bool:
     return bool(text.strip()) and not re.search(r"\A%PDF-|[\x00-\x08\x0e-\x1a]", text)
 
 
-def _kind(name: str) -> tuple[str, str]:
-    """("a.TXT.gz" -> (".txt", ".gz"))."""
-    *before, last = ["", "", *map(str.lower, PurePosixPath(name).suffixes)]
-    return (before[-1], last) if last in OPENERS else (last, "")
-
-
 def _by_split(files: Files) -> tuple[dict[str, Files], list[str]]:
     """Files by the split that their names say; ValueError where names contradict each other."""
     files_of: dict[str, Files] = {}
@@ -256,136 +238,14 @@ def _split_words(name: str) -> set[str]:
     *folders, file = PurePosixPath(name.lower()).parts
     words = {folder for folder in folders if folder in SPLIT_NAMES}
     if not words:
-        stem = _SHARD.sub("", file.removesuffix("".join(_kind(file))))
+        stem = _SHARD.sub("", file.removesuffix("".join(kind_of(file))))
         match = _IN_FILE_NAME.fullmatch(stem)
         words = {match[match.lastindex]} if match else set()
     return words
 
 
-# --- how a file is read: (stream, its name for errors) -> (what tells it from others, document)
-
-
-def _whole(stream: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
-    document = decode(stream.read(), name, 0, REMEDY).removeprefix(BYTE_ORDER_MARK)
-    if "\0" in document:
-        at = document.index("\0")
-        raise ValueError(f"{name}: NUL at character {at}, as in UTF-16 or no text; {REMEDY}")
-    yield "", document
-
-
-def _lines(stream: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
-    for number, document in json_lines(stream, name, REMEDY):
-        yield f":{number}", document
-
-
-def _json(stream: io.BufferedReader, name: str) -> Iterator[tuple[str, str]]:
-    """An array of objects, or an object a line."""
-    if not stream.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from _lines(stream, name)
-        return
-    content = decode(stream.read(), name, 0, REMEDY).removeprefix(BYTE_ORDER_MARK)
-    try:
-        rows = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not JSON; {REMEDY}") from error
-    for number, row in enumerate(rows, start=1):
-        yield f":{number}", text_of(row, f"{name}:{number}", REMEDY)
-
-
-def _table(delimiter: str, stream: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
-    """A document a row of a table whose first row names its columns."""
-
-    def lines() -> Iterator[str]:
-        offset = 0
-        for number, line in enumerate(stream, start=1):
-            text = decode(line, name, offset, REMEDY)
-            offset += len(line)
-            if "\0" in text:
-                raise ValueError(f"{name}:{number}: NUL, as in UTF-16 or no text; {REMEDY}")
-            yield text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
-
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a document is a field; 128 KiB by default
-    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
-    count, begin = 0, 1
-    try:
-        columns = next(filter(None, rows), [])
-        if columns.count("text") != 1:
-            fault = "two columns" if "text" in columns else "no column"
-            raise ValueError(f'{name}: {fault} "text"; name one so, or {REMEDY}')
-        begin = rows.line_num + 1
-        for row in rows:
-            if row and len(row) != len(columns):
-                raise ValueError(
-                    f"{name}:{begin}: {len(row)} fields in a row, {len(columns)} columns; quote "
-                    f"the fields that hold {delimiter!r}, or {REMEDY}"
-                )
-            if row:
-                count += 1
-                yield f":{count}", row[columns.index("text")]
-            begin = rows.line_num + 1
-    except csv.Error as error:
-        reason = str(error).replace("unexpected end of data", "a quote that nothing closes")
-        raise ValueError(f"{name}:{begin}: {reason}; {REMEDY}") from error
-
-
-def _parquet(stream: IO[bytes], name: str) -> Iterator[tuple[str, str]]:
-    """A document a row."""
-    import pyarrow
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        for batch in parquet.ParquetFile(stream).iter_batches(1024, columns=["text"]):
-            for value in batch.column("text").to_pylist():
-                number += 1
-                yield f":{number}", text_of({"text": value}, f"{name}:{number}", REMEDY)
-    except KeyError as error:
-        raise ValueError(f'{name}: no column "text"; name one so, or {REMEDY}') from error
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{name}: {str(error).splitlines()[0]}; {REMEDY}") from error
-
-
-def _unzstd(file: IO[bytes]) -> io.BufferedReader:
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd"))
-
-
-READERS: dict[str, Callable[[Any, str], Iterator[tuple[str, str]]]] = {
-    **dict.fromkeys((".txt", ".text", ".raw", ".tokens", ".md", ".markdown", ".rst"), _whole),
-    **dict.fromkeys((".jsonl", ".ndjson"), _lines),
-    ".json": _json,
-    ".csv": functools.partial(_table, ","),
-    ".tsv": functools.partial(_table, "\t"),
-    ".parquet": _parquet,
-}
-OPENERS: dict[str, Callable[[IO[bytes]], Any]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-    ".zst": _unzstd,
-}
-
-
-def _read(files: Files, progress: ReadingProgress) -> Iterator[tuple[str, str]]:
-    """Yields (identity, document) of all that are not blank."""
-    for name, file in files:
-        kind, packing = _kind(name)
-        try:
-            with progress.opened(file) as raw:
-                stream = OPENERS[packing](raw) if packing else raw
-                for number, document in READERS[kind](stream, str(file)):
-                    if document.strip():
-                        yield name + number, document
-        except (*DAMAGE, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise ValueError(
-                f"cannot read {str(file)!r} to its end: {reason}; get it again or move it elsewhere"
-            ) from error
-
-
 def _documents(files: Files, progress: ReadingProgress) -> Iterator[str]:
-    return (document for _, document in _read(files, progress))
+    return (document for _, document in read(files, progress))
 
 
 # --- a split of what comes without one
@@ -393,13 +253,13 @@ def _documents(files: Files, progress: ReadingProgress) -> Iterator[str]:
 
 def _split(files: Files, heldout_fraction: float, progress: ReadingProgress) -> Callable[[], Pairs]:
     """Returns a function that starts a pass over all documents, each with its split."""
-    lengths = [len(document) for _, document in islice(_read(files, progress), FEW)]
+    lengths = [len(document) for _, document in islice(read(files, progress), FEW)]
     if not lengths:
         raise ValueError(f"the files of {str(files[0][1].parent)!r} hold no text; change {PATH}")
     if len(lengths) >= FEW:
         return lambda: (
             (split_of(identity, heldout_fraction), document)
-            for identity, document in _read(files, progress)
+            for identity, document in read(files, progress)
         )
     cut = round(sum(lengths) * (1.0 - heldout_fraction))
     near = round(sum(lengths) * heldout_fraction / 2)  # validation grows by half at most
@@ -407,11 +267,11 @@ def _split(files: Files, heldout_fraction: float, progress: ReadingProgress) -> 
     while index < len(lengths) - 1 and cut >= lengths[index]:
         cut -= lengths[index]
         index += 1
-    _, document = next(islice(_read(files, progress), index, None))
+    _, document = next(islice(read(files, progress), index, None))
     cut = document.rfind("\n", max(0, cut - near), cut) + 1 or cut
 
     def pairs() -> Pairs:
-        for i, (_, document) in enumerate(_read(files, progress)):
+        for i, (_, document) in enumerate(read(files, progress)):
             end = cut if i == index else len(document) * (i < index)  # of what is for train
             for split, piece in zip(SPLITS, (document[:end], document[end:])):
                 if piece.strip():
