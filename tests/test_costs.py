@@ -23,6 +23,7 @@ from sedd_jax.training.dry_run.costs import (
     part_and_phase,
     seconds,
 )
+from sedd_jax.training.dry_run.hlo import parse
 from sedd_jax.training.dry_run.kernels import Kernel, program_kernels
 
 X = jnp.ones((32, 64))
@@ -32,13 +33,13 @@ BYTES = 32 * 64 * 4
 def compiled(function, *arguments, fraction=1.0):
     """The kernels of a function compiled for a CPU, by name."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
-    return {kernel.name: kernel for kernel in program_kernels(text, fraction)}
+    return {kernel.name: kernel for kernel in program_kernels(parse(text), fraction)}
 
 
 def written(body, computations=""):
     """The kernels of a program of which these are the lines of the entry, by name."""
     text = f"HloModule m\n\n{computations}\nENTRY %main (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
-    return {kernel.name: kernel for kernel in program_kernels(text)}
+    return {kernel.name: kernel for kernel in program_kernels(parse(text))}
 
 
 def kernel(**fields):
@@ -114,7 +115,7 @@ def training_step():
     config.train.batch_size = 8
     mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1}, jax.devices()[:1])
     program = experiment.make_experiment(config, 20, mesh)
-    return program, program_kernels(program.lower().compile().as_text())
+    return program, program_kernels(parse(program.lower().compile().as_text()))
 
 
 def test_the_matmuls_of_a_training_step_are_those_of_the_formula():

@@ -189,24 +189,26 @@ ENTRY %main.1 (x: f32[8]) -> (f32[8], bf16[2,4]) {
 )
 def test_groups_are_named_by_the_axes_they_run_along(groups, axes):
     text = TEXT.replace("%GROUPS%", groups).replace("%NOTE%", "")
-    found = {one.kind: one for one in collectives(text, MESH)}
+    found = {one.kind: one for one in collectives(parse(text), MESH)}
     assert found["all-reduce"].axes == axes
 
 
 def test_collectives_are_counted_by_the_turns_of_their_loop_and_their_bytes():
     text = TEXT.replace("%GROUPS%", "[1,8]<=[8]").replace("%NOTE%", "")
-    found = {one.kind: (one.count, one.bytes, one.is_exact) for one in collectives(text, MESH)}
+    found = {
+        one.kind: (one.count, one.bytes, one.is_exact) for one in collectives(parse(text), MESH)
+    }
     assert found == {
         "all-reduce": (12, 12 * 8 * 4, True),
         "all-gather": (1, 8 * 8 * 2, True),
         "reduce-scatter": (1, 4 * 2 * 4, True),
     }
     noted = text.replace("body=%turn", 'body=%turn, backend_config={"known_trip_count":{"n":"5"}}')
-    assert {one.count for one in collectives(noted, MESH)} == {5, 1}
+    assert {one.count for one in collectives(parse(noted), MESH)} == {5, 1}
     unknown = text.replace("direction=LT", "direction=NE")
-    assert [one.is_exact for one in collectives(unknown, MESH) if one.kind == "all-reduce"] == [
-        False
-    ]
+    assert [
+        one.is_exact for one in collectives(parse(unknown), MESH) if one.kind == "all-reduce"
+    ] == [False]
 
 
 def test_a_table_of_the_vocabulary_is_found_in_any_layout():
@@ -256,7 +258,7 @@ def compiled(sizes, microbatches):
 )
 def test_only_the_expected_collectives(sizes, microbatches, expected):
     _, made, executable = compiled(sizes, microbatches)
-    found = collectives(executable.as_text(), made.mesh.shape)
+    found = collectives(parse(executable.as_text()), made.mesh.shape)
     assert {(one.kind, one.axes) for one in found} == expected
     # No device is sent the rows of another: what is gathered is no array of the batch's 16 rows.
     gathered = {shape for one in found for shape in one.shapes if one.kind == "all-gather"}

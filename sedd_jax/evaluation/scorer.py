@@ -18,6 +18,7 @@ import numpy as np
 from sedd_jax import hub
 from sedd_jax.config import DTYPES
 from sedd_jax.convert import weights
+from sedd_jax.data import subwords
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import make_key
@@ -36,7 +37,6 @@ SCORERS = {
 }
 
 CONFIG, VOCAB, MERGES = "config.json", "vocab.json", "merges.txt"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 # Field of the network: key of config.json.
 _SIZES = {
@@ -205,7 +205,7 @@ def _locate(name: str) -> tuple[str, Path]:
             f"no scorer {name!r}: neither a folder, nor owner/name@revision on the hub, nor one of "
             f"{', '.join(SCORERS)}"
         )
-    optional = [TOKENIZER, TOKENIZER_CONFIG, VOCAB, MERGES]
+    optional = [subwords.WHOLE, subwords.CONFIG, VOCAB, MERGES]
     folder = weights.download(repository, revision, optional=optional)
     return f"{repository}@{folder.name}", folder  # a snapshot's folder is called by its commit
 
@@ -240,9 +240,8 @@ def _read_network(file: Path, dtype: jnp.dtype) -> GPT2:
 
 
 def _tokenizer(folder: Path, network: GPT2) -> Tokenizer | None:
-    if not any(
-        all((folder / name).is_file() for name in names) for names in ([TOKENIZER], [VOCAB, MERGES])
-    ):
+    vocabularies = [subwords.WHOLE], [VOCAB, MERGES]
+    if not any(all((folder / name).is_file() for name in names) for names in vocabularies):
         return None
     tokenizer = GPT2Tokenizer.make(str(folder), None)  # its files are all it needs: no corpus
     if tokenizer.vocab_size > network.vocab_size:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sedd_jax.parallel.devices import DEVICES
 from sedd_jax.training.dry_run.costs import costs, describe_costs, part_and_phase, seconds
+from sedd_jax.training.dry_run.hlo import parse
 from sedd_jax.training.dry_run.kernels import Kernel, program_kernels
 
 
@@ -26,7 +27,8 @@ def main() -> int:
     if not options.program.is_file():
         parser.error(f"{str(options.program)!r} is not a file; dry_run(text_file=...) writes one")
     device = DEVICES[options.device]
-    kernels = program_kernels(options.program.read_text(encoding="utf-8"), options.fraction)
+    program = parse(options.program.read_text(encoding="utf-8"))
+    kernels = program_kernels(program, options.fraction)
     print("\n".join(describe_costs(costs(kernels, device))))
     print(f"\n{'ms':>6}{'GB':>8}{'runs':>6}  kernel (kind, part, phase) result")
     alike: dict[tuple, list[Kernel]] = defaultdict(list)  # as those of unrolled blocks

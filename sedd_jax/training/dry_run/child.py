@@ -23,6 +23,7 @@ from sedd_jax.parallel import sharding
 from sedd_jax.parallel.devices import device, program_bytes
 from sedd_jax.training.dry_run.collectives import collectives
 from sedd_jax.training.dry_run.costs import costs
+from sedd_jax.training.dry_run.hlo import parse
 from sedd_jax.training.dry_run.kernels import program_kernels
 from sedd_jax.training.dry_run.targets import Target, parse_target
 
@@ -81,13 +82,14 @@ def measure(
     memory, text = compiled.memory_analysis(), compiled.as_text()
     if text_file is not None:
         text_file.write_text(text, encoding="utf-8")
-    peaks, kernels = device(devices[0].device_kind), program_kernels(text, program.evaluated)
+    peaks, parsed = device(devices[0].device_kind), parse(text)
+    kernels = program_kernels(parsed, program.evaluated)
     return answer | {
         "argument_bytes": memory.argument_size_in_bytes,
         "total_bytes": program_bytes(memory),
         "temporary_bytes": memory.temp_size_in_bytes,
         "code_bytes": memory.generated_code_size_in_bytes,
-        "collectives": [vars(one) for one in collectives(text, mesh.shape)],
+        "collectives": [vars(one) for one in collectives(parsed, mesh.shape)],
         "costs": [vars(one) for one in costs(kernels, peaks)] if peaks else [],
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sedd_jax.training.dry_run.hlo import COLLECTIVES, Instruction, parse
+from sedd_jax.training.dry_run.hlo import COLLECTIVES, Instruction, Program
 
 BETWEEN_SLICES = "between slices"
 
@@ -27,12 +27,11 @@ class Collective:
     is_exact: bool = True  # False: in a loop of unknown length, counted for one iteration
 
 
-def collectives(text: str, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
-    """What the program of this text (`compiled.as_text()`) sends over a mesh, largest first.
+def collectives(program: Program, mesh: Mapping[str, int]) -> tuple[Collective, ...]:
+    """What a parsed program sends over a mesh, largest first.
 
     mesh names the sizes of the axes, in order; the program's devices are the mesh's, row by row.
     """
-    program = parse(text)
     instructions: dict[tuple, Collective] = {}
     for name, runs, is_exact in program.walk():
         body = program.computations[name]

@@ -27,7 +27,6 @@ PARTS = (
     ("GELU", r"/(tanh|erf)$|gelu"),
     ("rotary", r"/blocks(_\d+)?/(concatenate|split|pad|stack|jit\(_flip\)/rev)$|rotary|rotate"),
     ("norms", r"/norm(_\d)?/|LayerNorm"),
-    ("dropout and residual", r"/Dropout"),
     ("MLP", r"/(up|down)/"),
     ("attention", r"/(qkv|out)/|attention|/splash"),
     ("noise level", r"/(modulation|sigma_\d)/"),

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from sedd_jax.training.dry_run.hlo import COLLECTIVES, Instruction, Program, parse
+from sedd_jax.training.dry_run.hlo import COLLECTIVES, Instruction, Program
 
 # No work on the device, or that of an instruction before them; what goes between TPU slices.
 FREE = {
@@ -51,13 +51,12 @@ class Kernel:
     vector: int  # instructions of the vector units for one element each
 
 
-def program_kernels(text: str, fraction: float = 1.0) -> list[Kernel]:
-    """The kernels of the program of this text (`compiled.as_text()`).
+def program_kernels(program: Program, fraction: float = 1.0) -> list[Kernel]:
+    """The kernels of a parsed program.
 
     fraction: of the iterations that a loop whose length depends on data could have, as the head's
     over tiles of the positions that are masked. Of a conditional the branch with most bytes counts.
     """
-    program = parse(text)
     return list(_kernels(program, program.entry, 1.0, fraction, ""))
 
 
