@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sedd_jax.diffusion import samplers
@@ -30,6 +31,19 @@ def cast_weights(params: Any, dtype: Any) -> Any:
         return leaf.astype(dtype) if MATMUL_WEIGHTS.search(path_name(path)) else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _cut_blocks(params: Any) -> list[Any]:
+    """The parameters of each block, cut out of their stacks before a loop, in which each network
+    call would copy them out."""
+    stacks = params["blocks"]
+    count = jax.tree.leaves(stacks)[0].shape[0]
+    return [jax.tree.map(lambda a, i=i: a[i], stacks) for i in range(count)]
+
+
+def _joined_blocks(cut: list[Any]) -> Any:
+    """The stacks again, of which XLA makes no copy where only the blocks are read."""
+    return jax.tree.map(lambda *blocks: jnp.stack(blocks), *cut)
 
 
 # steps and t_min are traced: another number of steps does not compile again.
@@ -102,9 +116,15 @@ def reverse_steps(
     """
     if network.placement.platform != "cpu":  # whose loops slice bfloat16 as float32
         params = cast_weights(params, network.dtype)
+    cut = _cut_blocks(params) if network.is_unrolled else None
+
+    def score_fn(xt, sigma):
+        whole = params if cut is None else params | {"blocks": _joined_blocks(cut)}
+        return make_score_fn(network, whole, graph, is_token=rows.is_token)(xt, sigma)
+
     return samplers.sample(
         key,
-        make_score_fn(network, params, graph, is_token=rows.is_token),
+        score_fn,
         graph,
         schedule,
         rows.xt.shape,

@@ -62,21 +62,29 @@ modulated_norm.defvjp(_norm_forward, _norm_backward)
 def gelu(x: jax.Array) -> jax.Array:
     """x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), computed in float32."""
     wide = x.astype(jnp.float32)
-    u = GELU_SCALE * (wide + GELU_CUBE * wide**3)
-    return (0.5 * wide * (1.0 + jnp.tanh(u))).astype(x.dtype)
+    return (wide * _gelu_share(wide)).astype(x.dtype)
+
+
+def _gelu_share(wide):
+    """(1 + tanh(u)) / 2, as a sigmoid: a GPU has an instruction for exp and none for tanh."""
+    return jax.nn.sigmoid(2.0 * GELU_SCALE * (wide + GELU_CUBE * wide**3))
 
 
 def _gelu_backward(x, d_out):
-    wide = x.astype(jnp.float32)
-    # (1 + tanh(u)) / 2 as another function: XLA would write tanh(u) in float32, and read it twice,
-    # if the result, which the next matmul's gradient needs, and its slope shared it.
-    share = jax.nn.sigmoid(2.0 * GELU_SCALE * (wide + GELU_CUBE * wide**3))
+    wide, share = x.astype(jnp.float32), _gelu_share(x.astype(jnp.float32))
     d_u = 2.0 * GELU_SCALE * (1.0 + 3.0 * GELU_CUBE * jnp.square(wide))
     slope = share + wide * share * (1.0 - share) * d_u
-    return ((d_out.astype(jnp.float32) * slope).astype(x.dtype),)
+    return (_written_once((d_out.astype(jnp.float32) * slope).astype(x.dtype)),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def _written_once(x):
+    """x, which a GPU's XLA may not write a second time in float32 for the sum of a bias's
+    gradient."""
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(x, cuda=barrier, rocm=barrier, default=lambda x: x)
 
 
 def keep_masks(key: jax.Array, count: int, shape: tuple[int, ...], rate: float) -> jax.Array:

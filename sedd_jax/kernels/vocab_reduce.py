@@ -29,15 +29,12 @@ class Tile(NamedTuple):
 
 
 # On a CPU a tile's logits fit into the cache, and little is wasted on a last tile that is not full.
-# An accelerator wants fewer and larger matmuls.
-TILES = {"cpu": Tile(96, 12_672), "gpu": Tile(2048, 16_896), "tpu": Tile(2048, 8192)}
-# Where no gradient is taken. Before each iteration of a loop whose end depends on data a GPU's host
-# waits for the device, and at small batches a sampler is bound by launches: whole rows of GPT-2's
-# 50,258 logits, 206 MB at a time. With a gradient the larger loop is that over tokens.
-FORWARD_TILES = TILES | {"gpu": Tile(1024, 50_304)}
-# Logits of one block of draws, whole rows. A step of the sampler draws few tokens, which a CPU
-# would notice.
-DRAWN_LOGITS = {"cpu": 2**20, "gpu": 2**22, "tpu": 2**22}
+# An accelerator wants fewer and larger matmuls, and a GPU few iterations: before each one of a loop
+# whose end depends on data its host waits for the device.
+TILES = {"cpu": Tile(96, 12_672), "gpu": Tile(2048, 25_344), "tpu": Tile(2048, 8192)}
+# Logits of one block of draws, whole rows, at most. It has no more than a 64th of the positions
+# either: a step of the sampler draws few of them.
+DRAWN_LOGITS = {"cpu": 2**20, "gpu": 2**25, "tpu": 2**22}
 
 
 def logits(hidden: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
@@ -67,14 +64,11 @@ def total_and_pick(
     """
     count, vocab = excluded.size, weight.shape[0]
     platform = platform or jax.default_backend()
-    tiles = [
-        tile or _fitted(for_platform(table, platform), count, vocab)
-        for table in (FORWARD_TILES, TILES)
-    ]
+    tile = tile or _fitted(for_platform(TILES, platform), count, vocab)
     needed = jnp.ones(excluded.shape, bool) if needed is None else needed
     order = _needed_first(needed.reshape(-1))
     rows = jnp.reshape(hidden, (count, -1)), weight, bias, jnp.ravel(excluded), jnp.ravel(targets)
-    total, pick = (a.reshape(excluded.shape) for a in _total_and_pick(*tiles, *rows, order))
+    total, pick = (a.reshape(excluded.shape) for a in _total_and_pick(tile, *rows, order))
     return jnp.where(needed, total, 0.0), jnp.where(needed, pick, 0.0)
 
 
@@ -102,7 +96,8 @@ def draw(
     needed = jnp.ones(excluded.shape, bool) if needed is None else needed
     order = _needed_first(needed.reshape(-1))
     max_logits = for_platform(DRAWN_LOGITS, platform or jax.default_backend())
-    block = block or max(1, min(batch * length, max_logits // vocab))
+    few = max(64, batch * length // 64)
+    block = block or max(1, min(few, batch * length, max_logits // vocab))
     positions = _padded(order.position, block)
     hidden, excluded = hidden.reshape(batch * length, -1), excluded.reshape(-1)
 
@@ -145,14 +140,14 @@ def _needed_first(needed: jax.Array) -> _Order:
 # positions. A block of the weights is sliced once, and its gradient written once.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _total_and_pick(forward_tile, tile, hidden, weight, bias, excluded, targets, order):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _total_and_pick(tile, hidden, weight, bias, excluded, targets, order):
     """total and pick [N] of hidden [N, C]; anything where a position is not needed, whose
-    cotangents must be 0. tile is that of the gradient and of its forward pass."""
-    return _forward(None, forward_tile, hidden, weight, bias, excluded, targets, order)[0]
+    cotangents must be 0."""
+    return _forward(tile, hidden, weight, bias, excluded, targets, order)[0]
 
 
-def _forward(_, tile, hidden, weight, bias, excluded, targets, order):
+def _forward(tile, hidden, weight, bias, excluded, targets, order):
     rows = [_padded(a[order.position], tile.positions) for a in (hidden, excluded)]
     narrow = weight.astype(hidden.dtype)
 
@@ -194,14 +189,17 @@ def _max_and_sum(table):
             return top, a[1] * jnp.exp(a[0] - top) + b[1] * jnp.exp(b[0] - top)
 
         start = jnp.float32(LEAST), jnp.float32(0.0)
-        return jax.lax.reduce((table, jnp.ones_like(table)), start, combine, (1,))
+        # A row in 8 parts, if it divides: XLA would cut a long one into too many.
+        parts = table.reshape(table.shape[0], 8 if table.shape[1] % 8 == 0 else 1, -1)
+        parts = jax.lax.reduce((parts, jnp.ones_like(parts)), start, combine, (2,))
+        return jax.lax.reduce(parts, start, combine, (1,))
 
     return jax.lax.platform_dependent(
         table, cuda=in_one_pass, rocm=in_one_pass, default=in_two_passes
     )
 
 
-def _backward(_, tile, saved, cotangents):
+def _backward(tile, saved, cotangents):
     """With p = exp(logit - log_total) of the tokens that are not excluded:
 
     d_logit = d_total p + d_pick 1{token = target}
@@ -260,7 +258,7 @@ def _fitted(tile: Tile, count: int, vocab: int) -> Tile:
     tokens = -(-vocab // -(-vocab // tile.tokens))
     if tokens < vocab:
         tokens = -(-tokens // 128) * 128
-    positions = max(tile.positions, tile.positions * tile.tokens // tokens)
+    positions = tile.positions * max(1, tile.tokens // tokens)
     return Tile(min(positions, count), tokens)
 
 

@@ -226,6 +226,11 @@ class Transformer(nn.Module):
     attention: str = "auto"  # of kernels.attention
     placement: Placement = Placement()
 
+    @property
+    def is_unrolled(self) -> bool:
+        """Whether the blocks are compiled one by one."""
+        return for_platform(IS_UNROLLED, self.placement.platform)
+
     @nn.compact
     def __call__(
         self,
@@ -256,16 +261,15 @@ class Transformer(nn.Module):
         conditioning = embedded("sigma_2", self.cond_dim)(nn.silu(conditioning))
         conditioning = self.placement.rows(nn.silu(conditioning))
 
-        is_unrolled = for_platform(IS_UNROLLED, self.placement.platform)
         # In a loop nothing that is recomputed can be merged with what it was computed from.
-        block = nn.remat(Block, prevent_cse=is_unrolled, policy=saving(SAVED[self.remat]))
+        block = nn.remat(Block, prevent_cse=self.is_unrolled, policy=saving(SAVED[self.remat]))
         scanned = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=self.blocks,
-            unroll=self.blocks if is_unrolled else 1,
+            unroll=self.blocks if self.is_unrolled else 1,
         )
         lengths = None if is_token is None else is_token.sum(axis=-1, dtype=jnp.int32)
         x, _ = scanned(

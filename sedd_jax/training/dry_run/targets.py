@@ -10,7 +10,7 @@ from typing import Any
 
 MAX_CPUS = 512  # devices: threads of one process
 GPUS_PER_NODE = 8
-GPUS = {"a100": "a100_80gb.textproto", "h100": "h100_80gb.textproto"}
+GPUS = {"a100": "a100_80gb.textproto", "h100": "h100_80gb.textproto", "h200": "h200.textproto"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +50,11 @@ TPUS = {
     "v5e": Generation(_PLANE, 256),
     "v5p": Generation(_TORUS, 6144),
     "v6e": Generation(_PLANE, 256),
+}
+# The modules that compile for a platform; of CUDA 12 or 13.
+COMPILERS = {
+    "tpu": (("libtpu",),),
+    "cuda": (("jax_cuda12_plugin", "nvidia.cuda_nvcc"), ("jax_cuda13_plugin", "nvidia.cu13")),
 }
 EXAMPLES = "v5e:4x4, v5e:16x16*2 (2 slices), v5p:4x8x8, a100:16 (2 nodes of 8), cpu:8"
 
@@ -104,12 +109,7 @@ class Target:
     @property
     def is_installed(self) -> bool:
         """Whether the packages are, which need not mean that they work."""
-        tpu, gpu = ("libtpu",), ("jax_cuda12_plugin", "nvidia.cuda_nvcc")
-        try:
-            modules = {"cpu": (), "tpu": tpu, "cuda": gpu}[self.platform]
-            return all(map(importlib.util.find_spec, modules))
-        except ModuleNotFoundError:  # the package above a module
-            return False
+        return self.platform == "cpu" or any(map(_are_installed, COMPILERS[self.platform]))
 
     @property
     def packages(self) -> str:
@@ -118,10 +118,16 @@ class Target:
         return {
             "cpu": "jax",
             "tpu": f'libtpu: pip install "jax[tpu]=={version}"',
-            "cuda": "jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12: "
-            f"pip install jax-cuda12-plugin=={version} jax-cuda12-pjrt=={version} "
-            "nvidia-cuda-nvcc-cu12",
+            "cuda": "jax-cuda12-plugin, jax-cuda12-pjrt and nvidia-cuda-nvcc-cu12, or those of "
+            f'CUDA 13: pip install "jax[cuda12]=={version}"',
         }[self.platform]
+
+
+def _are_installed(modules: tuple[str, ...]) -> bool:
+    try:
+        return all(map(importlib.util.find_spec, modules))
+    except ModuleNotFoundError:  # the package above a module
+        return False
 
 
 def parse_target(text: str) -> Target:
