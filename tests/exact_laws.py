@@ -33,17 +33,19 @@ def push(p: np.ndarray, step: np.ndarray) -> np.ndarray:
     return ((p[:, None] * rows(step[:, :half])).T @ rows(step[:, half:])).ravel()
 
 
-def ancestral(model: Model, p: np.ndarray, a_t: float, a_s: float, kappa: float = 1.0):
-    """x_s given x_t with the posterior p of x0, from share a_t to a_s: [D^L, L, D].
+def ancestral(model: Model, p, a_t: float, a_s: float, kappa: float = 1.0, x=None) -> np.ndarray:
+    """x_s given x_t = x, by default every state, with the posterior p [N, L, V] of x0, from share
+    a_t to a_s: [N, L, D].
 
         kappa q(x_s | x_t) + (1 - kappa) [a_s p + (1 - a_s) pi]        (Psi, 2602.21185)
 
     where q(x_s | x_t) = sum over x0 of p(x0) q(x_s | x0) q(x_t | x_s) / q(x_t | x0).
     """
+    x = model.states if x is None else x
     q_t, q_s = (model.transition(a)[:, : model.vocab] for a in (a_t, a_s))
-    at_x = q_t[model.states]
+    at_x = q_t[x]
     weight = np.divide(p, at_x, out=np.zeros_like(p), where=at_x > 0)
-    back = (weight @ q_s.T) * model.transition(a_t / a_s)[model.states]
+    back = (weight @ q_s.T) * model.transition(a_t / a_s)[x]
     fresh = a_s * model.padded(p) + (1.0 - a_s) * model.pi
     return kappa * back + (1.0 - kappa) * fresh
 
@@ -74,7 +76,7 @@ def finish(model: Model, p: np.ndarray, t: float) -> np.ndarray:
 
 def law_of_euler(model: Model, times, normalised_scores: bool = False) -> np.ndarray:
     """Lou et al. (2310.16834), equation (18): 1{y = x} + (t - s) rate(x, y), an entry below 0
-    being 0, normalised: a token moves at most for certain."""
+    being 0, normalised."""
 
     def step(p, t, s):
         moved = (t - s) * model.rates(t, normalised_scores)
@@ -105,45 +107,41 @@ def law_of_tweedie(model: Model, times, normalised_scores: bool = False) -> np.n
 
 
 def law_of_first_hitting(model: Model) -> np.ndarray:
-    """First-hitting (2409.02908), absorbing: one of the masked positions, each as likely, is
-    revealed from its posterior, length times. Its time, t u^(1/n) when n are masked (log-linear),
-    is all that a network could see of the order; the exact one does not look at it."""
+    """First-hitting (2409.02908), absorbing: L times, one of the n masked positions, each as
+    likely, is revealed from its posterior; the time t u^(1/n) is nothing to an exact network."""
     posterior, p = model.posterior(0.5), model.start
     is_masked = model.states == model.vocab
-    stride = model.dim ** np.arange(model.length)[::-1]
     for n in range(model.length, 0, -1):
         x, i = np.nonzero(is_masked & (is_masked.sum(axis=1, keepdims=True) == n))
         revealed = np.zeros_like(p)
         for y in range(model.vocab):
-            there = x + (y - model.vocab) * stride[i]
+            there = x + (y - model.vocab) * model.stride[i]
             np.add.at(revealed, there, p[x] / n * posterior[x, i, y])
         p = revealed
     return model.clean(p)
 
 
 def law_of_trapezoidal(model: Model, times, theta: float = 0.5, first: str = "leap"):
-    """theta-trapezoidal (2502.00234): two calls a step, and one for the last: 2 len(times) - 1.
+    """theta-trapezoidal (2502.00234): two calls a step, one in the last: 2 len(times) - 1.
 
     From x at t to z at rho = t - theta (t - s), a leap with the rates mu_t(x); from z, one by
     (1 - theta) (t - s) with max(0, a1 mu_rho(z) - a2 mu_t(x)), rates to the same target token, none
     to z_i itself; a1 = 1 / (2 theta (1 - theta)), a2 = a1 - 1 = ((1 - theta)^2 + theta^2) a1.
 
-    Of second order where nothing is cut at 0, that is where seeing more tokens never multiplies a
-    probability by less than a2 / a1, at best 1/2 at theta = 1/2; of first order otherwise.
-    first="tweedie" goes to rho by the posterior instead: the same conditionals at other times, so
-    no loss for absorbing noise, but of first order for uniform noise. With uniform noise alpha must
-    not be 0 at the first time.
+    Of second order where nothing is cut at 0: where seeing more tokens never multiplies a
+    probability by less than a2 / a1, at least 1/2 (theta = 1/2). Of first order otherwise.
+    first="tweedie" goes to rho by the posterior: no loss for absorbing noise, whose conditionals
+    know no time, but of first order for uniform noise, whose alpha must not be 0 at the start.
     """
     a1 = 1.0 / (2.0 * theta * (1.0 - theta))
 
     def step(p, t, s):
-        rho, rates_t = t - theta * (t - s), model.rates(t)
-        rates_rho = model.rates(rho)
+        rho = t - theta * (t - s)
+        rates_t, rates_rho = model.rates(t), model.rates(rho)
         a_t, a_rho = model.schedule.alpha(t), model.schedule.alpha(rho)
-        to_rho = {
-            "leap": lambda: leap(model.states, rates_t, t - rho),
-            "tweedie": lambda: ancestral(model, model.posterior(t), a_t, a_rho),
-        }[first]()
+        to_rho = leap(model.states, rates_t, t - rho)
+        if first == "tweedie":
+            to_rho = ancestral(model, model.posterior(t), a_t, a_rho)
         result = np.zeros_like(p)
         for x in np.array_split(np.flatnonzero(p), np.count_nonzero(p) // 32 + 1):
             joint = p[x, None] * rows(to_rho[x])
@@ -156,10 +154,47 @@ def law_of_trapezoidal(model: Model, times, theta: float = 0.5, first: str = "le
     return chain(model, times, step)
 
 
+def law_of_two_stage(model: Model, times, theta: float = 0.5) -> np.ndarray:
+    """A second-order sampler without rates (not published): two calls a step, and in the last, to
+    time 0, as well: 2 len(times). Tweedie with normalised scores from x at t to z at rho =
+    t - theta (t - s), and from z to s with c1 f_rho(z) - (c1 - 1) f_t(x), cut at 0 and normalised,
+    for the distribution f of a clean token given the other tokens;
+
+        c1 = (u + v)^2 / (2 u v),    u = a_rho - a_t,    v = a_s - a_rho
+
+    in proportion to the chances of being revealed in either stage: two tokens revealed in one step
+    then have their exact distribution if nothing is cut.
+    """
+
+    def f(t):
+        seen = model.likelihood(model.schedule.alpha(t))[model.states]
+        p = model.posterior(t)
+        return normalised(np.divide(p, seen, out=np.zeros_like(p), where=seen > 0))
+
+    p = model.start
+    for t, s in itertools.pairwise([*times, 0.0]):
+        rho = t - theta * (t - s)
+        a_t, a_rho, a_s = (model.schedule.alpha(time) if time else 1.0 for time in (t, rho, s))
+        u, v = a_rho - a_t, a_s - a_rho
+        c1 = (u + v) ** 2 / (2.0 * u * v)
+        f_t, f_rho = f(t), f(rho)
+        posterior, seen = model.posterior(rho), model.likelihood(a_rho)
+        to_rho, after = ancestral(model, model.posterior(t), a_t, a_rho), np.zeros_like(p)
+        for x in np.array_split(np.flatnonzero(p), np.count_nonzero(p) // 32 + 1):
+            joint = p[x, None] * rows(to_rho[x])
+            k, z = np.nonzero(joint)
+            q = np.maximum(0.0, c1 * f_rho[z] - (c1 - 1.0) * f_t[x[k]]) * seen[model.states[z]]
+            total = q.sum(axis=-1, keepdims=True)
+            q = np.where(total > 0, q / np.where(total > 0, total, 1.0), posterior[z])
+            after += push(joint[k, z], ancestral(model, q, a_rho, a_s, x=model.states[z]))
+        p = after
+    return model.clean(p)
+
+
 def law_of_psi(model: Model, times, kappa: float | Callable = 1.0) -> np.ndarray:
-    """Psi (2602.21185), both noises: see `ancestral`. kappa = 1 is Tweedie with normalised scores,
-    kappa = 0 draws every token anew and noises it; it may be a function of (t, a_t, a_s)."""
-    kappa_at = kappa if callable(kappa) else lambda t, a_t, a_s: kappa
+    """Psi (2602.21185), both noises: see `ancestral`; kappa a number or a function of
+    (t, a_t, a_s). At 1 it is Tweedie with normalised scores, at 0 it draws every token anew."""
+    kappa_at = kappa if callable(kappa) else lambda *_: kappa
 
     def step(p, t, s):
         a_t, a_s = model.schedule.alpha(t), model.schedule.alpha(s)
@@ -174,12 +209,12 @@ def cap(eta: float) -> Callable:
 
 
 def rescale(eta: float) -> Callable:
-    """ReMDM's eta sigma_max."""
+    """The same, eta sigma_max."""
     return lambda t, a_t, a_s: eta * sigma_max(a_t, a_s)
 
 
 def loop(eta: float, t_on: float = 0.55, t_off: float = 0.05) -> Callable:
-    """ReMDM's `cap` for t_off < t <= t_on, 0 elsewhere; the schedule is then Loop."""
+    """The same, `cap` for t_off < t <= t_on, 0 elsewhere; the schedule is then Loop."""
     return lambda t, a_t, a_s: min(eta, sigma_max(a_t, a_s)) if t_off < t <= t_on else 0.0
 
 
@@ -189,13 +224,12 @@ def sigma_max(a_t: float, a_s: float) -> float:
 
 
 def law_of_remdm(model: Model, times, sigma: Callable) -> np.ndarray:
-    """ReMDM (2503.00307), absorbing, sigma = sigma(t, a_t, a_s) from `cap`, `rescale` or `loop`:
+    """ReMDM (2503.00307), absorbing, Psi with kappa = 1 - sigma / (1 - a_s);
+    sigma = sigma(t, a_t, a_s) from `cap`, `rescale` or `loop`.
 
         from MASK   y with p(y) (a_s - (1 - sigma) a_t) / (1 - a_t),
                     MASK with (1 - a_s - sigma a_t) / (1 - a_t)
         from y      MASK with sigma
-
-    which is Psi with kappa = 1 - sigma / (1 - a_s).
     """
 
     def step(p, t, s):
@@ -206,7 +240,7 @@ def law_of_remdm(model: Model, times, sigma: Callable) -> np.ndarray:
 
 
 def remdm_step(model: Model, p: np.ndarray, a_t: float, a_s: float, sigma) -> np.ndarray:
-    """One step of `law_of_remdm`; sigma a number or [D^L, L]."""
+    """One step of `law_of_remdm`, [D^L, L, D]; sigma a number or [D^L, L]."""
     sigma = np.broadcast_to(sigma, model.states.shape)[..., None]
     hidden = model.padded(p) * (a_s - (1.0 - sigma) * a_t) + model.pi * (1.0 - a_s - sigma * a_t)
     shown = (1.0 - sigma) * model.here + sigma * model.pi
@@ -218,7 +252,6 @@ def law_of_remdm_conf(model: Model, times) -> np.ndarray:
     over the clean positions, of minus the probability it was revealed with; a masked position has
     sigma = 0. The state holds these probabilities (inf at MASK): for small cases."""
     chains = {(len(model.states) - 1, (np.inf,) * model.length): 1.0}
-    stride = model.dim ** np.arange(model.length)[::-1]
     for t, s in itertools.pairwise(times):
         a_t, a_s, after = model.schedule.alpha(t), model.schedule.alpha(s), {}
         posterior = model.posterior(t)
@@ -232,12 +265,11 @@ def law_of_remdm_conf(model: Model, times) -> np.ndarray:
                     np.inf if new == model.vocab else posterior[x, i, new] if np.isinf(old) else old
                     for i, (new, old) in enumerate(zip(y, shown, strict=True))
                 )
-                key = (int(np.dot(y, stride)), then)
+                key = (int(np.dot(y, model.stride)), then)
                 after[key] = after.get(key, 0.0) + probability * chance
         chains = after
     p = np.zeros(len(model.states))
-    for (x, _), probability in chains.items():
-        p[x] += probability
+    np.add.at(p, [x for x, _ in chains], list(chains.values()))
     return finish(model, p, times[-1])
 
 
@@ -245,8 +277,8 @@ def law_of_remdm_conf(model: Model, times) -> np.ndarray:
 
 
 def accept_by_entropy(p: np.ndarray, is_free: np.ndarray, gamma: float) -> np.ndarray:
-    """Free positions by rising entropy (the first of equals first), as long as the entropies of
-    those before sum to at most gamma, bool [N, L]."""
+    """Free positions by rising entropy (the first of equals first) while the entropies before sum
+    to at most gamma, bool [N, L]."""
     entropy = np.where(is_free, -(p * np.log(np.maximum(p, 1e-300))).sum(axis=-1), 1e9)
     order = np.argsort(entropy, axis=-1, kind="stable")
     ranked = np.take_along_axis(entropy, order, axis=-1)
@@ -282,8 +314,8 @@ def law_of_entropy_bounded(model: Model, gamma: float, times=None) -> tuple[np.n
     """Entropy-bounded (2505.24857), and its mean number of calls.
 
     Absorbing: the accepted positions are drawn, the others stay MASK, until none is left. Uniform:
-    all positions are free at every call; the accepted ones are drawn from the posterior at the time
-    of the call and the others from pi; all are drawn at the last. It does not stop early.
+    all are free at every call; the accepted ones are drawn from the posterior at its time and the
+    others from pi; all are drawn at the last. It does not stop early.
     """
     if model.graph == "absorbing":
         return reveal_until_done(model, accept_by_entropy, gamma)
@@ -296,24 +328,22 @@ def law_of_entropy_bounded(model: Model, gamma: float, times=None) -> tuple[np.n
     return chain(model, times, step), float(len(times))
 
 
-def law_of_path_planning(model: Model, calls: int, eta: float = 1.0, planner=None) -> np.ndarray:
-    """P2 (2502.03540), absorbing: draw x0 at every masked position; after call k of K the
-    L (1 - k / K), rounded down, positions of the lowest score are MASK (the first of equals) and
-    the others shown.
+def law_of_path_planning(model: Model, calls: int, eta: float = 1.0, planner=0.0) -> np.ndarray:
+    """P2 (2502.03540), absorbing: draws x0 where x is MASK; after call k of K the L (1 - k / K),
+    rounded down, positions of the lowest score are MASK (the first of equals), the others shown.
 
-    The score is log p(x0) where x was masked and eta * planner elsewhere: planner [D^L, L] is the
+    The score is log p(x0) where x is MASK and eta * planner elsewhere: planner [D^L, L] is the
     log-probability of the revealed tokens, 0 by default: what absorbing posteriors say of them.
     """
     posterior, clean, p = model.posterior(0.5), sequences(model.vocab, model.length), model.start
-    planner = np.zeros(model.states.shape) if planner is None else planner
     joint = rows(posterior)
     x, z = np.nonzero(joint)
     picked = np.take_along_axis(posterior[x], clean[z][..., None], axis=-1)[..., 0]
-    score = np.where(model.states[x] == model.vocab, np.log(picked), eta * planner[x])
+    of_shown = eta * np.broadcast_to(planner, model.states.shape)[x]
+    score = np.where(model.states[x] == model.vocab, np.log(picked), of_shown)
     rank = np.argsort(np.argsort(score, axis=-1, kind="stable"), axis=-1)
-    stride = model.dim ** np.arange(model.length)[::-1]
     for k in range(1, calls + 1):
         hidden = rank < model.length * (calls - k) // calls
-        to = np.where(hidden, model.vocab, clean[z]) @ stride
+        to = np.where(hidden, model.vocab, clean[z]) @ model.stride
         p = np.bincount(to, weights=p[x] * joint[x, z], minlength=len(p))
     return model.clean(p)

@@ -19,6 +19,7 @@ from exact_laws import (
     law_of_remdm_conf,
     law_of_trapezoidal,
     law_of_tweedie,
+    law_of_two_stage,
     loop,
     push,
     remdm_step,
@@ -83,7 +84,7 @@ def test_posteriors_and_scores_are_those_of_the_joint_distribution(graph, schedu
     for x, i, y in itertools.product(range(0, len(p), 5), range(model.length), range(model.dim)):
         other = model.states[x].copy()
         other[i] = y
-        there = other @ model.dim ** np.arange(model.length)[::-1]
+        there = other @ model.stride
         np.testing.assert_allclose(scores[x, i, y], p[there] / p[x], rtol=1e-11)
 
 
@@ -329,6 +330,31 @@ def test_the_trapezoidal_error_is_of_first_order_where_rates_are_cut():
     assert trapezoidal < 0.3 * tweedie
 
 
+@pytest.mark.parametrize("theta", [0.5, 0.3])
+@pytest.mark.parametrize("schedule", [LogLinear(), Geometric(0.01, 20.0)])
+def test_two_stages_draw_a_weakly_dependent_pair_exactly_in_two_calls(theta, schedule):
+    p0 = markov(0.3, length=2)
+    drawn = law_of_two_stage(Model(p0, schedule=schedule), [1.0], theta)
+    np.testing.assert_allclose(drawn, p0.ravel(), atol=1e-15)
+    assert kl(p0, law_of_tweedie(Model(p0, schedule=schedule), [1.0, 0.5])) > 1e-4
+
+
+def test_the_error_of_two_stages_is_of_second_order_where_no_probability_is_cut():
+    falls = ratios(law_of_two_stage, Model(weakly_dependent(0.3)), (4, 8, 16))
+    np.testing.assert_allclose(falls, 4.0, rtol=0.01)
+    falls = ratios(law_of_two_stage, Model(SMALL), (16, 32))
+    np.testing.assert_allclose(falls, 2.0, rtol=0.05)
+
+
+@exact_models
+def test_two_stages_beat_tweedie_at_equal_calls(graph, schedule):
+    for p0 in (SMALL, markov(1.0, length=4), templates(length=4)):
+        model = Model(p0, graph, schedule)
+        for steps in (1, 2, 3):
+            tweedie = kl(p0, law_of_tweedie(model, uniform_times(2 * steps)))
+            assert kl(p0, law_of_two_stage(model, uniform_times(steps))) < 0.8 * tweedie
+
+
 # --- the price of few steps
 
 
@@ -402,7 +428,7 @@ def draw(rng, p):
 
 def look_up(model, table):
     """The rows of a table [D^L, ...] that belong to sequences [B, L]."""
-    return lambda x: table[x @ model.dim ** np.arange(model.length)[::-1]]
+    return lambda x: table[x @ model.stride]
 
 
 def agrees(drawn, law, vocab=3):

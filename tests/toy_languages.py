@@ -1,4 +1,4 @@
-"""Small languages, and what an exact network says of them under noise, in numpy and float64.
+"""Small languages and what an exact network says of them under noise, in numpy and float64.
 
 A language is a distribution over all sequences, p0 [V] * L. With alpha the share of tokens that
 noise has left alone and pi what noise leads to, each token follows
@@ -130,9 +130,9 @@ def over_axes(matrix: np.ndarray, p: np.ndarray, axes) -> np.ndarray:
 class Model:
     """What an exact network says of a language p0 [V] * L, all of it positive, under a noise.
 
-    error, [D^L, L, D], is added to the log-scores if it is there: a wrong network, whose scores the
-    bridge turns into distributions of clean tokens. shape is applied to these distributions at
-    every call, and shape_last at the last one (`shape` if None): see `sharpened` and `greedy`.
+    error, [D^L, L, D], is added to the log-scores if not None: a wrong network, whose scores the
+    bridge turns into distributions of clean tokens. shape is applied to these at every call, and
+    shape_last, if not None, at the last instead: see `sharpened` and `greedy`.
     """
 
     p0: np.ndarray
@@ -166,6 +166,11 @@ class Model:
         """Every noised sequence, int [D^L, L]."""
         return sequences(self.dim, self.length)
 
+    @property
+    def stride(self) -> np.ndarray:
+        """x @ stride is the number of the state x, [L]."""
+        return self.dim ** np.arange(self.length)[::-1]
+
     @functools.cached_property
     def here(self) -> np.ndarray:
         """1 at y = x_i, [D^L, L, D]."""
@@ -194,10 +199,7 @@ class Model:
         return p.reshape((self.dim,) * self.length)[(slice(self.vocab),) * self.length].ravel()
 
     def likelihood(self, alpha: float) -> np.ndarray:
-        """[D, V]: q_alpha(x | x0) up to a factor that depends on x alone.
-
-        For absorbing noise it is 1{x = x0}, and 1 at MASK, without alpha.
-        """
+        """[D, V]: q_alpha(x | x0) up to a factor of x alone; for absorbing noise without alpha."""
         if self.graph == "uniform":
             return self.transition(alpha)
         return np.vstack([np.eye(self.vocab), np.ones(self.vocab)])
@@ -323,8 +325,8 @@ def profile(p0: np.ndarray, t) -> np.ndarray:
 def price(p0: np.ndarray, times) -> float:
     """L [sum over k of (t_k - t_k+1) g(t_k) - integral of g], nats per sequence; t_K = 0.
 
-    It is the KL between the data's and the sampler's joint distributions of the tokens and of the
-    step that reveals each, so an upper bound of KL(p0 || sampler) for Tweedie.
+    The KL between the data's and Tweedie's joint distributions of the tokens and of the step that
+    reveals each: an upper bound of KL(p0 || Tweedie).
     """
     times = np.asarray(times, float)
     spent = -np.diff(np.append(times, 0.0)) @ profile(p0, times)
