@@ -21,8 +21,9 @@ from ml_collections.config_dict import RequiredValueError
 from sedd_jax.configs import base
 from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
 from sedd_jax.diffusion.graphs import GRAPHS
+from sedd_jax.diffusion.grids import GRIDS
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
-from sedd_jax.diffusion.samplers import DRAWS, GRIDS, PREDICTORS
+from sedd_jax.diffusion.samplers import DRAWS, PREDICTORS
 from sedd_jax.diffusion.schedules import SCHEDULES
 from sedd_jax.files import is_address, load_json
 from sedd_jax.kernels import attention

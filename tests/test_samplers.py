@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sedd_jax.diffusion import samplers
+from sedd_jax.diffusion import grids, samplers
 from sedd_jax.diffusion.graphs import GRAPHS, Absorbing, Uniform
 from sedd_jax.diffusion.samplers import (
     DRAWS,
@@ -206,7 +206,7 @@ def sampler(name, predictor, grid="uniform"):
     @jax.jit
     def run(steps):
         shape, key = (DRAWN, 2), jax.random.key(0)
-        times = samplers.GRIDS[grid]
+        times = grids.GRIDS[grid]
         return sample(
             key, score_fn, graph, LogLinear(), shape, steps=steps, predictor=step, grid=times
         )
@@ -308,7 +308,7 @@ def test_a_sample_depends_on_its_own_number_and_not_on_the_batch(name, draw):
     assert len(np.unique(together, axis=0)) > 4
 
 
-@pytest.mark.parametrize("grid", samplers.GRIDS)
+@pytest.mark.parametrize("grid", grids.GRIDS)
 def test_times_of_the_steps_run_from_one_to_t_min(grid):
     seen = []
 
@@ -318,7 +318,7 @@ def test_times_of_the_steps_run_from_one_to_t_min(grid):
 
     graph = Absorbing(3)
     score_fn = dense.exact_score_fn(graph, LAW)
-    how = {"steps": 5, "predictor": watch, "t_min": 0.1, "grid": samplers.GRIDS[grid]}
+    how = {"steps": 5, "predictor": watch, "t_min": 0.1, "grid": grids.GRIDS[grid]}
     out = sample(jax.random.key(0), score_fn, graph, LogLinear(), (1, 2), **how)
     jax.block_until_ready(out)
     jax.effects_barrier()

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graphs import Graph
+from sedd_jax.diffusion.grids import uniform_grid
 from sedd_jax.diffusion.reverse import Distribution
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
@@ -82,20 +83,6 @@ def gumbel_argmax(u: jax.Array, probabilities: jax.Array) -> Tokens:
 
 
 DRAWS = {"exact": draw_exact, "float32_gumbel": draw_float32_gumbel}
-
-
-def uniform_grid(i: jax.Array, steps: jax.Array, t_min: float) -> jax.Array:
-    """The time before step i of `steps`, from 1 down to t_min: steps of one length."""
-    return 1.0 - i * ((1.0 - t_min) / steps)
-
-
-def cosine_grid(i: jax.Array, steps: jax.Array, t_min: float) -> jax.Array:
-    """Short steps near t = 1, where little is known yet and tokens drawn together fit badly, and
-    longer ones later (Shi et al. 2024, MD4)."""
-    return t_min + (1.0 - t_min) * jnp.cos(0.5 * jnp.pi * i / steps)
-
-
-GRIDS = {"uniform": uniform_grid, "cosine": cosine_grid}
 
 
 def sample(

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd_jax.diffusion import samplers
+from sedd_jax.diffusion import grids, samplers
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.parallel.sharding import path_name
@@ -18,7 +18,7 @@ from sedd_jax.parallel.sharding import path_name
 # Parameters that only matmuls in the network's dtype read.
 MATMUL_WEIGHTS = re.compile(r"(^|/)(blocks/(qkv|out|up|down)/kernel|head_weight)$")
 
-TABLES = {"predictor": samplers.PREDICTORS, "draw": samplers.DRAWS, "grid": samplers.GRIDS}
+TABLES = {"predictor": samplers.PREDICTORS, "draw": samplers.DRAWS, "grid": grids.GRIDS}
 
 
 def cast_weights(params: Any, dtype: Any) -> Any:
