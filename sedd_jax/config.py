@@ -23,7 +23,8 @@ from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
 from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.grids import GRIDS
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
-from sedd_jax.diffusion.samplers import DRAWS, PREDICTORS
+from sedd_jax.diffusion.predictors import PREDICTORS, trait
+from sedd_jax.diffusion.samplers import DRAWS
 from sedd_jax.diffusion.schedules import SCHEDULES
 from sedd_jax.files import is_address, load_json
 from sedd_jax.kernels import attention
@@ -235,6 +236,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.graph.scale_by_sigma True does not fit the {config.graph.name} graph, whose "
             "logits are the log-scores; set it to False"
+        )
+    predictor, graph = config.sample.predictor, config.graph.name
+    if trait(PREDICTORS[predictor], "graph") not in (None, graph):
+        raise ValueError(
+            f"config.sample.predictor {predictor!r} does not fit the {graph} graph; take tweedie"
         )
     if [values[f"mesh.{axis}"] for axis in config.mesh].count(-1) > 1:
         raise ValueError("config.mesh holds -1 more than once; one axis may take what is left")

@@ -21,7 +21,8 @@ from sedd_jax import state
 from sedd_jax.config import DTYPES
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.draws import check_settings, make_key
-from sedd_jax.diffusion.graphs import GRAPHS, Graph, lift
+from sedd_jax.diffusion.graph import Graph, lift
+from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
 from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
 from sedd_jax.diffusion.scores import DenseScores

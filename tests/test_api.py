@@ -10,7 +10,7 @@ import pytest
 from conftest import says
 
 import sedd_jax
-from sedd_jax.diffusion import samplers
+from sedd_jax.diffusion import predictors, samplers
 from sedd_jax.inference import bounds, sampling
 
 
@@ -242,15 +242,15 @@ def test_the_bound_is_finite_positive_and_repeats_with_its_seed(model):
 
 
 def test_a_predictor_of_ones_own_is_a_function_or_a_name_in_the_table(model, monkeypatch):
-    def early(xt, t, s, score_fn, graph, schedule):
-        return samplers.tweedie(xt, t, s / 4, score_fn, graph, schedule)
+    def early(xt, step):
+        return predictors.tweedie(xt, step._replace(s=step.s / 4))
 
     def draw(predictor):
         return model.sample(4, length=16, steps=3, predictor=predictor)
 
-    monkeypatch.setitem(samplers.PREDICTORS, "mine", samplers.tweedie)
-    assert draw("mine") == draw("tweedie") == draw(samplers.tweedie)
-    monkeypatch.setitem(samplers.PREDICTORS, "mine", early)  # what was compiled is not used again
+    monkeypatch.setitem(predictors.PREDICTORS, "mine", predictors.tweedie)
+    assert draw("mine") == draw("tweedie") == draw(predictors.tweedie)
+    monkeypatch.setitem(predictors.PREDICTORS, "mine", early)  # what was compiled is not used again
     assert draw("mine") == draw(early) != draw("tweedie")
 
 
@@ -264,5 +264,5 @@ def test_the_sampler_is_the_one_of_the_paper(model):
         (2, model.length),
         steps=8,
         index=np.arange(2),
-    )
+    ).tokens
     np.testing.assert_array_equal(model.sample_tokens(2, steps=8, seed=2), drawn)

@@ -17,7 +17,7 @@ from golden_set import GRAPHS, SETTINGS, arrays, relative_error, relative_norm
 from configs import base
 from sedd_jax import state
 from sedd_jax.convert.names import from_original, to_original
-from sedd_jax.diffusion import samplers
+from sedd_jax.diffusion import predictors, samplers
 from sedd_jax.diffusion.graphs import Absorbing, lift
 from sedd_jax.diffusion.losses import dwdse_at
 from sedd_jax.diffusion.scores import DenseScores
@@ -34,7 +34,7 @@ compiled_quickly = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
 
-PREDICTORS = {"euler": samplers.euler, "analytic": samplers.tweedie}
+PREDICTORS = {"euler": predictors.euler, "analytic": predictors.tweedie}
 
 both_graphs = pytest.mark.parametrize("name", GRAPHS)
 both_predictors = pytest.mark.parametrize("predictor", PREDICTORS)
@@ -218,7 +218,7 @@ def test_probabilities_of_a_predictor_are_the_originals(name, noise, predictor, 
     graph, score_fn, x, times = sampler_case(name)
     schedule = golden_set.schedules()[noise]
     t, s = times_of_step(i, times, len(x))
-    law = PREDICTORS[predictor](x, t, s, score_fn, graph, schedule)
+    law = PREDICTORS[predictor](x, predictors.Step(t, s, score_fn, graph, schedule))
     expected = arrays("sampler.npz")[f"{name}/{noise}/{predictor}/i{i}/probs_f64"]
     if predictor == "euler":
         # The entry at x is 1 minus the probability of leaving.
@@ -464,7 +464,7 @@ def test_sampler_with_the_originals_noise_draws_the_originals_tokens(name, predi
     for i, u in enumerate(uniforms):
         if i < len(uniforms) - 1:
             t, s = times_of_step(i, times, len(x))
-            law = PREDICTORS[predictor](x, t, s, score_fn, graph, schedule)
+            law = PREDICTORS[predictor](x, predictors.Step(t, s, score_fn, graph, schedule))
         else:
             law = samplers.denoise(x, column(times[i], len(x)), score_fn, graph, schedule)
         probabilities = law.probabilities()

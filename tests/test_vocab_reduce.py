@@ -13,7 +13,13 @@ from sedd_jax.diffusion.draws import categorical
 from sedd_jax.kernels import vocab_reduce
 from sedd_jax.kernels.vocab_reduce import Tile, total_and_pick
 
-draw = functools.partial(vocab_reduce.draw, categorical=categorical)
+
+def draw(hidden, *rest, **options):
+    """Draws in proportion to the scores of one hidden state."""
+    weight, bias, excluded, keys, *needed = rest
+    rows = (hidden,), weight, bias, excluded, keys, (), *needed
+    return vocab_reduce.draw(*rows, categorical=categorical, **options)
+
 
 BATCH, LENGTH, SIZE, VOCAB = 2, 7, 5, 11
 # One logit at a time; a ragged last block of positions, of tokens (by 1 and by 3), of both;
@@ -210,3 +216,53 @@ def test_bfloat16_products_are_summed_in_float32(head):
     assert table.dtype == jnp.float32
     np.testing.assert_allclose(table, vocab_reduce.logits(hidden, weight, bias), atol=0.05)
     assert not (table == table.astype(jnp.bfloat16)).all()
+
+
+@tiles
+@needed
+def test_peak_and_entropy_are_those_of_the_whole_distribution(head, tile, needed):
+    hidden, weight, bias, excluded, _ = head
+    bias = bias.at[3].set(-jnp.inf)  # as MASK's is
+    where = positions(needed)
+    table = jnp.einsum("blc,vc->blv", hidden, weight, precision="highest") + bias
+    table = jnp.where(jnp.arange(VOCAB) == excluded[..., None], -jnp.inf, table)
+    log_p = np.asarray(jax.nn.log_softmax(table, axis=-1), np.float64)
+    expected = log_p.max(axis=-1), -(np.exp(log_p) * np.maximum(log_p, -1e9)).sum(axis=-1)
+    got = vocab_reduce.peak_and_entropy(hidden, weight, bias, excluded, where, tile=tile)
+    for value, exact in zip(got, expected, strict=True):
+        exact = exact if where is None else np.where(where, exact, 0.0)
+        np.testing.assert_allclose(value, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("logit", [-3e4, 0.0, 3e4])
+def test_peak_and_entropy_of_a_certain_token(logit):
+    hidden, weight = jnp.ones((1, 1, 1)), jnp.array([[logit], [logit - 2e4], [logit - 3e4]])
+    how = hidden, weight, jnp.zeros(3), jnp.full((1, 1), -1)
+    for tile in (Tile(1, 1), Tile(1, 3)):
+        peak, entropy = vocab_reduce.peak_and_entropy(*how, tile=tile)
+        assert peak == 0.0 and entropy == 0.0
+
+
+def test_a_draw_of_several_hidden_states_has_all_their_rows_and_values(head):
+    hidden, weight, bias, excluded, _ = head
+    second = hidden[::-1] * 0.5
+    values = (jnp.arange(BATCH * LENGTH, dtype=jnp.float32).reshape(BATCH, LENGTH),)
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    rows = [
+        jnp.where(
+            jnp.arange(VOCAB) == excluded[..., None],
+            -jnp.inf,
+            jnp.einsum("blc,vc->blv", h, weight, precision="highest") + bias,
+        )
+        for h in (hidden, second)
+    ]
+
+    def best(key, row, other, value):  # no noise: what the rows and the value say
+        return jnp.argmax(jnp.where(value % 2 == 0, row, other)).astype(jnp.int32)
+
+    expected = jnp.where(values[0] % 2 == 0, rows[0].argmax(-1), rows[1].argmax(-1))
+    for block in (1, 3, None):
+        how = {"categorical": best, "block": block}
+        hiddens = hidden, second
+        got = vocab_reduce.draw(hiddens, weight, bias, excluded, keys, values, **how)
+        np.testing.assert_array_equal(got, expected)

@@ -1,186 +1,22 @@
-"""Token graphs: the forward process of one token and everything that follows from its rates.
+"""The two token graphs of the paper: absorbing noise and uniform noise. Imports jax only.
 
-Lou et al. 2024, section 3.3 and appendix C. Imports jax only. Q[y, x] is the rate from x to y, so
-the columns of Q sum to zero:
-
-    d p / d sigma = Q p,    p_sigma(. | x0) = exp(sigma Q)[:, x0]
-
-What is written for ONE token takes a state x, a score vector [D] and a scalar sigma, and `lift`
-applies it over [B, L]. Losses, samplers and the bound call the methods that take a batch.
+A new graph is a subclass of `Graph` and a line in GRAPHS.
 """
 
-import abc
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.reverse import Distribution, Reveal, Table
+from sedd_jax.diffusion.graph import Graph, Probe, ScoreEntropy, lift
+from sedd_jax.diffusion.reverse import Distribution, Reveal, Switch, Table
 from sedd_jax.diffusion.schedules import Schedule
-from sedd_jax.diffusion.scores import Scores, Sigma, Tokens
-
-
-class ScoreEntropy(NamedTuple):
-    """Score entropy per token, before the weight dsigma/dt; float32 [B, L] each.
-
-    normalised is the same for the scores rescaled to the total that the true ones have, and log_z
-    the log of how far they are from it, 0 where there are none; None where the graph fixes no
-    total.
-    """
-
-    value: jax.Array
-    normalised: jax.Array | None
-    log_z: jax.Array | None
-
-
-class Probe(NamedTuple):
-    """One noised copy of x0 for the bound, and how to read the score entropy at it.
-
-    With cost = scale * score entropy, the sum over l of weight * cost is an unbiased estimate of
-    the diffusion part. Given sigma, the mean of weight is mean_weight, whatever the other copies:
-    so the sum of (weight - mean_weight) * h has mean 0 for every h that this copy had no part in.
-    """
-
-    xt: Tokens  # int32 [B, L]
-    sigma: Sigma  # float32 [B, 1]
-    scale: jax.Array  # float32 [B, 1]
-    weight: jax.Array  # float32 [B, L]
-    mean_weight: jax.Array  # float32 [B, L]
-
-
-def lift(kernel, *arguments: jax.Array) -> jax.Array:
-    """Apply a function of one token over [B, L]; [B, 1] arguments are shared along L."""
-    shape = jnp.broadcast_shapes(*(a.shape[:2] for a in arguments))
-    spread = (jnp.broadcast_to(a, shape + a.shape[2:]) for a in arguments)
-    return jax.vmap(jax.vmap(kernel))(*spread)
+from sedd_jax.diffusion.scores import Scores, Sigma, Tokens, Weights
 
 
 def _k(a: jax.Array, log_a: jax.Array) -> jax.Array:
     """K(a) = a (log a - 1) of Definition 3.1, which makes the smallest score entropy 0."""
     return a * (log_a - 1.0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Graph(abc.ABC):
-    """The forward process of a token; a graph defines the abstract methods, the rest follows."""
-
-    vocab_size: int
-
-    def __post_init__(self):
-        if self.vocab_size < 2:
-            raise ValueError(f"vocab_size {self.vocab_size} is below 2; a graph needs two tokens")
-
-    @property
-    @abc.abstractmethod
-    def dim(self) -> int:
-        """Number of states D, the mask included where there is one."""
-
-    # --- one token
-
-    @abc.abstractmethod
-    def transp_rate(self, x: jax.Array) -> jax.Array:
-        """Forward rates into x: the row Q[x, :], [D]."""
-
-    @abc.abstractmethod
-    def transp_transition(self, x: jax.Array, sigma: jax.Array) -> jax.Array:
-        """p_sigma(x | y) for every y: the row exp(sigma Q)[x, :], [D]."""
-
-    @abc.abstractmethod
-    def staggered_score(self, score: jax.Array, delta_sigma: jax.Array) -> jax.Array:
-        """exp(-delta_sigma Q) score, [D]: from the ratios p_sigma(y) / p_sigma(x) those of the
-        distribution before, p_{sigma - delta_sigma}(y) / p_sigma(x)."""
-
-    def _at(self, x: jax.Array) -> jax.Array:
-        return jax.nn.one_hot(x, self.dim, dtype=jnp.float32)
-
-    def reverse_rate(self, score: jax.Array, x: jax.Array) -> jax.Array:
-        """Rates of the reverse process out of x, Q[x, y] score_y; the diagonal is minus the sum of
-        the rest, [D]."""
-        away = jnp.where(self._at(x) == 1.0, 0.0, self.transp_rate(x) * score)
-        return away - self._at(x) * away.sum()
-
-    def euler_probabilities(self, score: jax.Array, x: jax.Array, step: jax.Array) -> jax.Array:
-        """p(y) = 1{y = x} + step * reverse rate from x to y, [D]; equation (18)."""
-        return self._at(x) + step * self.reverse_rate(score, x)
-
-    def tweedie_probabilities(
-        self, score: jax.Array, x: jax.Array, delta_sigma: jax.Array
-    ) -> jax.Array:
-        """p(y) = [exp(-delta_sigma Q) score]_y * exp(delta_sigma Q)[x, y], [D].
-
-        Theorem 4.2: exact for one token with the exact score.
-        """
-        return self.staggered_score(score, delta_sigma) * self.transp_transition(x, delta_sigma)
-
-    # --- a batch: the forward process
-
-    @abc.abstractmethod
-    def perturb(self, key: jax.Array, x0: Tokens, sigma: Sigma) -> Tokens:
-        """xt ~ p_sigma(. | x0), int32 [B, L]."""
-
-    @abc.abstractmethod
-    def limit(self, key: jax.Array, shape: tuple[int, ...]) -> Tokens:
-        """Draws from p_base, the distribution that sampling starts from, int32 of that shape."""
-
-    @abc.abstractmethod
-    def prior(self, sigma: jax.Array) -> jax.Array:
-        """KL(p_sigma(. | x0) || p_base), nats per token, the shape of sigma."""
-
-    def probe(
-        self,
-        key: jax.Array,
-        x0: Tokens,
-        u: jax.Array,
-        is_token: jax.Array,
-        schedule: Schedule,
-        t_min: float,
-    ) -> Probe:
-        """A noised copy for the bound over [t_min, 1], at the noise level of rank u among all.
-
-        u, float32 [B, 1] in [0, 1), is uniform over the copies; here t = t_min + (1 - t_min) u.
-        """
-        t = t_min + (1.0 - t_min) * u
-        sigma = schedule.sigma(t)
-        scale = (1.0 - t_min) * schedule.dsigma_dt(t)
-        weight = is_token.astype(jnp.float32)
-        return Probe(self.perturb(key, x0, sigma), sigma, scale, weight, mean_weight=weight)
-
-    # --- a batch: the loss
-
-    def log_scale(self, sigma: Sigma) -> jax.Array:
-        """What is subtracted from the network's logits to give log-scores, float32 [B, 1]."""
-        return jnp.zeros_like(sigma)
-
-    @abc.abstractmethod
-    def score_entropy(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> ScoreEntropy:
-        """Definition 3.1 with the denoising ratios of Theorem 3.4 and the weights Q[x, y], [B, L]:
-
-        sum over y != x of Q[x, y] (s_y - ratio_y log s_y + K(ratio_y))
-
-        where x is a token of xt and ratio_y = p_sigma(y | x0) / p_sigma(x | x0).
-        """
-
-    # --- a batch: a reverse step
-
-    def _table(self, kernel, scores: Scores, xt: Tokens, *noise: jax.Array) -> Table:
-        return Table(lambda: lift(kernel, jnp.exp(scores.log_score()), xt, *noise))
-
-    def euler(self, scores: Scores, xt: Tokens, step: jax.Array) -> Distribution:
-        """Euler step over step = (t - s) dsigma/dt, [B, 1]."""
-        return self._table(self.euler_probabilities, scores, xt, step)
-
-    def tweedie(self, scores: Scores, xt: Tokens, delta_sigma: jax.Array) -> Distribution:
-        """Tweedie tau-leaping ("analytic") step over delta_sigma = sigma_t - sigma_s, [B, 1]."""
-        return self._table(self.tweedie_probabilities, scores, xt, delta_sigma)
-
-    def denoise(self, scores: Scores, xt: Tokens, sigma: Sigma) -> Distribution:
-        """The jump that ends sampling: Tweedie over all of sigma, to the clean tokens."""
-
-        def clean(score, x, sigma):
-            return self.tweedie_probabilities(score, x, sigma)[: self.vocab_size]
-
-        return self._table(clean, scores, xt, sigma)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +133,12 @@ class Absorbing(Graph):
     #     Tweedie   p(y) = exp(delta_sigma) score_y * (1 - exp(-delta_sigma))
     # of clean tokens y: one factor times the score. `Reveal` draws from them without the table.
 
+    def clean_probabilities(self, score: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        del sigma
+        score = score[: self.vocab_size]
+        here = self._at(x)[: self.vocab_size]
+        return jnp.where(x == self.mask, score / score.sum(), here)
+
     def euler(self, scores: Scores, xt: Tokens, step: jax.Array) -> Distribution:
         table = super().euler(scores, xt, step)
         return Reveal(table, scores, xt, self.mask, log_factor=jnp.log(step))
@@ -306,9 +148,19 @@ class Absorbing(Graph):
         log_factor = jnp.log(jnp.expm1(delta_sigma))
         return Reveal(table, scores, xt, self.mask, log_factor)
 
-    def denoise(self, scores: Scores, xt: Tokens, sigma: Sigma) -> Distribution:
+    def ancestral(self, scores, xt, sigma_t, sigma_s, *, kappa=1.0, shape=None) -> Distribution:
+        alpha_t, alpha_s = jnp.exp(-sigma_t), jnp.exp(-sigma_s)
+        masked_t = -jnp.expm1(-sigma_t)
+        # (alpha_s - alpha_t) / (1 - alpha_t), where no nearly equal numbers are subtracted.
+        reveal = alpha_t * jnp.expm1(sigma_t - sigma_s) / masked_t
+        reveal = kappa * reveal + (1.0 - kappa) * alpha_s
+        remask = (1.0 - kappa) * -jnp.expm1(-sigma_s)
+        weights = None if shape is None else Weights(shape)
+        return Switch(scores, xt, self.mask, reveal, remask, weights)
+
+    def denoise(self, scores, xt, sigma, *, shape=None) -> Distribution:
         table = super().denoise(scores, xt, sigma)
-        return Reveal(table, scores, xt, self.mask, log_factor=None)  # all that is masked
+        return Reveal(table, scores, xt, self.mask, None, shape)  # all that is masked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,6 +179,42 @@ class Uniform(Graph):
 
     def staggered_score(self, score: jax.Array, delta_sigma: jax.Array) -> jax.Array:
         return score + jnp.expm1(delta_sigma) * (score - score.mean())
+
+    def clean_probabilities(self, score: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        return self.with_own(self.given_others(score, sigma), x, sigma)
+
+    def given_others(self, score: jax.Array, sigma: jax.Array) -> jax.Array:
+        """f, the clean token's distribution given the other noised tokens alone, [V]: the share of
+        y among the scores is f(y) under more noise, alpha f(y) + (1 - alpha) / V."""
+        uniform = -jnp.expm1(-sigma) / self.vocab_size
+        f = jnp.maximum(score / score.sum() - uniform, 0.0)
+        return f / f.sum()
+
+    def with_own(self, f: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        """The same given the noised token x too, from f [V]: in proportion to f(y) p(x | y)."""
+        p = f * self._noised(self._at(x), sigma)
+        return p / p.sum()
+
+    def ancestral_probabilities(self, p, x, sigma_t, sigma_s, kappa) -> jax.Array:
+        """The distribution of `ancestral` for one token, [V], from p [V]."""
+        weight = p / self._noised(self._at(x), sigma_t)
+        back = self._noised(weight, sigma_s) * self._noised(self._at(x), sigma_t - sigma_s)
+        return kappa * back + (1.0 - kappa) * self._noised(p, sigma_s)
+
+    def _noised(self, p: jax.Array, sigma: jax.Array) -> jax.Array:
+        """p [V] after noise sigma; the transitions are symmetric."""
+        return jnp.exp(-sigma) * p - jnp.expm1(-sigma) / self.vocab_size * p.sum()
+
+    def ancestral(self, scores, xt, sigma_t, sigma_s, *, kappa=1.0, shape=None) -> Distribution:
+        def table():
+            scored = jnp.exp(scores.log_score())
+            p = lift(self.clean_probabilities, scored, xt, sigma_t)
+            if shape is not None:
+                p = jax.nn.softmax(jax.vmap(jax.vmap(shape))(jnp.log(p)), axis=-1)
+            noise = sigma_t, sigma_s, jnp.broadcast_to(jnp.float32(kappa), xt.shape)
+            return lift(self.ancestral_probabilities, p, xt, *noise)
+
+        return Table(table)
 
     def perturb(self, key: jax.Array, x0: Tokens, sigma: Sigma) -> Tokens:
         key_move, key_token = jax.random.split(key)

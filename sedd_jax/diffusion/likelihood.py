@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.graphs import Graph
+from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.samplers import denoise
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens

@@ -1,7 +1,7 @@
 """Sampling: a predictor is one reverse step, `sample` the loop, `denoise` the last jump.
 
 Imports jax only. Everything here is a pure function of arrays and of `(score_fn, graph, schedule)`;
-the caller jits. A new predictor is a function like `euler` and a line in PREDICTORS.
+the caller jits.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.graphs import Graph
+from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.grids import uniform_grid
-from sedd_jax.diffusion.reverse import Distribution
+from sedd_jax.diffusion.predictors import Options, Step, trait, tweedie
+from sedd_jax.diffusion.reverse import Distribution, Shape, greedy
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
 
@@ -28,32 +29,30 @@ class Known(NamedTuple):
         return jnp.where(self.is_known, self.tokens, x)
 
 
-def euler(
-    xt: Tokens, t: jax.Array, s: jax.Array, score_fn: ScoreFn, graph: Graph, schedule: Schedule
-) -> Distribution:
-    """x_s given x_t by one Euler step, equation (18); t and s are float32 [B, 1], s < t."""
-    scores = score_fn(xt, schedule.sigma(t))
-    return graph.euler(scores, xt, (t - s) * schedule.dsigma_dt(t))
+class Chain(NamedTuple):
+    """What the loop carries from step to step."""
 
+    tokens: Tokens  # int32 [B, L]
+    calls: jax.Array  # int32 [B]: network calls that each sample has needed so far
+    confidence: jax.Array  # float32 [B, L]: the probability each token was revealed with
 
-def tweedie(
-    xt: Tokens, t: jax.Array, s: jax.Array, score_fn: ScoreFn, graph: Graph, schedule: Schedule
-) -> Distribution:
-    """x_s given x_t by Tweedie tau-leaping, Theorem 4.2; "analytic" in the original."""
-    sigma = schedule.sigma(t)
-    return graph.tweedie(score_fn(xt, sigma), xt, sigma - schedule.sigma(s))
+    @classmethod
+    def of(cls, tokens: Tokens) -> "Chain":
+        """At its start."""
+        return cls(tokens, jnp.zeros(len(tokens), jnp.int32), jnp.ones(tokens.shape, jnp.float32))
 
 
 def denoise(
-    xt: Tokens, t: jax.Array, score_fn: ScoreFn, graph: Graph, schedule: Schedule
+    xt: Tokens,
+    t: jax.Array,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    shape: Shape | None = None,
 ) -> Distribution:
     """The clean tokens that sampling ends with, given x_t at its last time t, [B, 1]."""
     sigma = schedule.sigma(t)
-    return graph.denoise(score_fn(xt, sigma), xt, sigma)
-
-
-# None takes no step: only the denoiser moves.
-PREDICTORS = {"euler": euler, "tweedie": tweedie, "none": None}
+    return graph.denoise(score_fn(xt, sigma), xt, sigma, shape=shape)
 
 
 def draw_exact(keys: jax.Array, distribution: Distribution) -> Tokens:
@@ -94,6 +93,8 @@ def sample(
     *,
     steps: int | jax.Array,
     predictor: Callable | None = tweedie,
+    options: Options | None = None,
+    is_greedy: bool = False,
     known: Known | None = None,
     t_min: float = 1e-5,
     draw: Callable = draw_exact,
@@ -101,46 +102,86 @@ def sample(
     index: jax.Array | None = None,
     begin: int | jax.Array = 0,
     end: int | jax.Array | None = None,
-    x: Tokens | None = None,
-) -> Tokens:
+    chain: Chain | None = None,
+) -> Chain:
     """Draw `shape` = (B, L) sequences by `steps` reverse steps from t = 1 to t_min and a denoising.
 
     One `lax` loop over the times of `grid`: steps may be traced, so another number of steps does
-    not recompile. Known tokens are put back before every step and after the denoiser. A sample
-    costs steps + 1 network calls; predictor None takes no step and costs one. index, int32 [B], are
-    the samples' numbers, 0, 1, ... by default: a sample's noise is keyed by its own number, not by
-    what else is in the batch.
+    not recompile, nor do other numbers in options. Known tokens are put back before every step and
+    after the denoiser, which with is_greedy takes the likeliest tokens. A sample costs a network
+    call a step, or two (see predictors.traits), and one more; predictor None takes no step. An
+    adaptive predictor ends when no token is masked, after `steps` at the latest; Chain.calls has
+    what each sample needed. index, int32 [B], are the samples' numbers, 0, 1, ... by default: a
+    sample's noise is keyed by its own number, not by what else is in the batch.
 
     A token is -1, from then to the end, if its scores were not finite.
 
-    The loop may be cut: begin and end take the steps begin <= i < end from the state x at step
-    begin (unused at 0), and the denoiser comes when end == steps. The parts give what the whole
-    gives.
+    The loop may be cut: begin and end take the steps begin <= i < end from the chain at step begin
+    (unused at 0), and the denoiser comes when end == steps. The parts give what the whole gives.
     """
     if isinstance(steps, int) and steps < 1:
         raise ValueError(f"steps {steps} is below 1; give at least 1")
-    if isinstance(begin, int) and begin > 0 and x is None:
-        raise ValueError(f"begin {begin} needs x, the state at that step")
+    if isinstance(begin, int) and begin > 0 and chain is None:
+        raise ValueError(f"begin {begin} needs the chain at that step")
     index = jnp.arange(shape[0]) if index is None else index
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     key_limit, key_steps, key_last = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
     clamp = known.clamp if known is not None else lambda x: x
-    start = jax.vmap(lambda k: graph.limit(k, shape[1:]))(key_limit)
-    x = clamp(start if x is None else jnp.where(begin == 0, start, x))
+    start = Chain.of(clamp(jax.vmap(lambda k: graph.limit(k, shape[1:]))(key_limit)))
+    if chain is not None:
+        start = jax.tree.map(lambda new, old: jnp.where(begin == 0, new, old), start, chain)
+        start = start._replace(tokens=clamp(start.tokens))
     column = jnp.ones((shape[0], 1), jnp.float32)
+    options = options or Options()
+    stop = steps if end is None else end
 
-    def moved(x, keys, distribution):
-        return clamp(jnp.where(x < 0, x, draw(keys, distribution)))
+    def is_unfinished(chain):  # bool [B]
+        if not (trait(predictor, "is_adaptive") and hasattr(graph, "mask")):
+            return jnp.ones(shape[0], bool)
+        return (chain.tokens == graph.mask).any(axis=-1)
 
-    def step(i, x):
+    def moved(chain, keys, distribution, calls, is_confident=False):
+        x = chain.tokens
+        drawn = clamp(jnp.where(x < 0, x, draw(keys, distribution)))
+        sure = chain.confidence
+        if is_confident:
+            is_new = (x == graph.mask) & (drawn != graph.mask)
+            sure = jnp.where(is_new, distribution.confidence(drawn), sure)
+        return Chain(drawn, chain.calls + calls * is_unfinished(chain), sure)
+
+    def step(i, chain):
         t, s = grid(i, steps, t_min), grid(i + 1, steps, t_min)
         s = jnp.where(i + 1 == steps, t_min, s)  # exactly
-        distribution = predictor(x, t * column, s * column, score_fn, graph, schedule)
-        return moved(x, jax.vmap(jax.random.fold_in, (0, None))(key_steps, i), distribution)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(key_steps, i)
+        one = Step(
+            t=t * column,
+            s=s * column,
+            score_fn=score_fn,
+            graph=graph,
+            schedule=schedule,
+            options=options,
+            index=i,
+            steps=steps,
+            is_free=jnp.ones(shape, bool) if known is None else ~known.is_known,
+            keys=jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
+            sample_keys=jax.vmap(jax.random.fold_in, (0, None))(key_limit, 1),
+            draw=draw,
+            confidence=chain.confidence,
+        )
+        of_step = trait(predictor, "calls"), trait(predictor, "is_confident")
+        return moved(chain, keys, predictor(chain.tokens, one), *of_step)
 
-    def finish(x):
-        return moved(x, key_last, denoise(x, t_min * column, score_fn, graph, schedule))
+    def finish(chain):
+        t, last = t_min * column, greedy if is_greedy else options.shape
+        clean = denoise(chain.tokens, t, score_fn, graph, schedule, last)
+        return moved(chain, key_last, clean, 1)
 
-    if predictor is not None:
-        x = jax.lax.fori_loop(begin, steps if end is None else end, step, x)
-    return finish(x) if end is None else jax.lax.cond(end == steps, finish, lambda x: x, x)
+    if trait(predictor, "is_adaptive"):
+        _, start = jax.lax.while_loop(
+            lambda state: (state[0] < stop) & is_unfinished(state[1]).any(),
+            lambda state: (state[0] + 1, step(*state)),
+            (jnp.asarray(begin, jnp.int32), start),
+        )
+    elif predictor is not None:
+        start = jax.lax.fori_loop(begin, stop, step, start)
+    return finish(start) if end is None else jax.lax.cond(end == steps, finish, lambda c: c, start)

@@ -36,11 +36,28 @@ class Scores(Protocol):
     def log_sum(self) -> jax.Array:
         """Sum of the log-scores of clean y != x_l, float32 [B, L]."""
 
-    def draw(self, keys: jax.Array, needed: Needed) -> Tokens:
-        """A clean token y != x_l drawn in proportion to its score, int32 [B, L].
+    def peak_and_entropy(self, needed: Needed) -> tuple[jax.Array, jax.Array]:
+        """Of the distribution of clean y != x_l in proportion to their scores: the log of the
+        largest probability, and the entropy in nats; float32 [B, L] each."""
+
+    def draw(self, keys: jax.Array, needed: Needed, weights: "Weights | None" = None) -> Tokens:
+        """A clean token y != x_l drawn in proportion to its score, or as weights say, int32 [B, L].
 
         keys has one for each row, [B]: a row's draw does not depend on the rows beside it.
         """
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Other weights of a draw than the scores: a function of the whole row of one position.
+
+    function(log_scores [V], *of others [V], *values []) -> log-weights [V], or more, -inf where the
+    log-score of the first is. others are the scores of further network calls at the same positions.
+    """
+
+    function: Callable[..., jax.Array]
+    others: tuple[Scores, ...] = ()
+    values: tuple[jax.Array, ...] = ()  # float32 [B, L] each
 
 
 ScoreFn = Callable[[Tokens, Sigma], Scores]
@@ -93,5 +110,19 @@ class DenseScores:
     def log_sum(self) -> jax.Array:
         return self.log_score()[..., : self.vocab_size].sum(axis=-1)
 
-    def draw(self, keys: jax.Array, needed: Needed = None) -> Tokens:
-        return draw_categorical(keys, self._others())
+    def peak_and_entropy(self, needed: Needed = None) -> tuple[jax.Array, jax.Array]:
+        log_p = jax.nn.log_softmax(self._others(), axis=-1)
+        entropy = -(jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, log_p, 0.0)).sum(axis=-1)
+        return log_p.max(axis=-1), entropy
+
+    def draw(
+        self, keys: jax.Array, needed: Needed = None, weights: Weights | None = None
+    ) -> Tokens:
+        return draw_categorical(keys, self.log_weights(weights))
+
+    def log_weights(self, weights: Weights | None) -> jax.Array:
+        """What `draw` draws in proportion to the exponential of, [B, L, V] or as weights say."""
+        if weights is None:
+            return self._others()
+        rows = (self._others(), *(other._others() for other in weights.others))
+        return jax.vmap(jax.vmap(weights.function))(*rows, *weights.values)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from sedd_jax.data import Blocks
-from sedd_jax.diffusion.graphs import Graph
+from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError

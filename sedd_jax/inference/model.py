@@ -20,9 +20,9 @@ from jax.sharding import Mesh
 from sedd_jax import convert, data, hub
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import make_key
-from sedd_jax.diffusion.graphs import Graph
+from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound, check_passes
-from sedd_jax.diffusion.samplers import Known
+from sedd_jax.diffusion.samplers import Chain, Known
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError, ScoreFn
 from sedd_jax.files import local_path
@@ -176,7 +176,7 @@ class SEDD:
         """
         self._check(num_samples, batch_size, seed)
         check_whole("updates", updates, 1)
-        sampling = self.sampling.replaced(**options)
+        sampling = self.sampling.replaced(**options).checked_for(self.graph)
         if template is not None:
             if known is not None:
                 raise ValueError("a template and known both say what to keep; give one of them")
@@ -210,7 +210,11 @@ class SEDD:
             shape = self._padded(count, batch_size), self._bucket(length)
             rows = Rows(
                 index=np.arange(first, first + shape[0], dtype=np.int32),
-                xt=np.zeros(shape, np.int32),
+                chain=Chain(
+                    np.zeros(shape, np.int32),
+                    np.zeros(shape[:1], np.int32),
+                    np.ones(shape, np.float32),
+                ),
                 known=Known(*(_fill(a, *shape) for a in part)),
                 is_token=_is_token([length] * shape[0], shape[1]),
             )
@@ -218,12 +222,16 @@ class SEDD:
             for begin, end in pairwise([0, *ends]):
                 process = {"network": self.network, "graph": self.graph, "schedule": self.schedule}
                 span = np.int32(begin), np.int32(end)
-                xt = reverse_steps(self.params, key, rows, *span, sampling.functions(), **process)
-                rows = rows._replace(xt=xt)
-                tokens = processes.fetch(xt)[:count, :length]
+                chain = reverse_steps(
+                    self.params, key, rows, *span, sampling.functions(), **process
+                )
+                rows = rows._replace(chain=chain)
+                tokens, calls = processes.fetch(
+                    (chain.tokens[:count, :length], chain.calls[:count])
+                )
                 if (tokens < 0).any():
                     raise NotFiniteError(f"by step {end} of {sampling.steps}")
-                yield State(end, sampling.steps, tokens, part.is_known, self.tokenizer)
+                yield State(end, sampling.steps, tokens, part.is_known, self.tokenizer, calls)
 
     # --- likelihood
 

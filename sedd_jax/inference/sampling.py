@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,15 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd_jax.diffusion import grids, samplers
-from sedd_jax.diffusion.samplers import Known
+from sedd_jax.diffusion import grids, predictors, samplers
+from sedd_jax.diffusion.graph import Graph
+from sedd_jax.diffusion.predictors import Options, trait
+from sedd_jax.diffusion.reverse import shaped
+from sedd_jax.diffusion.samplers import Chain, Known
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.parallel.sharding import path_name
 
 # Parameters that only matmuls in the network's dtype read.
 MATMUL_WEIGHTS = re.compile(r"(^|/)(blocks/(qkv|out|up|down)/kernel|head_weight)$")
 
-TABLES = {"predictor": samplers.PREDICTORS, "draw": samplers.DRAWS, "grid": grids.GRIDS}
+TABLES = {"predictor": predictors.PREDICTORS, "draw": samplers.DRAWS, "grid": grids.GRIDS}
 
 
 def cast_weights(params: Any, dtype: Any) -> Any:
@@ -46,32 +50,89 @@ def _joined_blocks(cut: list[Any]) -> Any:
     return jax.tree.map(lambda *blocks: jnp.stack(blocks), *cut)
 
 
-# steps and t_min are traced: another number of steps does not compile again.
+# Numbers are traced: another value does not compile again.
+
+
+class Inside(NamedTuple):
+    """An interval with or without its ends."""
+
+    low: float
+    high: float
+    ends: str  # "()", "[]", "(]" or "[)"
+
+    def has(self, value: Any) -> bool:
+        if not isinstance(value, (int, float)):
+            return False
+        at_end = (value == self.low and self.ends[0] == "[") or (
+            value == self.high and self.ends[1] == "]"
+        )
+        return self.low < value < self.high or at_end
+
+    def __str__(self) -> str:
+        return f"{self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+
+
+NUMBERS = {  # of Sampling
+    "theta": Inside(0.0, 1.0, "()"),
+    "eta": Inside(0.0, 1.0, "[]"),
+    "kappa": Inside(0.0, 1.0, "[]"),
+    "gamma": Inside(0.0, math.inf, "[)"),
+    "threshold": Inside(0.0, 1.0, "[)"),
+    "temperature": Inside(0.0, math.inf, "()"),
+    "top_p": Inside(0.0, 1.0, "(]"),
+    "t_min": Inside(0.0, 1.0, "()"),
+}
+SHAPES = ("temperature", "top_p", "top_k")
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["steps", "t_min"],
-    meta_fields=["predictor", "draw", "grid"],
+    data_fields=["steps", *NUMBERS, "top_k"],
+    meta_fields=["predictor", "draw", "grid", "normalised", "greedy"],
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn."""
+    """How samples are drawn; docs/samplers.md has every predictor with its numbers."""
 
     # predictor, draw and grid: a name of TABLES, or a function like those there.
-    steps: int = 128  # reverse steps, a network call each; the denoiser is one more
-    predictor: str | Callable = "tweedie"  # or "euler"; "none": the denoiser alone
+    steps: int = 128  # reverse steps, one or two network calls each; the denoiser is one more
+    predictor: str | Callable = "tweedie"  # "none": the denoiser alone
     draw: str | Callable = "exact"  # or "float32_gumbel", the original's
     grid: str | Callable = "uniform"  # or "cosine": the times of the steps
     t_min: float = 1e-5  # time of the denoising
+    theta: float = 0.5  # two_stage, theta_trapezoidal: where a step is cut
+    eta: float = 0.02  # remdm_cap, remdm_rescale, remdm_loop: how much is masked again
+    kappa: float = 0.95  # psi: how much is not noised again
+    gamma: float = 0.1  # entropy_bounded: nats that are drawn together
+    threshold: float = 0.9  # confidence
+    normalised: bool = False  # euler, tweedie: the reveal depends on time alone
+    # What changes the model's distribution of clean tokens; None: nothing does.
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    greedy: bool = False  # the denoiser takes the likeliest tokens
 
     @classmethod
     def of(cls, values: Any) -> "Sampling":
         """The options among `values`, a mapping or a section of a config, which may hold more."""
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+        fields = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: values[name] for name in fields if name in values})
 
     @property
     def nfe(self) -> int:
-        """Network calls of a sample: the denoiser's is one, and the only one without predictor."""
-        return 1 if self.predictor == "none" else self.steps + 1
+        """Network calls of a sample, of an adaptive predictor the most: the denoiser's is one."""
+        predictor = self._predictor
+        return 1 if predictor is None else self.steps * trait(predictor, "calls") + 1
+
+    @property
+    def _predictor(self) -> Callable | None:
+        return TABLES["predictor"].get(self.predictor, self.predictor)
+
+    @property
+    def changes_distribution(self) -> dict[str, Any]:
+        """The options in effect that make samples differ from what the model says."""
+        shapes = {name: getattr(self, name) for name in SHAPES}
+        return {k: v for k, v in {**shapes, "greedy": self.greedy or None}.items() if v is not None}
 
     def replaced(self, **options: Any) -> "Sampling":
         """With the options that are not None in place of these; ValueError for a wrong one."""
@@ -84,9 +145,50 @@ class Sampling:
             value = getattr(self, name)
             if value not in table and not callable(value):
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
-        if not 0.0 < self.t_min < 1.0:
-            raise ValueError(f"t_min {self.t_min} is not inside (0, 1); 1e-5 is usual")
+        for name, rule in NUMBERS.items():
+            value = getattr(self, name)
+            if not (rule.has(value) or (value is None and name in SHAPES)):
+                usual = "leave it out for the model's own distribution"
+                if name not in SHAPES:
+                    usual = f"{type(self).__dataclass_fields__[name].default:g} is usual"
+                raise ValueError(f"{name} {value} is not inside {rule}; {usual}")
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k, 1)
+        unknown = (
+            *self.changes_distribution,
+            *(["path_planning"] * (self.predictor == "path_planning")),
+        )
+        if self.draw == "float32_gumbel" and unknown:
+            raise ValueError(
+                f"draw float32_gumbel is the original's and knows no {unknown[0]}; use exact"
+            )
         return self
+
+    def checked_for(self, graph: Graph) -> "Sampling":
+        """These options; ValueError for what makes no sense with a model's noise."""
+        name, is_absorbing = self.predictor, hasattr(graph, "mask")
+        if not is_absorbing and trait(self._predictor, "graph") == "absorbing":
+            table = TABLES["predictor"].items()
+            others = ", ".join(key for key, one in table if trait(one, "graph") is None)
+            raise ValueError(
+                f"predictor {name!r} is for absorbing noise and this model's is uniform; for it "
+                f"there are {others}"
+            )
+        if self.normalised and name not in ("euler", "tweedie"):
+            raise ValueError(f"normalised is of euler and tweedie, not of {name!r}; leave it out")
+        is_shaped = any(getattr(self, shape) is not None for shape in SHAPES)
+        if name == "euler" and not is_absorbing and (self.normalised or is_shaped):
+            raise ValueError(
+                "with uniform noise euler has no distribution of clean tokens to normalise or "
+                "change; use predictor tweedie or psi"
+            )
+        return self
+
+    def options(self) -> Options:
+        """The numbers as predictors take them."""
+        shape = shaped(self.temperature, self.top_p, self.top_k)
+        names = ("theta", "eta", "kappa", "gamma", "threshold", "normalised")
+        return Options(**{name: getattr(self, name) for name in names}, shape=shape)
 
     def functions(self) -> "Sampling":
         """With what the names stand for, which jit compiles for: a table may change."""
@@ -100,7 +202,7 @@ class Rows(NamedTuple):
     """Samples that are drawn at once, filled up with padding to the shape that is compiled."""
 
     index: jax.Array  # int32 [B]: numbers among all samples, which key their noise
-    xt: jax.Array  # int32 [B, L]
+    chain: Chain  # of [B, L]
     known: Known
     is_token: jax.Array  # bool [B, L]: False at padding
 
@@ -108,8 +210,8 @@ class Rows(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("network", "graph", "schedule"))
 def reverse_steps(
     params, key, rows: Rows, begin, end, sampling: Sampling, *, network, graph, schedule
-) -> jax.Array:
-    """The state, int32 [B, L], after the steps begin <= i < end of sampling.steps from rows.xt.
+) -> Chain:
+    """The chain after the steps begin <= i < end of sampling.steps from rows.chain.
 
     sampling holds functions, not their names. begin == 0 starts from noise; end == steps ends with
     the denoiser. Equal networks share what is compiled, whatever their parameters.
@@ -127,17 +229,20 @@ def reverse_steps(
         score_fn,
         graph,
         schedule,
-        rows.xt.shape,
+        rows.is_token.shape,
         steps=sampling.steps,
         predictor=sampling.predictor,
-        known=rows.known,
+        options=sampling.options(),
+        is_greedy=sampling.greedy,
+        # Padding is known: nothing is drawn there, and no predictor counts it.
+        known=rows.known._replace(is_known=rows.known.is_known | ~rows.is_token),
         t_min=sampling.t_min,
         draw=sampling.draw,
         grid=sampling.grid,
         index=rows.index,
         begin=begin,
         end=end,
-        x=rows.xt,
+        chain=rows.chain,
     )
 
 

@@ -35,6 +35,7 @@ class State:
     tokens: np.ndarray  # int32 [N, L]
     is_known: np.ndarray  # bool [N, L]: kept, not sampled
     tokenizer: Tokenizer
+    calls: np.ndarray | None = None  # int32 [N]: network calls that each needed so far
 
     def __post_init__(self):
         tokens, is_known = np.shape(self.tokens), np.shape(self.is_known)
@@ -235,6 +236,7 @@ def _joined(states: list[State]) -> list[State]:
             group[0],
             tokens=np.concatenate([state.tokens for state in group]),
             is_known=np.concatenate([state.is_known for state in group]),
+            calls=None,
         )
         for group in groups
     ]

@@ -72,24 +72,74 @@ def total_and_pick(
     return jnp.where(needed, total, 0.0), jnp.where(needed, pick, 0.0)
 
 
-def draw(
+def peak_and_entropy(
     hidden: jax.Array,
     weight: jax.Array,
     bias: jax.Array,
     excluded: jax.Array,
-    keys: jax.Array,
     needed: jax.Array | None = None,
     *,
-    categorical: Callable[[jax.Array, jax.Array], jax.Array],
+    platform: str | None = None,
+    tile: Tile | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Of the tokens but the excluded one, in proportion to exp(logit): the log of the largest
+    probability, and the entropy in nats; float32 [B, L], 0 where not needed. Has no gradient.
+
+    The arrays are those of `total_and_pick`.
+    """
+    shape, vocab = excluded.shape, weight.shape[0]
+    platform = platform or jax.default_backend()
+    tile = tile or _fitted(for_platform(TILES, platform), excluded.size, vocab)
+    needed = jnp.ones(shape, bool) if needed is None else needed
+    order = _needed_first(needed.reshape(-1))
+    flat = jnp.reshape(hidden, (excluded.size, -1)), jnp.ravel(excluded)
+    rows = [_padded(a[order.position], tile.positions) for a in flat]
+
+    def token_block(carry, part):
+        def body(i, carry):
+            hidden, excluded = (_block(a, i, tile.positions) for a in rows)
+            highest, total, weighted = (_block(a, i, tile.positions) for a in carry)
+            table = jnp.maximum(part.logits(hidden), LEAST)
+            table = jnp.where(part.tokens == excluded[:, None], LEAST, table)
+            higher = jnp.maximum(highest, table.max(axis=-1))
+            p = jnp.exp(table - higher[:, None])
+            kept = jnp.exp(highest - higher)
+            # Sums of exp(d) and of d exp(d), d = logit - highest: 0 for what has no probability.
+            weighted = kept * (weighted + jnp.where(kept > 0.0, highest - higher, 0.0) * total)
+            weighted += jnp.where(p > 0.0, p * (table - higher[:, None]), 0.0).sum(axis=-1)
+            new = higher, kept * total + p.sum(axis=-1), weighted
+            return jax.tree.map(lambda a, b: _with_block(a, b, i), carry, new)
+
+        return jax.lax.fori_loop(0, -(-order.count // tile.positions), body, carry)
+
+    size = rows[0].shape[0]
+    start = jnp.full(size, LEAST), jnp.zeros(size), jnp.zeros(size)
+    narrow = weight.astype(hidden.dtype)
+    _, total, weighted = _scan_tokens(token_block, start, tile, narrow, bias)
+    log_peak, entropy = -jnp.log(total), jnp.log(total) - weighted / total
+    return tuple(jnp.where(needed, a[order.rank].reshape(shape), 0.0) for a in (log_peak, entropy))
+
+
+def draw(
+    hiddens: tuple[jax.Array, ...],
+    weight: jax.Array,
+    bias: jax.Array,
+    excluded: jax.Array,
+    keys: jax.Array,
+    values: tuple[jax.Array, ...] = (),
+    needed: jax.Array | None = None,
+    *,
+    categorical: Callable[..., jax.Array],
     platform: str | None = None,
     block: int | None = None,
 ) -> jax.Array:
     """A token in proportion to exp(logit), never the excluded one, int32 [B, L]; 0 if not needed.
 
-    The arrays are those of `total_and_pick`; categorical(key, log_weights [V]) draws one token, as
-    diffusion.draws.categorical does. keys has one for each row, [B], and the noise of a position is
-    keyed by its index in the row: a draw depends neither on the block size (of positions, for
-    tests) nor on what else is drawn.
+    The arrays are those of `total_and_pick`; of several hidden states, each has logits of its own.
+    categorical(key, *logits [V], *values []) draws one token from a position's rows of logits, the
+    excluded token's -inf, and its values [B, L], as diffusion.draws.categorical does from one row.
+    keys has one for each row, [B], and the noise of a position is keyed by its index in the row: a
+    draw depends neither on the block size (of positions, for tests) nor on what else is drawn.
     """
     batch, length = excluded.shape
     vocab = weight.shape[0]
@@ -99,16 +149,21 @@ def draw(
     few = max(64, batch * length // 64)
     block = block or max(1, min(few, batch * length, max_logits // vocab))
     positions = _padded(order.position, block)
-    hidden, excluded = hidden.reshape(batch * length, -1), excluded.reshape(-1)
+    hiddens = [hidden.reshape(batch * length, -1) for hidden in hiddens]
+    values = [value.reshape(-1) for value in values]
+    excluded = excluded.reshape(-1)
 
-    def draw_one(position, row):
-        return categorical(jax.random.fold_in(keys[position // length], position % length), row)
+    def draw_one(position, *rows):
+        key = jax.random.fold_in(keys[position // length], position % length)
+        return categorical(key, *rows)
 
     def body(i, drawn):
         position = _block(positions, i, block)
-        table = logits(hidden[position], weight, bias)
-        table = jnp.where(jnp.arange(vocab) == excluded[position, None], -jnp.inf, table)
-        return _with_block(drawn, jax.vmap(draw_one)(position, table), i)
+        tables = [logits(hidden[position], weight, bias) for hidden in hiddens]
+        is_excluded = jnp.arange(vocab) == excluded[position, None]
+        tables = [jnp.where(is_excluded, -jnp.inf, table) for table in tables]
+        at = [value[position] for value in values]
+        return _with_block(drawn, jax.vmap(draw_one)(position, *tables, *at), i)
 
     drawn = jnp.zeros(positions.shape, jnp.int32)
     drawn = jax.lax.fori_loop(0, -(-order.count // block), body, drawn)

@@ -1,16 +1,16 @@
 """Scores answered from the last hidden state: no [B, L, D] table unless it is asked for."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.draws import categorical
-from sedd_jax.diffusion.graphs import Graph
-from sedd_jax.diffusion.scores import Needed, ScoreFn, Tokens
+from sedd_jax.diffusion.graph import Graph
+from sedd_jax.diffusion.scores import Needed, ScoreFn, Tokens, Weights
 from sedd_jax.kernels import vocab_reduce
 from sedd_jax.models.transformer import Output
 from sedd_jax.parallel.sharding import Placement
@@ -59,12 +59,38 @@ class HeadScores:
         summed = self.placement.over_rows(sum_of_logits, (hidden, self.xt), (weight, bias))
         return summed - (self.vocab_size - (self.xt < self.vocab_size)) * self.log_scale
 
-    def draw(self, keys: jax.Array, needed: Needed = None) -> Tokens:
-        """A clean token drawn in proportion to its score, [B, L]."""
-        draw = functools.partial(vocab_reduce.draw, categorical=categorical)
-        return self._reduce(draw, keys, needed)
+    def peak_and_entropy(self, needed: Needed = None) -> tuple[jax.Array, jax.Array]:
+        """Log of the largest probability of a clean token, and the entropy in nats, [B, L]."""
+        return self._reduce(vocab_reduce.peak_and_entropy, needed)
 
-    def _reduce(self, reduce: Callable, *rows: jax.Array | None):
+    def draw(
+        self, keys: jax.Array, needed: Needed = None, weights: Weights | None = None
+    ) -> Tokens:
+        """A clean token drawn in proportion to its score, or as weights say, [B, L]."""
+        others, values, how = (), (), categorical
+        if weights is not None:
+            others, values = tuple(o.output.hidden for o in weights.others), weights.values
+
+            def how(key, *rows):
+                # The log-scores but for a constant of the position, which no draw depends on.
+                return categorical(key, weights.function(*rows))
+
+        def draw(hidden, weight, bias, xt, keys, others, values, needed, *, platform):
+            return vocab_reduce.draw(
+                (hidden, *others),
+                weight,
+                bias,
+                xt,
+                keys,
+                values,
+                needed,
+                categorical=how,
+                platform=platform,
+            )
+
+        return self._reduce(draw, keys, others, values, needed)
+
+    def _reduce(self, reduce: Callable, *rows: Any):
         """reduce(hidden, weight, bias, xt, *rows) over the clean tokens; each device its rows."""
         hidden, weight, bias = self.output
         # MASK has no score: it is left out by its bias, and not by a copy of the other rows.
