@@ -5,7 +5,7 @@ import importlib.util
 import os
 import re
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sedd_jax.files import local_path
 
@@ -79,12 +79,41 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
 
 
+# Options of sampling but for steps: None where the model's config decides, or the default.
+SAMPLING = {
+    "predictor": (
+        str,
+        "tweedie, euler, two_stage and more, see docs/samplers.md (default: the config's)",
+    ),
+    "draw": (str, "exact or float32_gumbel, the original's (default: the config's)"),
+    "grid": (str, "times of the steps: uniform or cosine (default: the config's)"),
+    "theta": (float, "two_stage, theta_trapezoidal: where a step is cut (default 0.5)"),
+    "eta": (float, "remdm_cap, _rescale, _loop: how much is masked again (default 0.02)"),
+    "kappa": (float, "psi: how much is not noised again (default 0.95)"),
+    "gamma": (float, "entropy_bounded: nats that are drawn together (default 0.1)"),
+    "threshold": (float, "confidence: the probability that is drawn at once (default 0.9)"),
+    "temperature": (float, "of the clean tokens; below 1 texts vary less than the model says"),
+    "top_p": (float, "draw from the likeliest tokens that have this probability together"),
+    "top_k": (int, "draw from so many of the likeliest tokens"),
+}
+SWITCHES = {
+    "normalised": "euler, tweedie on absorbing noise: time alone decides when a token is revealed",
+    "greedy": "the denoiser takes the likeliest tokens",
+}
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """--predictor, --draw and --grid: None where the model's config decides."""
-    add = parser.add_argument
-    add("--predictor", help="tweedie, euler or none (default: the config's)")
-    add("--draw", help="exact or float32_gumbel, the original's (default: the config's)")
-    add("--grid", help="times of the steps: uniform or cosine (default: the config's)")
+    """The flags of SAMPLING and SWITCHES."""
+    for name, (kind, words) in SAMPLING.items():
+        parser.add_argument(f"--{name}", type=kind, help=words)
+    for name, words in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", default=None, help=words)
+
+
+def sampling_of(options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """The values of add_sampling's flags, and of the named others, that were given."""
+    values = {name: getattr(options, name) for name in (*SAMPLING, *SWITCHES, *more)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def add_scorer(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from sedd_jax.cli.arguments import (
     output_file,
     path,
     run_records,
+    sampling_of,
 )
 
 NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
@@ -214,8 +215,9 @@ def _records(options: argparse.Namespace) -> tuple:
 
 def _sampling(options: argparse.Namespace, *more: str) -> dict[str, Any]:
     """The options that every evaluation of samples takes, and those named besides."""
-    names = ("batch_size", "seed", "predictor", "draw", "grid", *more)
-    return {"progress": True, **{name: getattr(options, name) for name in names}}
+    names = ("batch_size", "seed", *more)
+    named = {name: getattr(options, name) for name in names}
+    return {"progress": True, **named, **sampling_of(options)}
 
 
 def _show(text: str, result: Any, path: Path | None) -> None:

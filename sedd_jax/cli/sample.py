@@ -18,27 +18,31 @@ from sedd_jax.cli.arguments import (
     named_tokenizer,
     new_file,
     path,
+    sampling_of,
 )
 from sedd_jax.cli.messages import visible
 from sedd_jax.files import replacing
 
-OPTIONS = ("steps", "predictor", "draw", "grid")  # the config's, where the command names none
+OPTIONS = ("steps", "predictor", "draw", "grid")  # that every sample says it was drawn with
 
 
 def run(name: str, argv: list[str]) -> None:
     options = _parsed(name, argv)
     from sedd_jax import data
     from sedd_jax.inference.pretrained import load
+    from sedd_jax.inference.sampling import Sampling
     from sedd_jax.inference.trajectory import Animation
 
+    named = sampling_of(options, "steps")
+    Sampling().replaced(**named)  # a wrong value is refused before a model is loaded
     source = options.workdir or options.model
     model = load(source, step=options.step, tokenizer=named_tokenizer(options))
     length, known = options.length, None
     if options.template is None and (options.prefix or options.suffix):
         length = model.length if length is None else length
         known = data.prefix_suffix(options.prefix, options.suffix, model.tokenizer, length)
-    sampling = model.sampling.replaced(**{key: getattr(options, key) for key in OPTIONS})
-    chosen = {key: getattr(sampling, key) for key in OPTIONS}
+    sampling = model.sampling.replaced(**named)
+    chosen = {key: getattr(sampling, key) for key in OPTIONS} | named
     is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
     states = model.stream(
         options.template,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graph import Graph, lift
-from sedd_jax.diffusion.reverse import Distribution, Shape, Switch, Table
+from sedd_jax.diffusion.reverse import Distribution, Plan, Shape, Switch, Table
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Scores, Sigma, Tokens, Weights
 
@@ -388,26 +388,6 @@ def path_planning(xt: Tokens, step: Step) -> Distribution:
     scores = step.score_fn(xt, step.schedule.sigma(step.t))
     weights = None if step.options.shape is None else Weights(step.options.shape)
     return Plan(scores, xt, step.graph.mask, step.count_left(), weights)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """Draws of every masked token, of which the `left` least likely are masked again; so positions
-    are not independent, and only a draw is defined."""
-
-    scores: Scores
-    xt: Tokens
-    mask: int
-    left: jax.Array  # int32 [B, 1]
-    weights: Weights | None
-
-    def draw(self, keys: jax.Array) -> Tokens:
-        is_masked = self.xt == self.mask
-        drawn = self.scores.draw(keys, is_masked, self.weights)
-        log_total, log_score = self.scores.total_and_pick(drawn, is_masked)
-        log_p = jnp.where(is_masked, log_score - log_total, jnp.inf)
-        rank = jnp.argsort(jnp.argsort(log_p, axis=-1), axis=-1)
-        return jnp.where(is_masked & (rank >= self.left), drawn, self.xt)
 
 
 # None takes no step: only the denoiser moves.

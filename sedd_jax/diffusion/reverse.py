@@ -181,6 +181,26 @@ class Switch:
         return jnp.exp(log_score - log_total)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Draws of every masked token, of which the `left` least likely are masked again; so positions
+    are not independent, and only a draw is defined."""
+
+    scores: Scores
+    xt: Tokens
+    mask: int
+    left: jax.Array  # int32 [B, 1]
+    weights: Weights | None
+
+    def draw(self, keys: jax.Array) -> Tokens:
+        is_masked = self.xt == self.mask
+        drawn = self.scores.draw(keys, is_masked, self.weights)
+        log_total, log_score = self.scores.total_and_pick(drawn, is_masked)
+        log_p = jnp.where(is_masked, log_score - log_total, jnp.inf)
+        rank = jnp.argsort(jnp.argsort(log_p, axis=-1), axis=-1)
+        return jnp.where(is_masked & (rank >= self.left), drawn, self.xt)
+
+
 def _others(weights: Weights | None) -> tuple[Scores, ...]:
     return () if weights is None else weights.others
 

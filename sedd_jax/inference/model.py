@@ -221,14 +221,11 @@ class SEDD:
             rows = self._put(rows)
             for begin, end in pairwise([0, *ends]):
                 process = {"network": self.network, "graph": self.graph, "schedule": self.schedule}
-                span = np.int32(begin), np.int32(end)
-                chain = reverse_steps(
-                    self.params, key, rows, *span, sampling.functions(), **process
-                )
+                how = np.int32(begin), np.int32(end), sampling.functions()
+                chain = reverse_steps(self.params, key, rows, *how, **process)
                 rows = rows._replace(chain=chain)
-                tokens, calls = processes.fetch(
-                    (chain.tokens[:count, :length], chain.calls[:count])
-                )
+                tokens, calls = processes.fetch((chain.tokens, chain.calls))
+                tokens, calls = tokens[:count, :length], calls[:count]
                 if (tokens < 0).any():
                     raise NotFiniteError(f"by step {end} of {sampling.steps}")
                 yield State(end, sampling.steps, tokens, part.is_known, self.tokenizer, calls)
