@@ -175,6 +175,49 @@ def test_dtype_is_that_of_the_network(tiny_run, model):
 
 
 @pytest.mark.parametrize(
+    "predictor, first, second",
+    [
+        ("two_stage", {"theta": 0.5, "temperature": 0.8}, {"theta": 0.3, "temperature": 1.2}),
+        ("theta_trapezoidal", {"theta": 0.5}, {"theta": 0.4}),
+        ("remdm_confidence", {"top_p": 0.9, "top_k": 5}, {"top_p": 0.5, "top_k": 3}),
+        ("entropy_bounded", {"gamma": 0.1}, {"gamma": 30.0}),
+        ("path_planning", {}, {"steps": 3}),
+    ],
+)
+def test_a_predictor_is_compiled_once_whatever_its_numbers(model, predictor, first, second, capsys):
+    sampling.reverse_steps.clear_cache()
+    options = {"length": 16, "steps": 4, "predictor": predictor}
+    texts = [model.sample_tokens(4, **options | more) for more in (first, second)]
+    with capsys.disabled():
+        print(f"\n{predictor}: {sampling.reverse_steps._cache_size()} executable for 2 calls")
+    assert sampling.reverse_steps._cache_size() == 1
+    assert all((text < model.graph.vocab_size).all() for text in texts)
+    assert not np.array_equal(*texts)
+
+
+@pytest.mark.devices(8)
+def test_a_shaped_second_order_sampler_runs_on_a_mesh(model, tiny_run):
+    from sedd_jax.parallel.sharding import make_mesh
+
+    spread = sedd_jax.load(tiny_run, mesh=make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    options = {"length": 16, "steps": 4, "predictor": "two_stage", "temperature": 0.8}
+    ours, theirs = (m.sample_tokens(4, **options) for m in (model, spread))
+    assert (ours == theirs).mean() > 0.9  # sums in another order may tip a rare draw
+
+
+@pytest.mark.parametrize("predictor", ["two_stage", "entropy_bounded", "first_hitting"])
+def test_padding_changes_no_sample(model, predictor):
+    """A length of 13 is filled up to 16: no predictor counts or draws the rest."""
+    options = {"steps": 30, "predictor": predictor, "seed": 3}
+    (state,) = list(model.stream(None, 2, length=13, updates=1, **options))[-1:]
+    assert state.tokens.shape == (2, 13) and (state.tokens < model.graph.vocab_size).all()
+    most = {"two_stage": 61, "entropy_bounded": 13, "first_hitting": 31}[predictor]
+    assert (state.calls <= most).all() and (
+        predictor == "entropy_bounded" or state.calls[0] == most
+    )
+
+
+@pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda m: m.sample(0), "num_samples 0 is not a whole number in [1,"),

@@ -72,8 +72,10 @@ class HeadScores:
             others, values = tuple(o.output.hidden for o in weights.others), weights.values
 
             def how(key, *rows):
-                # The log-scores but for a constant of the position, which no draw depends on.
-                return categorical(key, weights.function(*rows))
+                # Log-scores of clean tokens but for a constant of the position, which no draw
+                # depends on. MASK is not among them.
+                clean = [row[: self.vocab_size] if row.ndim else row for row in rows]
+                return categorical(key, weights.function(*clean))
 
         def draw(hidden, weight, bias, xt, keys, others, values, needed, *, platform):
             return vocab_reduce.draw(
