@@ -300,6 +300,7 @@ def test_memory_is_what_jax_reports_and_the_table_is_complete():
         ("v6e:1x1", 1, "1x1", 1),
         ("a100:16", 16, "1x2x8", 1),
         ("h100:4", 4, "1x1x4", 1),
+        ("h200:8", 8, "1x1x8", 1),
     ],
 )
 def test_targets_are_parsed(text, count, shape, slices):
@@ -310,7 +311,7 @@ def test_targets_are_parsed(text, count, shape, slices):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("tpu", "unknown target 'tpu'; give one of cpu, a100, h100, v4, v5e"),
+        ("tpu", "unknown target 'tpu'; give one of cpu, a100, h100, h200, v4, v5e"),
         ("v5e", "unknown target 'v5e'"),
         ("v9:4x4", "unknown target 'v9:4x4'"),
         ("v5e:4x5", "v5e has no slice '4x5'; give one of 1x1, 2x2"),
