@@ -209,7 +209,7 @@ class SEDD:
         drafts: str | Sequence[str],
         num_samples: int = 1,
         *,
-        strength: float = 0.5,
+        strength: float = revision.STRENGTH,
         keep: str | Sequence[str | int] = (),
         updates: int = 32,
         batch_size: int = 16,

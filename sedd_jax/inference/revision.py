@@ -21,6 +21,8 @@ from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.inference.batches import Texts, encoded
 from sedd_jax.inference.sampling import Rows, Sampling
 
+STRENGTH = 0.5  # by default
+
 
 class Start(NamedTuple):
     """Where a revision begins on the grid of the reverse steps."""
