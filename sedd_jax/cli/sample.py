@@ -93,7 +93,9 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     add("--suffix", default="", help="text that every sample ends with")
     add("--revise", type=path, help="a file with a draft to noise in part; .jsonl: one a line")
     add("--strength", type=float, help="of --revise, from 0, the draft, to 1, anew (default: 0.5)")
-    add("--keep", action="append", help="text of the draft that stays wherever it occurs, again")
+    add(
+        "--keep", action="append", help="text of the draft to keep where it occurs; may be repeated"
+    )
     add("--length", type=int, help="tokens of a sample (default: the model's)")
     add("--steps", type=int, help="reverse steps (default: the config's); few make poor text")
     add_sampling(parser)
