@@ -137,6 +137,20 @@ CASES = [
     Case("sample --workdir={run} --template=a[MASKED]", "[MASKED]", "[MASK"),
     Case("sample --workdir={run} --template=a[MASK:999]", "999", "length"),
     Case("sample --workdir={run} --prefix=a --template=b[MASK]", "--template", "--prefix"),
+    Case("sample --workdir={run} --revise=none.txt", "none.txt", "draft"),
+    Case("sample --workdir={run} --revise={text}", "{text}", "draft"),
+    Case("sample --workdir={run} --revise={text}/a.txt --template=a[MASK]", "--revise", "draft"),
+    Case("sample --workdir={run} --revise={text}/a.txt --prefix=a", "--prefix", "draft"),
+    Case("sample --workdir={run} --revise={text}/a.txt --suffix=a", "--suffix", "draft"),
+    Case("sample --workdir={run} --revise={text}/a.txt --length=9", "--length", "draft"),
+    Case("sample --workdir={run} --revise={corpora}/blank/b.txt", "blank/b.txt", "write text"),
+    Case("sample --workdir={run} --revise={drafts}/long.txt", "draft 0 has 100 tokens", "in parts"),
+    Case("sample --workdir={run} --revise={drafts}/two.jsonl", "draft 1 of", "write text"),
+    Case("sample --workdir={run} --revise={drafts}/short.txt --keep=zzz", "'zzz'", "copy"),
+    Case("sample --workdir={run} --revise={text}/a.txt --strength=2", "2.0", "[0, 1]"),
+    Case("sample --workdir={run} --revise={text}/a.txt --strength=half", "half", "--help"),
+    Case("sample --workdir={run} --strength=0.5", "--strength", "--revise"),
+    Case("sample --workdir={run} --keep=a", "--keep", "--revise"),
     Case("sample --workdir={run} --out={text}/a.txt", "a.txt", "new"),
     Case("sample --workdir={run} --out=none/a.txt", "none/a.txt", "folder"),
     Case("sample --workdir={run} --html=none/a.html", "none/a.html", "folder"),
@@ -471,6 +485,8 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     words = "The quick brown fox jumps over the lazy dog. " * 40
     config = "from sedd_jax.configs import quickstart\ndef get_config():\n"
     files("empty")
+    files("drafts", long__txt="text" * 25, short__txt="a text\n")
+    files("drafts", two__jsonl='{"text": "a"}\n{"text": ""}\n')
     files("text", **{f"{n}__txt": words for n in "abcdefgh"})
     files(
         "broken",
@@ -573,7 +589,10 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
         "run": top / "run",
         "hub": top / "hub_absorbing",
         "records": top / "records_bytes",
-        **{name: top / name for name in ("empty", "text", "broken", "corpora", "tk", "models")},
+        **{
+            name: top / name
+            for name in ("empty", "drafts", "text", "broken", "corpora", "tk", "models")
+        },
     }
 
 

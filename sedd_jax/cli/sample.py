@@ -44,19 +44,21 @@ def run(name: str, argv: list[str]) -> None:
     sampling = model.sampling.replaced(**named)
     chosen = {key: getattr(sampling, key) for key in OPTIONS} | named
     is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
-    states = model.stream(
-        options.template,
-        options.num_samples,
-        length=length,
-        known=known,
-        updates=64 if options.html or is_live else 20,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        progress=not is_live and sys.stderr.isatty(),
+    how = {
+        "updates": 64 if options.html or is_live else 20,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "progress": not is_live and sys.stderr.isatty(),
         **chosen,
-    )
+    }
+    if options.revise is not None:
+        states, revised = _revised(model, options, sampling, how)
+    else:
+        known = {"length": length, "known": known}
+        states, revised = model.stream(options.template, options.num_samples, **known, **how), {}
     texts = {flag: getattr(options, flag) for flag in ("template", "prefix", "suffix")}
     about = {"seed": options.seed, **chosen, **{flag: text for flag, text in texts.items() if text}}
+    about |= revised
     seen = []
 
     def samples() -> Iterator[dict[str, Any]]:
@@ -65,12 +67,16 @@ def run(name: str, argv: list[str]) -> None:
             if options.html:
                 seen.append(state)
             if state.step == state.steps:
-                for text, tokens in zip(state.texts, state.tokens.tolist()):
-                    yield {"index": next(index), "text": text, "tokens": tokens, **about}
+                for text, tokens in zip(state.texts, state.rows):
+                    sample = {"index": next(index), "text": text, "tokens": tokens.tolist()}
+                    if revised:
+                        sample["draft"] = sample["index"] // options.num_samples
+                    yield sample | about
 
     FORMATS[options.format](samples(), options.out)
     if options.html:
         steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {options.seed}"
+        steps += f", strength {revised['strength']:g}" if revised else ""
         Animation(seen, f"{Path(source).name}: {steps}").save(options.html)
 
 
@@ -89,6 +95,11 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     add("--template", help='text with free positions, "Hi, my name is [MASK:20]."')
     add("--prefix", default="", help="text that every sample begins with")
     add("--suffix", default="", help="text that every sample ends with")
+    add("--revise", type=path, help="a file with a draft to noise in part; .jsonl: one a line")
+    add("--strength", type=float, help="of --revise, from 0, the draft, to 1, anew (default: 0.5)")
+    add(
+        "--keep", action="append", help="text of the draft to keep where it occurs; may be repeated"
+    )
     add("--length", type=int, help="tokens of a sample (default: the model's)")
     add("--steps", type=int, help="reverse steps (default: the config's); few make poor text")
     add_sampling(parser)
@@ -105,11 +116,52 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     for flag in ("prefix", "suffix", "length"):
         if options.template is not None and getattr(options, flag):
             raise ValueError(f"--template cannot go with --{flag}; write it into the template")
+    for flag in ("template", "prefix", "suffix", "length"):
+        if options.revise is not None and getattr(options, flag):
+            raise ValueError(f"--revise cannot go with --{flag}; write it into the draft")
+    for flag in ("strength", "keep"):
+        if options.revise is None and getattr(options, flag) is not None:
+            raise ValueError(f"--{flag} is for --revise=FILE, which is missing; add it")
+    if options.revise is not None:
+        options.drafts = _drafts(options.revise)
     if options.format not in FORMATS:
         raise ValueError(f"unknown format {options.format!r}; known: {', '.join(FORMATS)}")
     if options.out is not None and options.out == options.html:
         raise ValueError(f"--out and --html are both {str(options.out)!r}; give two paths")
     return options
+
+
+def _drafts(file: Path) -> list[str]:
+    """The text of a file without the line break at its end; those of a .jsonl file's lines."""
+    from sedd_jax.data.text_formats import READERS, kind_of
+
+    if not file.is_file():
+        raise ValueError(f"--revise: no file at {str(file)!r}; give one that holds a draft")
+    whole = READERS[".txt"]
+    reader = READERS.get(kind_of(file.name)[0], whole)
+    with file.open("rb") as stream:
+        drafts = [text for _, text in reader(stream, str(file))]
+    if reader is whole:
+        drafts = [drafts[0].removesuffix("\n")]
+    if not all(drafts) or not drafts:
+        number = f" {drafts.index('')}" if len(drafts) > 1 else ""
+        raise ValueError(f"--revise: draft{number} of {str(file)!r} is empty; write text there")
+    return drafts
+
+
+def _revised(
+    model: Any, options: argparse.Namespace, sampling: Any, how: dict[str, Any]
+) -> tuple[Iterator, dict[str, Any]]:
+    """The states of revising the drafts, and what to say of it beside each sample."""
+    from sedd_jax.inference import revision
+
+    strength = revision.STRENGTH if options.strength is None else options.strength
+    start, keep = revision.start_of(strength, sampling), options.keep or []
+    states = model.stream_revisions(
+        options.drafts, options.num_samples, strength=strength, keep=keep, **how
+    )
+    about = {"strength": strength, "time": start.time, "nfe": start.nfe}
+    return states, about | ({"keep": keep} if keep else {})
 
 
 def _watched(states: Iterable, is_live: bool) -> Iterator:

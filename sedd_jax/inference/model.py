@@ -1,8 +1,9 @@
-"""A trained model as one object: load it, sample from it, infill with it, score text with it.
+"""A trained model as one object: load it, sample, infill and revise with it, score text with it.
 
 model = sedd_jax.load("runs/quickstart")
 model.sample(4, steps=128, seed=0)  # list[str]
 model.infill("The [MASK:20] statement", steps=128, seed=0)
+model.revise("The first statement", steps=128, strength=0.5, seed=0)
 model.log_likelihood(["The first statement"], seed=0)  # Bound, nats
 """
 
@@ -16,31 +17,29 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from tqdm.auto import tqdm
 
 from sedd_jax import convert, data, hub
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound, check_passes
-from sedd_jax.diffusion.samplers import Chain, Known
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError, ScoreFn
 from sedd_jax.files import local_path
-from sedd_jax.inference import bounds
+from sedd_jax.inference import batches, bounds, revision
+from sedd_jax.inference.batches import Texts
 from sedd_jax.inference.sampling import (
-    Rows,
     Sampling,
     check_whole,
     known_at_positions,
     known_rows,
     reverse_steps,
 )
-from sedd_jax.inference.trajectory import State, with_bar
+from sedd_jax.inference.trajectory import State
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import processes, sharding
-
-MIN_LENGTH = 16  # tokens of the smallest bucket
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,10 +182,59 @@ class SEDD:
             known, length = self._parse(template, length), None
         sizes = {"max_length": self.length, "vocab_size": self.graph.vocab_size}
         known = known_rows(known, num_samples, length, **sizes)
-        # A generator of its own: bad input is refused at the call, not at the first state.
-        states = self._states(known, updates, sampling, seed, batch_size)
-        total = -(-num_samples // batch_size) * sampling.steps
-        return with_bar(states, total, disable=not progress)
+        texts = Texts(known, np.full(num_samples, known.tokens.shape[1]))
+        return self._states(texts, updates, sampling, seed, batch_size, progress)
+
+    def revise(
+        self,
+        drafts: str | Sequence[str],
+        num_samples: int = 1,
+        *,
+        progress: bool = False,
+        **options: Any,
+    ) -> list[str]:
+        """num_samples revisions of each draft, those of the first first.
+
+        model.revise(text, steps=128, strength=0.5, keep=["Alice"]); options as in
+        `stream_revisions`.
+        """
+        updates = 20 if progress else 1
+        states = self.stream_revisions(
+            drafts, num_samples, updates=updates, progress=progress, **options
+        )
+        return [text for state in states if state.step == state.steps for text in state.texts]
+
+    def stream_revisions(
+        self,
+        drafts: str | Sequence[str],
+        num_samples: int = 1,
+        *,
+        strength: float = revision.STRENGTH,
+        keep: str | Sequence[str | int] = (),
+        updates: int = 32,
+        batch_size: int = 16,
+        seed: int = 0,
+        progress: bool = False,
+        **options: Any,
+    ) -> Iterator[State]:
+        """As `stream`, from drafts: each is noised to the time `strength` and sampled from there.
+
+        strength 0 returns the drafts and costs nothing; 1 gives the samples of their lengths that
+        `sample_tokens` draws. Between them a draft is noised by the forward process to t, the last
+        time of the grid that is at least strength, and the reverse steps from t on are taken. On
+        the uniform grid those are ceil(strength * steps) steps, with one network call each, and
+        the denoiser, one more. The first state is the noised draft.
+
+        keep: texts, all of whose occurrences stay in every draft, and positions of tokens. Drafts
+        may differ in length, `state.lengths`.
+        """
+        self._check(num_samples, batch_size, seed)
+        check_whole("updates", updates, 1)
+        sampling = self.sampling.replaced(**options).checked_for(self.graph)
+        start = revision.start_of(strength, sampling)
+        texts = revision.drafts(drafts, keep, num_samples, self.tokenizer, self.length)
+        texts = texts._replace(begin=start.step, time=start.time)
+        return self._states(texts, updates, sampling, seed, batch_size, progress)
 
     def _check(self, num_samples: int, batch_size: int, seed: int) -> None:
         check_whole("num_samples", num_samples, 1)
@@ -199,36 +247,43 @@ class SEDD:
         return data.parse_template(template, self.tokenizer, self.length)
 
     def _states(
-        self, known: Known, updates: int, sampling: Sampling, seed: int, batch_size: int
+        self,
+        texts: Texts,
+        updates: int,
+        sampling: Sampling,
+        seed: int,
+        batch_size: int,
+        progress: bool,
     ) -> Iterator[State]:
-        """The states at t = 1 and at the end of `updates` parts of the steps, batch by batch."""
-        key = make_key(seed)
-        ends = sorted({-(-sampling.steps * j // updates) for j in range(updates + 1)})
-        for first in range(0, len(known.tokens), batch_size):
-            part = Known(*(a[first : first + batch_size] for a in known))
-            count, length = part.tokens.shape
-            shape = self._padded(count, batch_size), self._bucket(length)
-            rows = Rows(
-                index=np.arange(first, first + shape[0], dtype=np.int32),
-                chain=Chain(
-                    np.zeros(shape, np.int32),
-                    np.zeros(shape[:1], np.int32),
-                    np.ones(shape, np.float32),
-                ),
-                known=Known(*(_fill(a, *shape) for a in part)),
-                is_token=_is_token([length] * shape[0], shape[1]),
-            )
-            rows = self._put(rows)
-            for begin, end in pairwise([0, *ends]):
-                process = {"network": self.network, "graph": self.graph, "schedule": self.schedule}
-                how = np.int32(begin), np.int32(end), sampling.functions()
-                chain = reverse_steps(self.params, key, rows, *how, **process)
-                rows = rows._replace(chain=chain)
-                tokens, calls = processes.fetch((chain.tokens, chain.calls))
-                tokens, calls = tokens[:count, :length], calls[:count]
-                if (tokens < 0).any():
-                    raise NotFiniteError(f"by step {end} of {sampling.steps}")
-                yield State(end, sampling.steps, tokens, part.is_known, self.tokenizer, calls)
+        """The first state and those at the end of `updates` parts of the steps, batch by batch.
+
+        A generator, so its callers refuse bad input at the call and not at the first state.
+        """
+        key, steps, left = make_key(seed), sampling.steps, sampling.steps - texts.begin
+        process = {"graph": self.graph, "schedule": self.schedule}
+        if left < 0:  # nothing is noised
+            yield State(steps, steps, *texts.known, self.tokenizer, texts.lengths)
+            return
+        ends = sorted({texts.begin - (-left * j // updates) for j in range(updates + 1)})
+        total = left * -(-len(texts.lengths) // batch_size)
+        with tqdm(desc="sample", unit=" steps", total=total, disable=not progress) as bar:
+            for part in texts.parts(batch_size):
+                shape = batches.shape(part.lengths, batch_size, self.length, self.mesh)
+                rows = self._put(part.rows(shape))
+                if part.begin > 0:
+                    rows = revision.noised(key, rows, part.time, **process)
+                for begin, end in pairwise([part.begin, *ends]):
+                    span, options = (np.int32(begin), np.int32(end)), sampling.functions()
+                    how = {"network": self.network, **process}
+                    chain = reverse_steps(self.params, key, rows, *span, options, **how)
+                    rows = rows._replace(chain=chain)
+                    xt, calls = processes.fetch((chain.tokens, chain.calls))
+                    tokens, count = part.tokens(xt), len(part.lengths)
+                    if (tokens < 0).any():
+                        raise NotFiniteError(f"by step {end} of {steps}")
+                    bar.update(end - begin)
+                    texts = tokens, part.known.is_known, self.tokenizer, part.lengths
+                    yield State(end, steps, *texts, calls[:count])
 
     # --- likelihood
 
@@ -243,31 +298,15 @@ class SEDD:
         """
         self._check(1, batch_size, seed)
         check_passes(passes)
-        rows = [self.tokenizer.encode(t) for t in ([texts] if isinstance(texts, str) else texts)]
-        if not rows:
-            raise ValueError("no texts; give at least one")
-        lengths = np.array([len(row) for row in rows])
-        for number, length in enumerate(lengths):
-            if not 1 <= length <= self.length:
-                raise ValueError(
-                    f"text {number} has {length} tokens, not 1 to {self.length}, the model's "
-                    "length; cut it, or prepare records and use bound"
-                )
-        buckets = np.array([self._bucket(int(length)) for length in lengths])
+        remedy = "cut it, or prepare records and use bound"
+        rows = batches.encoded("text", texts, self.tokenizer, self.length, remedy)
         key, numbers, results = make_key(seed), [], []
-        for bucket in np.unique(buckets):
-            members = np.flatnonzero(buckets == bucket)
-            for start in range(0, len(members), batch_size):
-                part = members[start : start + batch_size]
-                missing = self._padded(len(part), batch_size) - len(part)
-                index = np.pad(part, (0, missing), mode="edge").astype(np.int32)
-                tokens = np.concatenate([_fill(rows[n][None], 1, bucket) for n in index])
-                blocks = data.Blocks(tokens, _is_token(lengths[index], bucket))
-                batch = self._put((blocks, index))
-                bound = processes.fetch(self.bound_fn(self.params, key, *batch, passes=passes))
-                bounds.check_finite(bound, index, "text")
-                results.append(jax.tree.map(lambda a, part=part: a[: len(part)], bound))
-                numbers.extend(part)
+        for part, batch in batches.by_bucket(rows, batch_size, self.length, self.mesh):
+            bound = self.bound_fn(self.params, key, *self._put(batch), passes=passes)
+            bound = processes.fetch(bound)
+            bounds.check_finite(bound, batch[1], "text")
+            results.append(jax.tree.map(lambda a, part=part: a[: len(part)], bound))
+            numbers.extend(part)
         order = np.argsort(numbers)
         return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *results)
 
@@ -362,34 +401,8 @@ class SEDD:
         """A text for each row of int32 [B, L]; masked positions show as ░."""
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
 
-    # --- batches of few shapes
-
-    def _padded(self, count: int, batch_size: int) -> int:
-        """Rows of a batch of `count`: a power of two up to batch_size, divisible over the mesh."""
-        parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
-        return -(-min(_power_of_two(count), batch_size) // parts) * parts
-
-    def _bucket(self, length: int) -> int:
-        """What rows of `length` tokens are filled up to."""
-        return min(max(MIN_LENGTH, _power_of_two(length)), self.length)
-
     def _put(self, batch: Any) -> Any:
         """A tree of numpy arrays where the weights are: put elsewhere, jit would compile twice."""
         if self.mesh is not None:
             return sharding.put_whole(batch, self.mesh)
         return jax.device_put(batch, jax.tree.leaves(self.params)[0].sharding)
-
-
-def _power_of_two(low: int) -> int:
-    """The smallest power of two that is at least low."""
-    return 1 << (low - 1).bit_length()
-
-
-def _fill(a: np.ndarray, rows: int, length: int) -> np.ndarray:
-    """a [N, L] with zeros added up to [rows, length]."""
-    return np.pad(a, ((0, rows - a.shape[0]), (0, length - a.shape[1])))
-
-
-def _is_token(lengths: Sequence[int], length: int) -> np.ndarray:
-    """bool [B, length], False at the padding after each row's length."""
-    return np.arange(length) < np.reshape(lengths, (-1, 1))

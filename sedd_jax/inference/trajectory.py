@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.files import local_path, write_text
@@ -35,6 +34,7 @@ class State:
     tokens: np.ndarray  # int32 [N, L]
     is_known: np.ndarray  # bool [N, L]: kept, not sampled
     tokenizer: Tokenizer
+    lengths: np.ndarray | None = None  # int [N]: tokens of each text, then 0s; by default all L
     calls: np.ndarray | None = None  # int32 [N]: network calls that each needed so far
 
     def __post_init__(self):
@@ -44,16 +44,23 @@ class State:
                 f"tokens {tokens} and is_known {is_known} are not one [N, L] with N, L >= 1; "
                 "reshape them"
             )
+        if self.lengths is None:
+            object.__setattr__(self, "lengths", np.full(tokens[0], tokens[1]))
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """The tokens of each text, int32 [its length]."""
+        return [row[:length] for row, length in zip(self.tokens, self.lengths)]
 
     @property
     def texts(self) -> list[str]:
         """The N texts; masked positions show as ░."""
-        return [self.tokenizer.decode(row) for row in self.tokens]
+        return [self.tokenizer.decode(row) for row in self.rows]
 
     @property
     def pieces(self) -> list[list[str]]:
-        """The text of each position, [N][L]; joined they are `texts`."""
-        return [self.tokenizer.pieces(row) for row in self.tokens]
+        """The text of each position, [N][its length]; joined they are `texts`."""
+        return [self.tokenizer.pieces(row) for row in self.rows]
 
     @property
     def is_masked(self) -> np.ndarray:
@@ -106,16 +113,6 @@ def _spans(pieces: list[str], is_masked: np.ndarray, is_known: np.ndarray) -> st
 def encodable(text: str) -> str:
     """The text with U+FFFD for halves of surrogate pairs, which no file can hold."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def with_bar(states: Iterable[State], total: int, *, disable: bool) -> Iterator[State]:
-    """The states, with a bar of reverse steps, `total` over all batches, on standard error."""
-    with tqdm(desc="sample", unit=" steps", total=total, disable=disable) as bar:
-        last = 0
-        for state in states:
-            bar.update(state.step - last)
-            last = state.step % state.steps  # the next batch begins at 0
-            yield state
 
 
 @dataclass(eq=False)
@@ -236,6 +233,7 @@ def _joined(states: list[State]) -> list[State]:
             group[0],
             tokens=np.concatenate([state.tokens for state in group]),
             is_known=np.concatenate([state.is_known for state in group]),
+            lengths=np.concatenate([state.lengths for state in group]),
             calls=None,
         )
         for group in groups
@@ -252,7 +250,8 @@ def _changes(states: list[State]) -> dict[str, Any]:
     table: dict[tuple[int, str], int] = {}
     samples = []
     for n in range(len(states[0].tokens)):
-        rows = [np.asarray(state.tokens[n]) for state in states]
+        length = states[0].lengths[n]
+        rows = [np.asarray(state.tokens[n][:length]) for state in states]
         entries = [_entries(states[0], rows[0], table)]
         changes = []
         for before, row in itertools.pairwise(rows):
@@ -261,7 +260,7 @@ def _changes(states: list[State]) -> dict[str, Any]:
             positions = np.flatnonzero(entries[-1] != entries[-2])
             gaps = np.diff(positions, prepend=0)
             changes.append(np.stack([gaps, entries[-1][positions]], axis=1).ravel().tolist())
-        known = "".join("01"[known] for known in states[-1].is_known[n].tolist())
+        known = "".join("01"[known] for known in states[-1].is_known[n][:length].tolist())
         samples.append({"known": known, "first": entries[0].tolist(), "changes": changes})
     return {
         "vocab_size": states[0].tokenizer.vocab_size,

@@ -1,0 +1,112 @@
+"""Rows of tokens of any length in batches of few shapes, each of which is compiled once."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from sedd_jax.data import Blocks
+from sedd_jax.data.tokenizers import Tokenizer
+from sedd_jax.diffusion.samplers import Chain, Known
+from sedd_jax.inference.sampling import Rows
+from sedd_jax.parallel import sharding
+
+MIN_LENGTH = 16  # tokens of the smallest bucket
+
+
+class Texts(NamedTuple):
+    """Texts that are to be sampled, all of a call or a batch of them."""
+
+    known: Known  # numpy [N, L], L of the longest of the call; 0 and False beyond a text's end
+    lengths: np.ndarray  # int [N]
+    first: int = 0  # number of the first, which keys its noise
+    begin: int = 0  # the first reverse step; at 0 from noise, else from known.tokens, all of them,
+    time: float = 1.0  # noised to this time
+
+    def parts(self, batch_size: int) -> Iterator["Texts"]:
+        """Batch after batch."""
+        for i in range(0, len(self.lengths), batch_size):
+            tokens, is_known, lengths = (a[i : i + batch_size] for a in (*self.known, self.lengths))
+            yield self._replace(known=Known(tokens, is_known), lengths=lengths, first=i)
+
+    def rows(self, shape: tuple[int, int]) -> Rows:
+        """Filled up to the shape of a batch; its tokens are not noised yet."""
+        known = Known(*(filled(a[:, : shape[1]], *shape) for a in self.known))
+        lengths = np.pad(self.lengths, (0, shape[0] - len(self.lengths)), mode="edge")
+        index = np.arange(self.first, self.first + shape[0], dtype=np.int32)
+        return Rows(index, start_of(known.tokens), known, is_token(lengths, shape[1]))
+
+    def tokens(self, xt: np.ndarray) -> np.ndarray:
+        """Of the batch xt what is of texts, int32 [N, L], 0 beyond a text's end."""
+        count, length = self.known.tokens.shape
+        xt = filled(xt[:count, :length], count, length)
+        return np.where(is_token(self.lengths, length), xt, 0)
+
+
+def start_of(tokens: np.ndarray) -> Chain:
+    """A chain before its first step, numpy."""
+    calls, confidence = np.zeros(len(tokens), np.int32), np.ones(tokens.shape, np.float32)
+    return Chain(tokens, calls, confidence)
+
+
+def shape(
+    lengths: np.ndarray, batch_size: int, max_length: int, mesh: Mesh | None
+) -> tuple[int, int]:
+    """[B, L] of a batch that holds rows of these lengths, powers of two.
+
+    B is at most batch_size, and divisible over the mesh; L is at most max_length.
+    """
+    parts = 1 if mesh is None else sharding.batch_parts(mesh)
+    rows = -(-min(_power_of_two(len(lengths)), batch_size) // parts) * parts
+    return rows, min(max(MIN_LENGTH, _power_of_two(int(lengths.max()))), max_length)
+
+
+def by_bucket(
+    rows: Sequence[np.ndarray], batch_size: int, max_length: int, mesh: Mesh | None
+) -> Iterator[tuple[np.ndarray, tuple[Blocks, np.ndarray]]]:
+    """Batches of rows of about one length: (their numbers, (blocks, numbers of all its rows)).
+
+    A batch is filled up to its shape with its last row.
+    """
+    lengths = np.array([len(row) for row in rows])
+    buckets = np.array([shape(one, 1, max_length, None)[1] for one in lengths[:, None]])
+    for bucket in np.unique(buckets):
+        members = np.flatnonzero(buckets == bucket)
+        for start in range(0, len(members), batch_size):
+            part = members[start : start + batch_size]
+            count, length = shape(lengths[part], batch_size, max_length, mesh)
+            index = np.pad(part, (0, count - len(part)), mode="edge").astype(np.int32)
+            tokens = np.concatenate([filled(rows[n][None], 1, length) for n in index])
+            yield part, (Blocks(tokens, is_token(lengths[index], length)), index)
+
+
+def filled(a: np.ndarray, rows: int, length: int) -> np.ndarray:
+    """a [N, L] with zeros added up to [rows, length]."""
+    return np.pad(a, ((0, rows - a.shape[0]), (0, length - a.shape[1])))
+
+
+def is_token(lengths: Sequence[int], length: int) -> np.ndarray:
+    """bool [B, length], False at the padding after each row's length."""
+    return np.arange(length) < np.reshape(lengths, (-1, 1))
+
+
+def encoded(
+    name: str, texts: str | Sequence[str], tokenizer: Tokenizer, max_length: int, remedy: str
+) -> list[np.ndarray]:
+    """The tokens of each text; ValueError, which calls it `name`, for an empty or too long one."""
+    rows = [tokenizer.encode(t) for t in ([texts] if isinstance(texts, str) else texts)]
+    if not rows:
+        raise ValueError(f"no {name}s; give at least one")
+    for number, row in enumerate(rows):
+        if not 1 <= len(row) <= max_length:
+            raise ValueError(
+                f"{name} {number} has {len(row)} tokens, not 1 to {max_length}, the model's "
+                f"length; {remedy}"
+            )
+    return rows
+
+
+def _power_of_two(low: int) -> int:
+    """The smallest power of two that is at least low."""
+    return 1 << (low - 1).bit_length()
