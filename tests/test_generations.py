@@ -77,6 +77,10 @@ def test_samples_are_compared_with_texts_of_the_heldout_split(
     assert out[-1].split()[0] == f"({split})" and f"to 5 texts of {split}" in out[0]
     assert evaluate("generative_perplexity", *arguments, "references=5", "num_samples=2") == 2
     assert "num_samples 2 is too few" in capsys.readouterr().err
+    assert evaluate("generative_perplexity", *arguments, "references=999999") == 2
+    assert "lower --references" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="length 33 of the samples is more than the 32 tokens"):
+        generations._read_texts(records, split, 3, 33)
 
 
 def test_the_seconds_of_a_sample_hold_no_compilation(tiny_run, scorer_folder, monkeypatch):

@@ -55,11 +55,10 @@ def combinations(
     if any(t is not None for t in temperatures) and "temperature" not in _SAMPLING:
         raise ValueError("no sampler here has a temperature; leave the temperatures out")
     rows = []
-    for predictor, temperature in itertools.product(
-        *map(dict.fromkeys, (predictors, temperatures))
-    ):
-        takes_steps = known.get(predictor, predictor) is not None or predictor is None
-        for count in dict.fromkeys(steps if takes_steps else steps[:1]):
+    curves = itertools.product(dict.fromkeys(predictors), dict.fromkeys(temperatures))
+    for predictor, temperature in curves:
+        takes_no_step = predictor is not None and known.get(predictor, predictor) is None
+        for count in dict.fromkeys(steps[:1] if takes_no_step else steps):
             options = {"predictor": predictor, "temperature": temperature, "steps": count}
             rows.append({name: value for name, value in options.items() if value is not None})
     return rows
@@ -188,12 +187,13 @@ def draw_picture(path: Path, rows: list[Row]) -> None:
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     curves: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["nfe"]):
+    for row in rows:
         curves.setdefault(_curve(row), []).append(row)
-    for label, curve in curves.items():
+    for (label, curve), marker in zip(curves.items(), itertools.cycle("os^Dv<>")):
+        curve = sorted(curve, key=lambda row: row["nfe"])
         calls = [row["nfe"] for row in curve]
         x, x_error, y, y_error = _points(curve)
-        style = {"fmt": "o-", "capsize": 2, "label": label}
+        style = {"fmt": f"{marker}-", "capsize": 2, "label": label, "alpha": 0.8}
         left.errorbar(x, y, yerr=y_error, xerr=x_error, **style)
         right.errorbar(calls, y, yerr=y_error, **style)
         for *point, count in zip(x, y, calls, strict=True):
@@ -210,7 +210,7 @@ def draw_picture(path: Path, rows: list[Row]) -> None:
     calls = sorted({row["nfe"] for row in rows})
     right.set(xscale="log", xlabel="network calls")
     right.set_xticks(calls, [f"{count:g}" for count in calls])
-    right.minorticks_off()
+    right.set_xticks([], minor=True)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
