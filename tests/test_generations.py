@@ -9,7 +9,6 @@ import pytest
 
 from sedd_jax import data
 from sedd_jax.cli import eval_command, prepare_command
-from sedd_jax.diffusion import samplers
 from sedd_jax.evaluation import frontier, generations, tables
 from sedd_jax.evaluation.scorer import load_scorer
 from sedd_jax.evaluation.statistics import energy_distance, sample_statistics
@@ -203,10 +202,23 @@ def test_rows_of_other_weights_are_not_taken_for_finished(tiny_run, scorer_folde
     assert len(sampled) == 2
 
 
+def test_network_calls_are_the_mean_over_samples_where_they_are_counted():
+    def nfe(*calls):
+        states = [
+            SimpleNamespace(step=2, steps=2, tokens=np.zeros((2, 4), int), calls=each)
+            for each in calls
+        ]
+        model = SimpleNamespace(stream=lambda *arguments, **options: iter(states))
+        return generations._draw(model, 4, sampling.Sampling(steps=6), progress=False)[1]
+
+    assert nfe(np.array([3, 4]), np.array([3, 3])) == 3.25
+    assert nfe(None, None) == 7
+
+
 def test_combinations_pass_on_only_what_is_named(monkeypatch):
     assert frontier.combinations([4]) == [{"steps": 4}]
     monkeypatch.setattr(frontier, "_SAMPLING", {"temperature"})
-    monkeypatch.setitem(samplers.PREDICTORS, "new", samplers.euler)
+    monkeypatch.setitem(sampling.TABLES["predictor"], "new", lambda *arguments: None)
     rows = frontier.combinations([2, 4, 2], ["new", "none", "new"], [0.5, 1.0])
     assert rows == [
         {"predictor": predictor, "temperature": temperature, "steps": steps}

@@ -223,12 +223,13 @@ def _lists(options: argparse.Namespace) -> tuple[list[int], list[str | None], li
     """--steps, --predictors and --temperatures; ValueError for what is no list of such values."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.steps):
         raise ValueError(f"--steps {options.steps!r} is not like 32,64,128; see --help")
-    if options.predictors is not None and options.predictor is not None:
-        raise ValueError("--predictor and --predictors are both there; leave one out")
-    predictors = [options.predictor]
+    one = {"predictor": options.predictor, "temperature": getattr(options, "temperature", None)}
+    for name, value in one.items():
+        if value is not None and getattr(options, f"{name}s") is not None:
+            raise ValueError(f"--{name} and --{name}s are both there; leave one out")
+    predictors, temperatures = ([value] for value in one.values())
     if options.predictors is not None:
         predictors = options.predictors.split(",")
-    temperatures: list[float | None] = [None]
     if options.temperatures is not None:
         try:
             temperatures = [float(number) for number in options.temperatures.split(",")]

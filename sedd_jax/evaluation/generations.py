@@ -130,16 +130,15 @@ def generative_perplexity(
     result = settings(
         model, scorer, references, num_samples=num_samples, seed=seed, length=length, **sampling
     )
-    sampling = dataclasses.asdict(chosen)
     batching = {"length": length, "batch_size": batch_size, "seed": seed}
-    _compile(model, num_samples, **batching, **sampling)
+    _compile(model, num_samples, **batching, **dataclasses.asdict(chosen))
     began = time.perf_counter()
-    tokens = model.sample_tokens(num_samples, progress=progress, **batching, **sampling)
+    tokens, nfe = _draw(model, num_samples, chosen, progress=progress, **batching)
     seconds = time.perf_counter() - began
     rows, lengths = scorer_rows(model, scorer, tokens)
     batching = {"batch_size": batch_size, "progress": progress}
     result |= {
-        "nfe": network_calls(chosen),
+        "nfe": _count(nfe),
         "seconds_a_sample": seconds / num_samples,
         **_measures(scorer, tokens, rows, lengths, **batching),
     }
@@ -155,9 +154,22 @@ def generative_perplexity(
     return result | {"samples": model.decode(tokens[:4])}
 
 
-def network_calls(sampling: Sampling) -> float:
-    """Network calls of a sample, the mean over samples where they differ."""
-    return sampling.nfe
+def _draw(
+    model: SEDD, num_samples: int, chosen: Sampling, *, progress: bool, **options: Any
+) -> tuple[np.ndarray, float]:
+    """What SEDD.sample_tokens returns, and NFE, the mean of the samples' network calls."""
+    updates = 20 if progress else 1
+    options |= dataclasses.asdict(chosen)
+    states = model.stream(None, num_samples, updates=updates, progress=progress, **options)
+    last = [state for state in states if state.step == state.steps]
+    calls = [getattr(state, "calls", None) for state in last]  # None: every sample has chosen.nfe
+    nfe = chosen.nfe if calls[0] is None else np.concatenate(calls).mean()
+    return np.concatenate([state.tokens for state in last]), nfe
+
+
+def _count(mean: float) -> float:
+    """A mean of counts, as an int where it is a whole number."""
+    return int(mean) if float(mean).is_integer() else float(mean)
 
 
 def _measures(
@@ -199,7 +211,6 @@ def conditional_mauve(
     are of whole texts, known tokens included, as the features are.
     """
     chosen = model.sampling.replaced(**sampling)
-    sampling = dataclasses.asdict(chosen)
     mauve.check(form, references, repeats, seed=seed, buckets=buckets)
     _shares_tokens(model, scorer)  # refuses before the sampling
     if min(records.length, model.length) < mauve.CONDITIONAL_LENGTH:
@@ -218,13 +229,13 @@ def conditional_mauve(
         # seed + repeat would give the repeats of one seed to the next as well.
         child = int(np.random.SeedSequence([seed, repeat]).generate_state(1)[0])
         known = mauve.known_tokens(texts, form)
-        return model.sample_tokens(references, known=known, seed=child, **batching, **sampling)
+        return _draw(model, references, chosen, known=known, seed=child, **batching)
 
-    completed = [complete(repeat) for repeat in range(repeats)]
+    completed, nfe = zip(*(complete(repeat) for repeat in range(repeats)), strict=True)
     scored = [features(tokens) for tokens in completed]
     return {
         **made_with(model, scorer, seed, chosen),
-        "nfe": network_calls(chosen),
+        "nfe": _count(np.mean(nfe)),
         "form": form,
         "repeats": repeats,
         **source,
