@@ -344,6 +344,8 @@ NO_FOLDER = "'/none/a' is in no folder; make it or give another path"
         (["frontier", "--temperatures=nan"], "temperature nan is not above 0"),
         (["frontier", "--references=2"], "references 2 is too few for an energy distance"),
         (["frontier", "--references=9", "--num_samples=2"], "num_samples 2 is too few"),
+        (["frontier", "--draw=gumbel"], "unknown draw 'gumbel'; known: exact, float32_gumbel"),
+        (["mauve", "--grid=sine"], "unknown grid 'sine'; known: "),
         (["frontier", "--split=test"], "--records and --split need --references"),
         (["mauve", "--repeats=1"], "1 repeats have no spread; give at least 2"),
         (["mauve", "--form=suffix"], "unknown form 'suffix'; known: prefix, infill"),

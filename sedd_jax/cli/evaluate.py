@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -155,6 +156,7 @@ def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         check_run(options.workdir, NEEDS_RECORDS)
     from sedd_jax.evaluation import generations, likelihood, mauve, tables
 
+    _check_sampling(options)
     protocol = (options.form, options.references, options.repeats)
     mauve.check(*protocol, seed=options.seed, buckets=options.buckets)
     model, scorer = _model_and_scorer(options)
@@ -267,8 +269,18 @@ def _add_references(parser: argparse.ArgumentParser) -> None:
     add_records(parser)
 
 
+def _check_sampling(options: argparse.Namespace) -> None:
+    """ValueError, before a model is loaded, for options that no model can be sampled with."""
+    from sedd_jax.inference.sampling import Sampling
+
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    chosen = {name: value for name, value in _sampling(options).items() if name in fields}
+    Sampling().replaced(**chosen)
+
+
 def _check_samples(options: argparse.Namespace) -> None:
     """ValueError, before a model is loaded, for samples or references that cannot be measured."""
+    _check_sampling(options)
     if options.references is None and (options.records or options.split):
         raise ValueError("--records and --split need --references, how many texts to compare with")
     if options.references is not None and options.records is None:
