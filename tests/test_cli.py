@@ -131,7 +131,7 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
         (["--steps", "x"], "invalid int value"),
         (["--seed", "-1"], "seed -1 is not a whole number in [0, 4294967295]"),
         (["--num_samples", "0"], "num_samples 0 is not a whole number in"),
-        (["--predictor", "ddim"], "unknown predictor 'ddim'; known: euler, tweedie, none"),
+        (["--predictor", "ddim"], "unknown predictor 'ddim'; known: tweedie, none"),
         (["--draw", "float16"], "unknown draw 'float16'; known: exact, float32_gumbel"),
     ],
 )
@@ -332,6 +332,21 @@ NO_FOLDER = "'/none/a' is in no folder; make it or give another path"
         (["mauve", "--json=/"], "--json: '/' is a folder; give a file"),
         (["pareto", "--json=/none/a"], f"--json: {NO_FOLDER}"),
         (["pareto", "--picture=/none/a"], f"--picture: {NO_FOLDER}"),
+        (["frontier", "--json=/none/a"], f"--json: {NO_FOLDER}"),
+        (["frontier", "--steps="], "--steps '' is not like 32,64,128"),
+        (["frontier", "--steps=8,2.5"], "--steps '8,2.5' is not like 32,64,128"),
+        (["frontier", "--steps=0"], "--steps '0' is not like 32,64,128"),
+        (["frontier", "--predictors=tweedie,ddim"], "unknown predictor 'ddim'; known: "),
+        (["frontier", "--predictors="], "unknown predictor ''; known: "),
+        (["frontier", "--predictors=euler", "--predictor=euler"], "leave one out"),
+        (["frontier", "--temperatures="], "--temperatures '' is not like 0.8,1"),
+        (["frontier", "--temperatures=1,0"], "temperature 0.0 is not above 0"),
+        (["frontier", "--temperatures=nan"], "temperature nan is not above 0"),
+        (["frontier", "--references=2"], "references 2 is too few for an energy distance"),
+        (["frontier", "--references=9", "--num_samples=2"], "num_samples 2 is too few"),
+        (["frontier", "--draw=gumbel"], "unknown draw 'gumbel'; known: exact, float32_gumbel"),
+        (["mauve", "--grid=sine"], "unknown grid 'sine'; known: "),
+        (["frontier", "--split=test"], "--records and --split need --references"),
         (["mauve", "--repeats=1"], "1 repeats have no spread; give at least 2"),
         (["mauve", "--form=suffix"], "unknown form 'suffix'; known: prefix, infill"),
         (["mauve", "--references=1"], "1 references are too few to cluster; give at least 2"),
@@ -589,8 +604,8 @@ def test_what_a_config_file_derives_from_a_key_follows_the_command_line(tmp_path
     assert (config.train.eval_every, config.checkpoint.every) == (7, 14)
 
 
-@pytest.mark.parametrize("evaluation", ["generative_perplexity", "pareto"])
+@pytest.mark.parametrize("evaluation", ["generative_perplexity", "pareto", "frontier"])
 @pytest.mark.usefixtures("no_loading")
 def test_samples_too_short_to_be_measured_are_refused_first(capsys, tiny_run, evaluation):
     line = fails(capsys, eval_command, evaluation, f"--workdir={tiny_run}", "--length=2")
-    assert "length 2 is too short" in line and "give at least 3" in line
+    assert "length 2 is too short" in line and "give at least 4" in line

@@ -6,8 +6,16 @@ import sys
 import numpy as np
 import pytest
 
-from sedd_jax.evaluation.generations import distinct, text_perplexity, unigram_entropy
 from sedd_jax.evaluation.mauve import known_tokens, mauve, mauve_of_repeats
+from sedd_jax.evaluation.statistics import (
+    distinct,
+    energy_distance,
+    mean_and_error,
+    repetition,
+    sample_statistics,
+    text_perplexity,
+    unigram_entropy,
+)
 
 
 def test_generative_perplexity_is_either_mean_of_hand_numbers():
@@ -19,14 +27,113 @@ def test_generative_perplexity_is_either_mean_of_hand_numbers():
 
 def test_the_perplexity_of_a_fair_guess_is_the_vocabulary():
     perplexity = text_perplexity(np.full((3, 7), math.log(50257)))
-    assert perplexity == pytest.approx({"mean_of_exp": 50257, "token_mean": 50257})
+    assert perplexity["mean_of_exp"] == pytest.approx(50257)
+    assert perplexity["token_mean"] == pytest.approx(50257)
+    assert perplexity["token_mean_standard_error"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_errors_of_both_perplexities_are_their_spread_over_sets_of_texts():
+    draws = np.random.default_rng(0)
+
+    def measured():
+        nats = draws.gamma(20.0, 0.1, size=(200, 1)) + draws.normal(size=(200, 30)) * 0.3
+        lengths = draws.integers(10, 30, size=200)
+        nats[np.arange(30) >= lengths[:, None]] = np.nan
+        return text_perplexity(nats)
+
+    sets = [measured() for _ in range(300)]
+    for name in ("mean_of_exp", "token_mean"):
+        spread = np.std([each[name] for each in sets], ddof=1)
+        errors = [each[f"{name}_standard_error"] for each in sets]
+        assert np.mean(errors) == pytest.approx(spread, rel=0.12)
+    alone = text_perplexity(np.zeros((1, 3)))
+    assert alone["mean_of_exp_standard_error"] is alone["token_mean_standard_error"] is None
+
+
+def test_a_mean_has_the_error_of_hand_numbers():
+    assert mean_and_error([1.0, 3.0, 5.0, 7.0]) == pytest.approx((4.0, math.sqrt(20 / 3 / 4)))
+    assert mean_and_error([2.0]) == (2.0, None)
 
 
 def test_unigram_entropy_is_taken_within_each_text():
-    assert unigram_entropy(np.array([[0, 0, 1, 1], [5, 5, 5, 5]])) == pytest.approx(math.log(2) / 2)
+    entropy = unigram_entropy(np.array([[0, 0, 1, 1], [5, 5, 5, 5]]))
+    np.testing.assert_allclose(entropy, [math.log(2), 0.0])
     # Texts that each repeat one token have none, though together they hold two tokens.
-    assert unigram_entropy(np.array([[3, 3], [4, 4]])) == 0.0
+    assert unigram_entropy(np.array([[3, 3], [4, 4]])).tolist() == [0.0, 0.0]
     assert unigram_entropy(np.arange(8)[None]) == pytest.approx(math.log(8))
+
+
+def test_repetition_is_the_share_of_ngrams_that_came_before_in_the_text():
+    draws = np.random.default_rng(0)
+    tokens = draws.integers(0, 3, size=(6, 40))
+    for n in (1, 2, 3, 4):
+        expected = []
+        for row in tokens.tolist():
+            ngrams = [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]
+            expected.append(np.mean([gram in ngrams[:i] for i, gram in enumerate(ngrams)]))
+        np.testing.assert_allclose(repetition(tokens, n), expected)
+    assert repetition(np.array([[0, 1, 0, 1, 0]]), 2)[0] == 2 / 4
+    # Two texts that are the same repeat nothing within themselves.
+    assert repetition(np.array([[0, 1, 2, 3], [0, 1, 2, 3]]), 2).tolist() == [0.0, 0.0]
+
+
+def test_statistics_are_means_over_texts_with_their_errors():
+    tokens = np.random.default_rng(0).integers(0, 5, size=(7, 12))
+    result = sample_statistics(tokens)
+    entropy = unigram_entropy(tokens)
+    assert result["unigram_entropy"] == pytest.approx(entropy.mean())
+    error = entropy.std(ddof=1) / math.sqrt(7)
+    assert result["unigram_entropy_standard_error"] == pytest.approx(error)
+    assert set(result["repetition"]) == set(result["repetition_standard_error"]) == {"2", "3", "4"}
+    assert result["repetition"]["3"] == pytest.approx(repetition(tokens, 3).mean())
+    assert result["distinct"] == {str(n): distinct(tokens, n) for n in (1, 2, 3)}
+    # Completing the same texts again, with the same result, adds no text and no certainty.
+    again = sample_statistics(np.stack([tokens, tokens]))
+    assert again["distinct"] == result["distinct"]
+    assert again["unigram_entropy_standard_error"] == pytest.approx(error)
+
+
+def test_the_energy_distance_is_its_formula_and_the_error_that_of_leaving_each_text_out():
+    draws = np.random.default_rng(0)
+    p, q = draws.normal(size=(6, 3)), draws.normal(size=(5, 3)) + 0.7
+
+    def distance(a, b):
+        return np.linalg.norm(a - b)
+
+    def formula(p, q):
+        between = np.mean([distance(a, b) for a in p for b in q])
+        within = [
+            np.mean([distance(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+            for x in (p, q)
+        ]
+        return 2 * between - within[0] - within[1]
+
+    without_p = np.array([formula(np.delete(p, i, axis=0), q) for i in range(6)])
+    without_q = np.array([formula(p, np.delete(q, i, axis=0)) for i in range(5)])
+    variance = 5 / 6 * ((without_p - without_p.mean()) ** 2).sum()
+    variance += 4 / 5 * ((without_q - without_q.mean()) ** 2).sum()
+    assert energy_distance(p, q) == pytest.approx((formula(p, q), math.sqrt(variance)))
+
+
+def test_the_energy_distance_is_zero_on_average_for_one_distribution_and_grows_with_a_shift():
+    draws = np.random.default_rng(0)
+
+    def measured(shift):
+        pairs = [
+            energy_distance(draws.normal(size=(30, 4)), draws.normal(size=(25, 4)) + shift)
+            for _ in range(200)
+        ]
+        values, errors = np.array(pairs).T
+        return values.mean(), values.std(ddof=1), errors.mean()
+
+    results = {shift: measured(shift) for shift in (0.0, 0.3, 1.0)}
+    mean, spread, error = results[0.0]
+    assert abs(mean) < 3.0 * spread / math.sqrt(200)
+    assert error > spread  # on the safe side where the distributions are the same
+    for smaller, larger in ((0.0, 0.3), (0.3, 1.0)):
+        assert results[larger][0] > results[smaller][0] + 0.05
+    _, spread, error = results[1.0]
+    assert error == pytest.approx(spread, rel=0.15)
 
 
 def test_distinct_counts_over_all_texts_and_crosses_no_boundary():
@@ -46,6 +153,9 @@ def test_distinct_counts_over_all_texts_and_crosses_no_boundary():
         (lambda: unigram_entropy(np.zeros((2, 3))), r"must be integers \[N, L\] .*, not float64"),
         (lambda: distinct(np.zeros((2, 3), int), 4), r"L at least 4, not int64 \[2, 3\]"),
         (lambda: distinct(np.zeros((2, 3), int), 0), "n 0 is below 1"),
+        (lambda: repetition(np.zeros((2, 3), int), 4), r"L at least 4, not int64 \[2, 3\]"),
+        (lambda: energy_distance(np.zeros((2, 2)), np.zeros((5, 2))), "N at least 3, not .2, 2. "),
+        (lambda: energy_distance(np.zeros((3, 2)), np.zeros((5, 3))), "with one scorer"),
         (lambda: known_tokens(np.zeros(100, int), "suffix"), "known: prefix, infill"),
         (lambda: known_tokens(np.zeros(99, int), "prefix"), "must be 100 integers"),
         (lambda: mauve(np.zeros((1, 2)), np.zeros((5, 2)), seed=0), "p_features must be finite"),

@@ -126,6 +126,8 @@ def test_nats_and_features_are_those_of_the_definition(scorer):
     features = scorer.features(tokens)
     assert features.dtype == np.float32
     np.testing.assert_allclose(features, [hidden[-1] for hidden, _ in exact], atol=2e-5)
+    means = [hidden.mean(axis=0) for hidden, _ in exact]
+    np.testing.assert_allclose(scorer.mean_features(tokens), means, atol=2e-5)
 
 
 def test_what_comes_after_a_token_does_not_change_it(scorer):
@@ -137,14 +139,15 @@ def test_what_comes_after_a_token_does_not_change_it(scorer):
     assert (np.abs(before - after)[:, 6:] > 1e-4).all()
 
 
-def test_features_are_of_the_last_token_and_padding_changes_nothing(scorer):
+@pytest.mark.parametrize("name", ["features", "mean_features"])
+def test_features_are_of_the_text_alone_and_padding_changes_nothing(scorer, name):
     tokens, lengths = draw_tokens(3), np.array([5, 12, 1])
     padded = tokens.copy()
     padded[0, 5:] = 96
     padded[2, 1:] = 0
-    found = scorer.features(padded, lengths)
-    for row, length, features in zip(tokens, lengths, found, strict=True):
-        alone = scorer.features(row[None, :length])[0]
+    features_of = getattr(scorer, name)
+    for row, length, features in zip(tokens, lengths, features_of(padded, lengths), strict=True):
+        alone = features_of(row[None, :length])[0]
         np.testing.assert_allclose(features, alone, atol=1e-5)
 
 

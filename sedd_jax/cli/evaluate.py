@@ -1,6 +1,8 @@
 """sedd-eval and its evaluations."""
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -119,19 +121,24 @@ def _gpt2(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _generative_perplexity(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """Perplexity of the model's samples under GPT-2, with their entropy."""
+    """Perplexity of the model's samples under GPT-2, with their entropy and repetition."""
     add_scorer(parser)
     add_steps(parser)
     add_samples(parser)
+    _add_references(parser)
     add_json(parser)
     options = parser.parse_args(argv)
-    from sedd_jax.evaluation import generations
+    _check_samples(options)
+    from sedd_jax.evaluation import generations, tables
 
-    generations.check_length(options.length)
+    model, scorer = _model_and_scorer(options)
     result = generations.generative_perplexity(
-        *_model_and_scorer(options), **_sampling(options, "num_samples", "length", "steps")
+        model,
+        scorer,
+        _references(options, model, scorer),
+        **_sampling(options, "num_samples", "length", "steps"),
     )
-    _show(generations.perplexity_table([result]), result, options.json)
+    _show(tables.perplexity_table([result]), result, options.json)
 
 
 def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -148,8 +155,9 @@ def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.records is None:
         check_run(options.workdir, NEEDS_RECORDS)
-    from sedd_jax.evaluation import generations, likelihood, mauve
+    from sedd_jax.evaluation import generations, likelihood, mauve, tables
 
+    _check_sampling(options)
     protocol = (options.form, options.references, options.repeats)
     mauve.check(*protocol, seed=options.seed, buckets=options.buckets)
     model, scorer = _model_and_scorer(options)
@@ -157,32 +165,82 @@ def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     likelihood.check_records(model, records)
     chosen = _sampling(options, "form", "references", "repeats", "buckets", "steps")
     result = generations.conditional_mauve(model, scorer, records, split, **chosen)
-    _show(generations.describe_mauve(result), result, options.json)
+    _show(tables.describe_mauve(result), result, options.json)
+
+
+def _frontier(
+    parser: argparse.ArgumentParser,
+    argv: list[str],
+    steps: str = "8,16,32,64,128",
+    replaces: bool = False,
+) -> None:
+    """Generative perplexity against entropy and network calls, at every combination of lists."""
+    add = parser.add_argument
+    add_scorer(parser)
+    add("--steps", default=steps, help=f"numbers of steps, commas between (default: {steps})")
+    add("--predictors", help="names, commas between (default: --predictor)")
+    add("--temperatures", help="numbers above 0, commas between")
+    add_samples(parser)
+    _add_references(parser)
+    add("--picture", type=output_file, help="also draw the curves to this PNG file")
+    add(
+        "--json",
+        type=output_file,
+        help="also write the rows to this file, one by one; those of the same command that are "
+        "there are not made again",
+    )
+    options = parser.parse_args(argv)
+    lists = _lists(options)
+    if options.picture:
+        check_matplotlib("--picture")
+    _check_samples(options)
+    from sedd_jax.evaluation import frontier, tables
+
+    rows = frontier.combinations(*lists)
+    finished = []
+    if options.json:
+        with contextlib.suppress(ValueError) if replaces else contextlib.nullcontext():
+            finished = frontier.read_rows(options.json)
+    model, scorer = _model_and_scorer(options)
+    results = frontier.frontier(
+        model,
+        scorer,
+        rows,
+        _references(options, model, scorer),
+        finished=finished,
+        discard=replaces,
+        save=lambda rows: options.json and frontier.write_rows(options.json, rows),
+        **_sampling(options, "num_samples", "length"),
+    )
+    _show(tables.perplexity_table(results), results, options.json)
+    if options.picture:
+        frontier.draw_picture(options.picture, results)
 
 
 def _pareto(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """Generative perplexity against network calls: table and picture."""
-    add = parser.add_argument
-    add_scorer(parser)
-    add("--steps", default="32,64,128,256,512,1024,2048", help="numbers of steps, commas between")
-    add_samples(parser)
-    add("--picture", type=output_file, help="also draw the curve to this PNG file")
-    add_json(parser)
-    options = parser.parse_args(argv)
+    """frontier under its first name: the paper's steps, and --json's file is replaced."""
+    _frontier(parser, argv, steps="32,64,128,256,512,1024,2048", replaces=True)
+
+
+def _lists(options: argparse.Namespace) -> tuple[list[int], list[str | None], list[float | None]]:
+    """--steps, --predictors and --temperatures; ValueError for what is no list of such values."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.steps):
         raise ValueError(f"--steps {options.steps!r} is not like 32,64,128; see --help")
-    if options.picture:
-        check_matplotlib("--picture")
-    from sedd_jax.evaluation import generations
-
-    generations.check_length(options.length)
-    steps = [int(count) for count in options.steps.split(",")]
-    results = generations.pareto(
-        *_model_and_scorer(options), steps, **_sampling(options, "num_samples", "length")
-    )
-    _show(generations.perplexity_table(results), results, options.json)
-    if options.picture:
-        generations.pareto_picture(options.picture, results)
+    one = {"predictor": options.predictor, "temperature": getattr(options, "temperature", None)}
+    for name, value in one.items():
+        if value is not None and getattr(options, f"{name}s") is not None:
+            raise ValueError(f"--{name} and --{name}s are both there; leave one out")
+    predictors, temperatures = ([value] for value in one.values())
+    if options.predictors is not None:
+        predictors = options.predictors.split(",")
+    if options.temperatures is not None:
+        try:
+            temperatures = [float(number) for number in options.temperatures.split(",")]
+        except ValueError as error:
+            raise ValueError(
+                f"--temperatures {options.temperatures!r} is not like 0.8,1; see --help"
+            ) from error
+    return [int(count) for count in options.steps.split(",")], predictors, temperatures
 
 
 # What --help says of each is its docstring.
@@ -190,6 +248,7 @@ EVALUATIONS = {
     "likelihood": _likelihood,
     "generative_perplexity": _generative_perplexity,
     "mauve": _mauve,
+    "frontier": _frontier,
     "pareto": _pareto,
 }
 
@@ -200,6 +259,58 @@ def _model_and_scorer(options: argparse.Namespace) -> tuple:
 
     model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
     return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
+
+
+def _add_references(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--references",
+        type=int,
+        help="also measure the energy distance to this many texts of the held-out split",
+    )
+    add_records(parser)
+
+
+def _check_sampling(options: argparse.Namespace) -> None:
+    """ValueError, before a model is loaded, for options that no model can be sampled with."""
+    from sedd_jax.inference.sampling import Sampling
+
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    chosen = {name: value for name, value in _sampling(options).items() if name in fields}
+    Sampling().replaced(**chosen)
+
+
+def _check_samples(options: argparse.Namespace) -> None:
+    """ValueError, before a model is loaded, for samples or references that cannot be measured."""
+    _check_sampling(options)
+    if options.references is None and (options.records or options.split):
+        raise ValueError("--records and --split need --references, how many texts to compare with")
+    if options.references is not None and options.records is None:
+        check_run(options.workdir, NEEDS_RECORDS)
+    from sedd_jax.evaluation import generations
+
+    generations.check_length(options.length)
+    if options.references is not None:
+        generations.check_references(options.references, options.num_samples)
+
+
+def _references(options: argparse.Namespace, model, scorer):
+    """The texts of --references, --records and --split; None without --references."""
+    if options.references is None:
+        return None
+    from sedd_jax.evaluation import generations, likelihood
+
+    records, split = _records(options)
+    likelihood.check_records(model, records)
+    return generations.read_references(
+        model,
+        scorer,
+        records,
+        split,
+        options.references,
+        length=options.length,
+        batch_size=options.batch_size,
+        progress=True,
+    )
 
 
 def _records(options: argparse.Namespace) -> tuple:

@@ -1,79 +1,41 @@
-"""What a model writes, measured: generative perplexity, diversity, MAUVE, quality against calls.
+"""What a model writes, measured: generative perplexity, repetition, distance to other texts, MAUVE.
 
 A low generative perplexity alone proves little, since repetition lowers it too: it stands beside
-the unigram entropy of the same tokens. Every result says what it was made with: steps and network
-calls (NFE), predictor, draw, dtype, seed, scorer.
+the unigram entropy and the repetition of the same samples, which are of the model's tokens. Every
+result says what it was made with: steps and network calls (NFE), predictor, draw, dtype, seed,
+scorer.
 """
 
 import dataclasses
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sedd_jax import data
 from sedd_jax.evaluation import mauve
-from sedd_jax.evaluation.scorer import Scorer, check_token_rows
+from sedd_jax.evaluation.scorer import Scorer
+from sedd_jax.evaluation.statistics import (
+    MIN_LENGTH,
+    energy_distance,
+    sample_statistics,
+    text_perplexity,
+)
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 
-MIN_REFERENCES = 500  # below, MAUVE says little
-MIN_LENGTH = 3  # of samples: their 3-grams are counted
+ENERGY_FEATURES = "last hidden states of the scorer, mean over the tokens of a text"
 
 
-# --- statistics of texts
+class References(NamedTuple):
+    """Texts, not of the model, that samples of the same length are compared with."""
+
+    source: dict[str, Any]  # which texts: references (how many), split, source, sha256
+    features: np.ndarray  # Scorer.mean_features, float32 [M, C]
+    measures: dict[str, Any]  # what is measured of samples, of these
 
 
-def text_perplexity(nats: np.ndarray) -> dict[str, float]:
-    """Perplexity of texts under another model, from its nats [N, L - 1], NaN beyond a text's end.
-
-    mean_of_exp, the original's protocol, is the mean over texts of exp(mean nats of the text);
-    token_mean, that of others, is exp(mean nats over all tokens) and never larger. A text of one
-    token has no nats and does not count.
-    """
-    nats = np.asarray(nats, np.float64)
-    if nats.ndim != 2 or np.isnan(nats).all():
-        raise ValueError(
-            f"nats must be [N, L - 1] and not empty or all NaN, not {list(nats.shape)}; score "
-            "longer texts"
-        )
-    nats = nats[~np.isnan(nats).all(axis=1)]
-    return {
-        "mean_of_exp": float(np.exp(np.nanmean(nats, axis=1)).mean()),
-        "token_mean": float(np.exp(np.nanmean(nats))),
-    }
-
-
-def unigram_entropy(tokens: np.ndarray) -> float:
-    """Entropy in nats of the token frequencies within a text, averaged over texts int [N, L].
-
-    At most log L; OpenWebText in rows of 1024 GPT-2 tokens has 5.45.
-    """
-
-    def entropy(row):
-        _, counts = np.unique(row, return_counts=True)
-        frequency = counts / len(row)
-        return (frequency * np.log(1.0 / frequency)).sum()
-
-    return float(np.mean([entropy(row) for row in check_token_rows(tokens, min_length=1)]))
-
-
-def distinct(tokens: np.ndarray, n: int) -> float:
-    """Different n-grams over n-grams, in (0, 1], over all texts int [N, L] together.
-
-    An n-gram crosses no boundary of a text. Li et al. 2016. It falls as N L grows, so compare
-    only equal amounts of text.
-    """
-    if n < 1:
-        raise ValueError(f"n {n} is below 1; give at least 1")
-    tokens = check_token_rows(tokens, min_length=n)
-    ngrams = np.lib.stride_tricks.sliding_window_view(tokens, n, axis=1).reshape(-1, n)
-    return len(np.unique(ngrams, axis=0)) / len(ngrams)
-
-
-# --- evaluations of a model
+NO_REFERENCES = {"references": None}  # the source where samples are compared with none
 
 
 def check_length(length: int | None) -> None:
@@ -85,9 +47,68 @@ def check_length(length: int | None) -> None:
         )
 
 
+def check_scorable(model: SEDD, scorer: Scorer, length: int | None) -> None:
+    """ValueError for samples that the scorer cannot score or that are too short."""
+    length = model.length if length is None else length
+    check_length(length)
+    if _shares_tokens(model, scorer) and length > scorer.network.positions:
+        raise ValueError(
+            f"length {length} is more than the {scorer.network.positions} positions of scorer "
+            f"{scorer.name!r}; give a --length of at most that"
+        )
+
+
+def check_references(count: int, num_samples: int) -> None:
+    """ValueError unless an energy distance and its error can be taken between so many texts."""
+    for name, value in (("references", count), ("num_samples", num_samples)):
+        if value < 3:
+            raise ValueError(f"{name} {value} is too few for an energy distance; give at least 3")
+
+
+def read_references(
+    model: SEDD,
+    scorer: Scorer,
+    records: data.Records,
+    split: str,
+    count: int,
+    *,
+    length: int | None = None,
+    batch_size: int,
+    progress: bool = False,
+) -> References:
+    """The first `length` tokens (by default the model's length) of `count` blocks of a split."""
+    length = model.length if length is None else length
+    check_scorable(model, scorer, length)
+    texts, source = _read_texts(records, split, count, length)
+    rows, lengths = scorer_rows(model, scorer, texts)
+    batching = {"batch_size": batch_size, "progress": progress}
+    features = scorer.mean_features(rows, lengths, **batching)
+    return References(source, features, _measures(scorer, texts, rows, lengths, **batching))
+
+
+def settings(
+    model: SEDD,
+    scorer: Scorer,
+    references: References | None = None,
+    *,
+    num_samples: int,
+    seed: int = 0,
+    length: int | None = None,
+    **sampling: Any,
+) -> dict[str, Any]:
+    """What decides the numbers of generative_perplexity, as they stand in its result."""
+    return {
+        **made_with(model, scorer, seed, model.sampling.replaced(**sampling)),
+        "num_samples": num_samples,
+        "length": model.length if length is None else length,
+        **(NO_REFERENCES if references is None else references.source),
+    }
+
+
 def generative_perplexity(
     model: SEDD,
     scorer: Scorer,
+    references: References | None = None,
     *,
     num_samples: int,
     batch_size: int,
@@ -99,35 +120,65 @@ def generative_perplexity(
     """Samples of `length` tokens (the model's, by default), and their numbers under the scorer.
 
     sampling: steps, predictor, draw, grid and t_min, as SEDD.sample_tokens takes them; what is
-    missing or None is model.sampling's.
+    missing or None is model.sampling's. With references, of the same model, scorer and length, also
+    the energy distance to them.
     """
-    length = model.length if length is None else length
-    check_length(length)
-    if _shares_tokens(model, scorer) and length > scorer.network.positions:
-        raise ValueError(
-            f"length {length} is more than the {scorer.network.positions} positions of scorer "
-            f"{scorer.name!r}; give a --length of at most that"
-        )
+    check_scorable(model, scorer, length)
+    if references is not None:
+        check_references(len(references.features), num_samples)
     chosen = model.sampling.replaced(**sampling)
-    sampling = dataclasses.asdict(chosen)
+    result = settings(
+        model, scorer, references, num_samples=num_samples, seed=seed, length=length, **sampling
+    )
     batching = {"length": length, "batch_size": batch_size, "seed": seed}
-    _compile(model, num_samples, **batching, **sampling)
+    _compile(model, num_samples, **batching, **dataclasses.asdict(chosen))
     began = time.perf_counter()
-    tokens = model.sample_tokens(num_samples, progress=progress, **batching, **sampling)
+    tokens, nfe = _draw(model, num_samples, chosen, progress=progress, **batching)
     seconds = time.perf_counter() - began
     rows, lengths = scorer_rows(model, scorer, tokens)
-    nats = scorer.nats(rows, batch_size=batch_size, progress=progress)
-    nats[np.arange(nats.shape[1]) >= lengths[:, None] - 1] = np.nan
-    return {
-        **made_with(model, scorer, seed, chosen),
-        "num_samples": num_samples,
-        "length": tokens.shape[1],
+    batching = {"batch_size": batch_size, "progress": progress}
+    result |= {
+        "nfe": _count(nfe),
         "seconds_a_sample": seconds / num_samples,
-        "generative_perplexity": text_perplexity(nats),
-        "unigram_entropy": unigram_entropy(tokens),
-        "distinct": {str(n): distinct(tokens, n) for n in (1, 2, 3)},
-        "samples": model.decode(tokens[:4]),
+        **_measures(scorer, tokens, rows, lengths, **batching),
     }
+    if references is not None:
+        features = scorer.mean_features(rows, lengths, **batching)
+        distance, error = energy_distance(references.features, features)
+        result |= {
+            "energy_distance": distance,
+            "energy_distance_standard_error": error,
+            "energy_distance_of": ENERGY_FEATURES,
+            "reference_measures": references.measures,
+        }
+    return result | {"samples": model.decode(tokens[:4])}
+
+
+def _draw(
+    model: SEDD, num_samples: int, chosen: Sampling, *, progress: bool, **options: Any
+) -> tuple[np.ndarray, float]:
+    """What SEDD.sample_tokens returns, and NFE, the mean of the samples' network calls."""
+    updates = 20 if progress else 1
+    options |= dataclasses.asdict(chosen)
+    states = model.stream(None, num_samples, updates=updates, progress=progress, **options)
+    last = [state for state in states if state.step == state.steps]
+    calls = [getattr(state, "calls", None) for state in last]  # None: every sample has chosen.nfe
+    nfe = chosen.nfe if calls[0] is None else np.concatenate(calls).mean()
+    return np.concatenate([state.tokens for state in last]), nfe
+
+
+def _count(mean: float) -> float:
+    """A mean of counts, as an int where it is a whole number."""
+    return int(mean) if float(mean).is_integer() else float(mean)
+
+
+def _measures(
+    scorer: Scorer, tokens: np.ndarray, rows: np.ndarray, lengths: np.ndarray, **batching: Any
+) -> dict[str, Any]:
+    """Perplexity and statistics of texts: the model's tokens, and the same as `scorer_rows`."""
+    nats = scorer.nats(rows, **batching)
+    nats[np.arange(nats.shape[1]) >= lengths[:, None] - 1] = np.nan
+    return {"generative_perplexity": text_perplexity(nats), **sample_statistics(tokens)}
 
 
 def _compile(model: SEDD, num_samples: int, *, batch_size: int, **options: Any) -> None:
@@ -136,14 +187,6 @@ def _compile(model: SEDD, num_samples: int, *, batch_size: int, **options: Any) 
     model.sample_tokens(min(num_samples, max(batch_size, 1)), **options)
     if last := num_samples % batch_size:
         model.sample_tokens(last, **options)
-
-
-def pareto(
-    model: SEDD, scorer: Scorer, steps: Sequence[int], **options: Any
-) -> list[dict[str, Any]]:
-    """generative_perplexity at each number of steps; the paper's Figures 1 and 2."""
-    options.pop("steps", None)
-    return [generative_perplexity(model, scorer, steps=count, **options) for count in steps]
 
 
 def conditional_mauve(
@@ -164,13 +207,18 @@ def conditional_mauve(
     """The paper's Table 5: MAUVE of completions against the texts that they complete.
 
     References are the first 100 tokens of the split's blocks; see mauve.known_tokens for which of
-    them the sampler knows. `repeats` completions of each are scored apart.
+    them the sampler knows. `repeats` completions of each are scored apart. Entropy and repetition
+    are of whole texts, known tokens included, as the features are.
     """
     chosen = model.sampling.replaced(**sampling)
-    sampling = dataclasses.asdict(chosen)
     mauve.check(form, references, repeats, seed=seed, buckets=buckets)
     _shares_tokens(model, scorer)  # refuses before the sampling
-    texts = _read_references(records, split, references, model.length)
+    if min(records.length, model.length) < mauve.CONDITIONAL_LENGTH:
+        raise ValueError(
+            f"records of {records.length} and a model of {model.length} tokens: MAUVE's texts "
+            f"have {mauve.CONDITIONAL_LENGTH}; use longer blocks"
+        )
+    texts, source = _read_texts(records, split, references, mauve.CONDITIONAL_LENGTH)
     batching = {"batch_size": batch_size, "progress": progress}
 
     def features(tokens):
@@ -181,30 +229,30 @@ def conditional_mauve(
         # seed + repeat would give the repeats of one seed to the next as well.
         child = int(np.random.SeedSequence([seed, repeat]).generate_state(1)[0])
         known = mauve.known_tokens(texts, form)
-        return model.sample_tokens(references, known=known, seed=child, **batching, **sampling)
+        return _draw(model, references, chosen, known=known, seed=child, **batching)
 
-    completed = [features(complete(repeat)) for repeat in range(repeats)]
+    completed, nfe = zip(*(complete(repeat) for repeat in range(repeats)), strict=True)
+    scored = [features(tokens) for tokens in completed]
     return {
         **made_with(model, scorer, seed, chosen),
+        "nfe": _count(np.mean(nfe)),
         "form": form,
-        "references": references,
         "repeats": repeats,
-        "split": split,
-        "source": records.fingerprint["source"],
-        "sha256": records.counts(split)["sha256"],
-        "mauve": mauve.mauve_of_repeats(features(texts), completed, seed=seed, buckets=buckets),
+        **source,
+        "mauve": mauve.mauve_of_repeats(features(texts), scored, seed=seed, buckets=buckets),
+        **sample_statistics(np.stack(completed)),
+        "reference_measures": sample_statistics(texts),
     }
 
 
-def _read_references(
-    records: data.Records, split: str, count: int, model_length: int
-) -> np.ndarray:
-    """The first 100 tokens of `count` blocks, int32 [count, 100]."""
-    length = mauve.CONDITIONAL_LENGTH
-    if min(records.length, model_length) < length:
+def _read_texts(
+    records: data.Records, split: str, count: int, length: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The first `length` tokens of `count` blocks, int32 [count, length], and which they are."""
+    if records.length < length:
         raise ValueError(
-            f"records of {records.length} and a model of {model_length} tokens: MAUVE's texts "
-            f"have {length}; use longer blocks"
+            f"length {length} of the samples is more than the {records.length} tokens of a block "
+            f"of {str(records.folder)!r}; lower --length or prepare longer blocks"
         )
     blocks = data.read_blocks(records, split, count)
     is_long = slice(None) if blocks.is_token is None else blocks.is_token[:, length - 1]
@@ -214,7 +262,12 @@ def _read_references(
             f"split {split!r} of {str(records.folder)!r} has {len(texts)} texts of {length} "
             f"tokens, not {count}; lower --references"
         )
-    return texts
+    return texts, {
+        "references": count,
+        "split": split,
+        "source": records.fingerprint["source"],
+        "sha256": records.counts(split)["sha256"],
+    }
 
 
 def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: Sampling) -> dict[str, Any]:
@@ -222,9 +275,9 @@ def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: Sampling) -> dic
     return {
         "step": model.step,
         **dataclasses.asdict(sampling),
-        "nfe": sampling.nfe,
         "seed": seed,
         "dtype": model.dtype,
+        "statistics_of": f"the model's tokens ({model.tokenizer.name})",
         "scorer": scorer.name,
         "scorer_dtype": np.dtype(scorer.network.dtype).name,
     }
@@ -257,75 +310,3 @@ def scorer_rows(model: SEDD, scorer: Scorer, tokens: np.ndarray) -> tuple[np.nda
     for row, ids in zip(rows, encoded, strict=True):
         row[: len(ids)] = ids
     return rows, lengths
-
-
-# --- what the commands print and draw
-
-
-def perplexity_table(results: list[dict[str, Any]]) -> str:
-    """Results of generative_perplexity as aligned text, a line each."""
-    first = results[0]
-    lines = [
-        (
-            f"{first['num_samples']} samples of {first['length']} tokens, {first['predictor']}, "
-            f"draw {first['draw']}, model {first['dtype']}, seed {first['seed']}; scorer "
-            f"{first['scorer']} in {first['scorer_dtype']}"
-        ),
-        f"{'':14}{'gen. perplexity':>31}{'entropy':>10}{'distinct n-grams':>24}{'seconds':>10}",
-        (
-            f"{'steps':>7}{'NFE':>7}{'mean of exp':>16}{'token mean':>15}{'(nats)':>10}"
-            f"{'1':>8}{'2':>8}{'3':>8}{'a sample':>10}"
-        ),
-    ]
-    for r in results:
-        perplexity = r["generative_perplexity"]
-        lines.append(
-            f"{r['steps']:>7}{r['nfe']:>7}{perplexity['mean_of_exp']:>16.2f}"
-            f"{perplexity['token_mean']:>15.2f}{r['unigram_entropy']:>10.3f}"
-            + "".join(f"{r['distinct'][n]:>8.3f}" for n in ("1", "2", "3"))
-            + f"{r['seconds_a_sample']:>10.3g}"
-        )
-    return "\n".join(lines)
-
-
-def describe_mauve(result: dict[str, Any]) -> str:
-    """The result of conditional_mauve as text; a warning where it has too few references."""
-    value, references = result["mauve"], result["references"]
-    lines = [
-        (
-            f"MAUVE {value['mean']:.3f} +- {value['standard_deviation']:.3f} (standard deviation "
-            f"of {result['repeats']} repeats of {references} references, {value['buckets']} "
-            "clusters), "
-            f"{result['form']}, {result['nfe']} network calls, {result['predictor']}, draw "
-            f"{result['draw']}, seed {result['seed']}; features of {result['scorer']} in "
-            f"{result['scorer_dtype']}"
-        )
-    ]
-    if references < MIN_REFERENCES:
-        lines.append(
-            "not comparable with the paper's 1000 references, 5 repeats: below "
-            f"{MIN_REFERENCES} references there are so few clusters that MAUVE is near 1 for any "
-            "text; raise --references"
-        )
-    return "\n".join(lines)
-
-
-def pareto_picture(path: Path, results: list[dict[str, Any]]) -> None:
-    """Generative perplexity and entropy against network calls, as PNG; needs matplotlib."""
-    from matplotlib.figure import Figure  # not pyplot, which would open a window
-
-    calls = [r["nfe"] for r in results]
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    for key, style in (("mean_of_exp", "o-"), ("token_mean", "s--")):
-        values = [r["generative_perplexity"][key] for r in results]
-        upper.plot(calls, values, style, label=key.replace("_", " "))
-    upper.set(yscale="log", ylabel=f"generative perplexity\n({Path(results[0]['scorer']).name})")
-    upper.legend(frameon=False)
-    lower.plot(calls, [r["unigram_entropy"] for r in results], "o-", color="#555555")
-    lower.set(xscale="log", xlabel="network calls", ylabel="unigram entropy (nats)")
-    lower.set_xticks(calls, [str(c) for c in calls])
-    lower.minorticks_off()
-    for axes in (upper, lower):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)

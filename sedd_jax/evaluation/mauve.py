@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from sedd_jax.evaluation.statistics import check_features
+
 # The paper's section 5.4 completes texts of 100 GPT-2 tokens of which 50 are known.
 CONDITIONAL_LENGTH = 100
 KNOWN_ENDS = {"prefix": (50, 0), "infill": (25, 25)}  # known tokens at the beginning, at the end
@@ -25,18 +27,7 @@ def mauve(
     library's min(N, M) / 10; published values use that and a few thousand texts. The seed starts
     k-means. frontier_integral, in [0, 1], is 0 for equal distributions.
     """
-    p_features, q_features = np.asarray(p_features), np.asarray(q_features)
-    for name, features in (("p_features", p_features), ("q_features", q_features)):
-        if features.ndim != 2 or len(features) < 2 or not np.isfinite(features).all():
-            raise ValueError(
-                f"{name} must be finite [N, C] with N at least 2, not {list(features.shape)} with "
-                f"{int((~np.isfinite(features)).sum())} infinite or NaN"
-            )
-    if p_features.shape[1] != q_features.shape[1]:
-        raise ValueError(
-            f"p_features have {p_features.shape[1]} channels and q_features "
-            f"{q_features.shape[1]}; score both texts with one scorer"
-        )
+    p_features, q_features = check_features(p_features, q_features, min_count=2)
     _check_clustering(seed, buckets, len(p_features) + len(q_features))
     out = _compute_mauve()(
         p_features=p_features.astype(np.float32),

@@ -115,17 +115,20 @@ class Scorer:
         tokens int32 [N, L], padded on the right from lengths[n] on with any ids, which change
         nothing; lengths int [N], None where every row is full.
         """
-        tokens = self._check(tokens, min_length=1)
-        count, length = tokens.shape
-        lengths = np.full(count, length) if lengths is None else np.asarray(lengths)
-        is_integer = np.issubdtype(lengths.dtype, np.integer)
-        if lengths.shape != (count,) or not is_integer or not _is_within(lengths, 1, length):
-            raise ValueError(
-                f"lengths must be {count} integers in [1, {length}], one for each row of tokens, "
-                f"not {lengths.dtype} {list(lengths.shape)}"
-            )
-        last = lengths.astype(np.int32) - 1
-        return self._over_batches(self._features, batch_size, progress, tokens, last)
+        rows = self._check_rows(tokens, lengths)
+        return self._over_batches(self._features, batch_size, progress, *rows)
+
+    def mean_features(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray | None = None,
+        *,
+        batch_size: int = 8,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """Mean of the last hidden states over the tokens of each row, float32 [N, C]."""
+        rows = self._check_rows(tokens, lengths)
+        return self._over_batches(self._mean_features, batch_size, progress, *rows)
 
     @functools.cached_property
     def _nats(self) -> Callable:
@@ -134,9 +137,19 @@ class Scorer:
     @functools.cached_property
     def _features(self) -> Callable:
         @jax.jit
-        def features(params, tokens, last):
+        def features(params, tokens, lengths):
             hidden = self.network.apply({"params": params}, tokens)
-            return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+            return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+
+        return features
+
+    @functools.cached_property
+    def _mean_features(self) -> Callable:
+        @jax.jit
+        def features(params, tokens, lengths):
+            hidden = self.network.apply({"params": params}, tokens)
+            is_text = jnp.arange(tokens.shape[1]) < lengths[:, None]
+            return jnp.mean(hidden, axis=1, where=is_text[..., None])
 
         return features
 
@@ -147,6 +160,19 @@ class Scorer:
             for rows in batches(count, batch_size, name="score", progress=progress)
         ]
         return np.concatenate(results)[:count]
+
+    def _check_rows(self, tokens, lengths):
+        """(tokens, lengths), int32, of rows to take features of."""
+        tokens = self._check(tokens, min_length=1)
+        count, length = tokens.shape
+        lengths = np.full(count, length) if lengths is None else np.asarray(lengths)
+        is_integer = np.issubdtype(lengths.dtype, np.integer)
+        if lengths.shape != (count,) or not is_integer or not _is_within(lengths, 1, length):
+            raise ValueError(
+                f"lengths must be {count} integers in [1, {length}], one for each row of tokens, "
+                f"not {lengths.dtype} {list(lengths.shape)}"
+            )
+        return tokens, lengths.astype(np.int32)
 
     def _check(self, tokens, min_length):
         tokens = check_token_rows(tokens)
