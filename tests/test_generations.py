@@ -212,12 +212,10 @@ def test_network_calls_are_the_mean_over_samples_where_they_are_counted():
         return generations._draw(model, 4, sampling.Sampling(steps=6), progress=False)[1]
 
     assert nfe(np.array([3, 4]), np.array([3, 3])) == 3.25
-    assert nfe(None, None) == 7
 
 
 def test_combinations_pass_on_only_what_is_named(monkeypatch):
     assert frontier.combinations([4]) == [{"steps": 4}]
-    monkeypatch.setattr(frontier, "_SAMPLING", {"temperature"})
     monkeypatch.setitem(sampling.TABLES["predictor"], "new", lambda *arguments: None)
     rows = frontier.combinations([2, 4, 2], ["new", "none", "new"], [0.5, 1.0])
     assert rows == [

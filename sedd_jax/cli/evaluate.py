@@ -226,7 +226,7 @@ def _lists(options: argparse.Namespace) -> tuple[list[int], list[str | None], li
     """--steps, --predictors and --temperatures; ValueError for what is no list of such values."""
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", options.steps):
         raise ValueError(f"--steps {options.steps!r} is not like 32,64,128; see --help")
-    one = {"predictor": options.predictor, "temperature": getattr(options, "temperature", None)}
+    one = {"predictor": options.predictor, "temperature": options.temperature}
     for name, value in one.items():
         if value is not None and getattr(options, f"{name}s") is not None:
             raise ValueError(f"--{name} and --{name}s are both there; leave one out")

@@ -162,8 +162,7 @@ def _draw(
     options |= dataclasses.asdict(chosen)
     states = model.stream(None, num_samples, updates=updates, progress=progress, **options)
     last = [state for state in states if state.step == state.steps]
-    calls = [getattr(state, "calls", None) for state in last]  # None: every sample has chosen.nfe
-    nfe = chosen.nfe if calls[0] is None else np.concatenate(calls).mean()
+    nfe = np.concatenate([state.calls for state in last]).mean()
     return np.concatenate([state.tokens for state in last]), nfe
 
 
