@@ -84,7 +84,11 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--predictor", help="tweedie, euler or none (default: the config's)")
     add("--draw", help="exact or float32_gumbel, the original's (default: the config's)")
-    add("--grid", help="times of the steps: uniform or cosine (default: the config's)")
+    add(
+        "--grid",
+        help="times of the steps: uniform, cosine, or fitted, to the curve that sedd-eval "
+        "likelihood writes into the run's folder (default: the config's)",
+    )
 
 
 def add_scorer(parser: argparse.ArgumentParser) -> None:

@@ -108,7 +108,7 @@ def generative_perplexity(
             f"length {length} is more than the {scorer.network.positions} positions of scorer "
             f"{scorer.name!r}; give a --length of at most that"
         )
-    chosen = model.sampling.replaced(**sampling)
+    chosen = model.chosen(**sampling)
     sampling = dataclasses.asdict(chosen)
     batching = {"length": length, "batch_size": batch_size, "seed": seed}
     _compile(model, num_samples, **batching, **sampling)
@@ -166,7 +166,7 @@ def conditional_mauve(
     References are the first 100 tokens of the split's blocks; see mauve.known_tokens for which of
     them the sampler knows. `repeats` completions of each are scored apart.
     """
-    chosen = model.sampling.replaced(**sampling)
+    chosen = model.chosen(**sampling)
     sampling = dataclasses.asdict(chosen)
     mauve.check(form, references, repeats, seed=seed, buckets=buckets)
     _shares_tokens(model, scorer)  # refuses before the sampling

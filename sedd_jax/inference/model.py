@@ -27,7 +27,9 @@ from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError, ScoreFn
 from sedd_jax.files import local_path
 from sedd_jax.inference import bounds
+from sedd_jax.inference.curve import Curve, fitted_times
 from sedd_jax.inference.sampling import (
+    FITTED,
     Rows,
     Sampling,
     check_whole,
@@ -64,6 +66,8 @@ class SEDD:
     t_min: float = 1e-3  # where the bound's integral over noise levels begins
     step: int | None = None  # of training, where it is known
     mesh: Mesh | None = None  # the devices that share a batch and the weights; None: one device
+    curve: Curve | None = None  # of cross entropy by mask share, which the grid "fitted" needs
+    workdir: str | None = None  # of the run that it was loaded from, for messages
     # For an exported folder; nothing here reads them.
     experiment: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its config, as JSON
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the model card
@@ -140,7 +144,7 @@ class SEDD:
         known is (tokens int32, is_known bool), tokens to keep: [L] for all, or [num_samples, L].
         batch_size samples are drawn at once. progress shows a bar of reverse steps. options are
         fields of `Sampling` - steps, predictor, draw, grid, t_min - in place of self.sampling's;
-        None is the same as none. ValueError, before any work, for what cannot be meant.
+        None is the same as none. ValueError, before any work, for what cannot be meant: `chosen`.
         """
         states = self.stream(
             None,
@@ -176,7 +180,7 @@ class SEDD:
         """
         self._check(num_samples, batch_size, seed)
         check_whole("updates", updates, 1)
-        sampling = self.sampling.replaced(**options)
+        sampling = self.chosen(**options)
         if template is not None:
             if known is not None:
                 raise ValueError("a template and known both say what to keep; give one of them")
@@ -187,6 +191,36 @@ class SEDD:
         states = self._states(known, updates, sampling, seed, batch_size)
         total = -(-num_samples // batch_size) * sampling.steps
         return with_bar(states, total, disable=not progress)
+
+    def chosen(self, **options: Any) -> Sampling:
+        """How samples are drawn with these options, as in `sample_tokens`.
+
+        t_min of the grid "fitted" is the last of its times. ValueError for options that cannot be
+        meant, and for that grid without a curve: `bound(blocks).curve` is one.
+        """
+        sampling = self.sampling.replaced(**options)
+        times = self._times(sampling)
+        if times is None:
+            return sampling
+        return dataclasses.replace(sampling, t_min=float(times[-1]))
+
+    def _times(self, sampling: Sampling) -> np.ndarray | None:
+        """The times of the grid "fitted"; None with another, or where nothing steps over it."""
+        if sampling.grid != FITTED or sampling.predictor == "none":
+            return None
+        if self.graph.dim == self.graph.vocab_size:
+            raise ValueError(
+                "grid 'fitted' is for absorbing noise, whose masked tokens it counts; choose "
+                "uniform or cosine"
+            )
+        if self.curve is None:
+            run = f"sedd-eval likelihood --workdir={self.workdir or 'RUN'}"
+            where = "" if self.workdir else ", on the run that it is of, and export that again"
+            raise ValueError(
+                "grid 'fitted' needs the curve of cross entropy, which this model comes without; "
+                f"run {run}{where}, or choose uniform or cosine"
+            )
+        return fitted_times(self.curve, sampling.steps, self.schedule)
 
     def _check(self, num_samples: int, batch_size: int, seed: int) -> None:
         check_whole("num_samples", num_samples, 1)
@@ -202,7 +236,7 @@ class SEDD:
         self, known: Known, updates: int, sampling: Sampling, seed: int, batch_size: int
     ) -> Iterator[State]:
         """The states at t = 1 and at the end of `updates` parts of the steps, batch by batch."""
-        key = make_key(seed)
+        key, functions = make_key(seed), sampling.functions(self._times(sampling))
         ends = sorted({-(-sampling.steps * j // updates) for j in range(updates + 1)})
         for first in range(0, len(known.tokens), batch_size):
             part = Known(*(a[first : first + batch_size] for a in known))
@@ -218,7 +252,7 @@ class SEDD:
             for begin, end in pairwise([0, *ends]):
                 process = {"network": self.network, "graph": self.graph, "schedule": self.schedule}
                 span = np.int32(begin), np.int32(end)
-                xt = reverse_steps(self.params, key, rows, *span, sampling.functions(), **process)
+                xt = reverse_steps(self.params, key, rows, *span, functions, **process)
                 rows = rows._replace(xt=xt)
                 tokens = processes.fetch(xt)[:count, :length]
                 if (tokens < 0).any():
@@ -336,6 +370,7 @@ class SEDD:
             step=self.step,
             original=self.original,
             about=dict(self.about),
+            curve=None if self.curve is None else self.curve.to_dict(),
         )
         convert.write_folder(local_path(folder), model, name=name, replace=replace)
 

@@ -1,5 +1,6 @@
 """What a call that samples may say - options and known tokens, checked - and the compiled loop."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -18,7 +19,9 @@ from sedd_jax.parallel.sharding import path_name
 # Parameters that only matmuls in the network's dtype read.
 MATMUL_WEIGHTS = re.compile(r"(^|/)(blocks/(qkv|out|up|down)/kernel|head_weight)$")
 
-TABLES = {"predictor": samplers.PREDICTORS, "draw": samplers.DRAWS, "grid": grids.GRIDS}
+FITTED = "fitted"  # the grid whose times are the model's
+GRIDS = collections.ChainMap({FITTED: grids.fitted_grid}, grids.GRIDS)
+TABLES = {"predictor": samplers.PREDICTORS, "draw": samplers.DRAWS, "grid": GRIDS}
 
 
 def cast_weights(params: Any, dtype: Any) -> Any:
@@ -46,11 +49,11 @@ def _joined_blocks(cut: list[Any]) -> Any:
     return jax.tree.map(lambda *blocks: jnp.stack(blocks), *cut)
 
 
-# steps and t_min are traced: another number of steps does not compile again.
+# steps, t_min and a fitted grid's times are traced: other ones do not compile again.
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["steps", "t_min"],
-    meta_fields=["predictor", "draw", "grid"],
+    data_fields=["steps", "t_min", "grid"],
+    meta_fields=["predictor", "draw"],
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -60,8 +63,8 @@ class Sampling:
     steps: int = 128  # reverse steps, a network call each; the denoiser is one more
     predictor: str | Callable = "tweedie"  # or "euler"; "none": the denoiser alone
     draw: str | Callable = "exact"  # or "float32_gumbel", the original's
-    grid: str | Callable = "uniform"  # or "cosine": the times of the steps
-    t_min: float = 1e-5  # time of the denoising
+    grid: str | Callable = "uniform"  # or "cosine", "fitted": the times of the steps
+    t_min: float = 1e-5  # time of the denoising; the grid "fitted" has its own
 
     @classmethod
     def of(cls, values: Any) -> "Sampling":
@@ -88,12 +91,16 @@ class Sampling:
             raise ValueError(f"t_min {self.t_min} is not inside (0, 1); 1e-5 is usual")
         return self
 
-    def functions(self) -> "Sampling":
-        """With what the names stand for, which jit compiles for: a table may change."""
+    def functions(self, times: np.ndarray | None = None) -> "Sampling":
+        """With what the names stand for, which jit compiles for: a table may change.
+
+        times are those of the grid "fitted", float32 [N].
+        """
         chosen = {name: getattr(self, name) for name in TABLES}
-        return dataclasses.replace(
-            self, **{name: TABLES[name].get(value, value) for name, value in chosen.items()}
-        )
+        chosen = {name: TABLES[name].get(value, value) for name, value in chosen.items()}
+        arguments = () if times is None else (times,)
+        chosen["grid"] = jax.tree_util.Partial(chosen["grid"], *arguments)
+        return dataclasses.replace(self, **chosen)
 
 
 class Rows(NamedTuple):
