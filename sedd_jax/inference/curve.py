@@ -162,7 +162,7 @@ def masked_share(schedule: Schedule, t: np.ndarray) -> np.ndarray:
 
 def grid_shares(grid: Callable, steps: int, t_min: float, schedule: Schedule) -> np.ndarray:
     """The mask shares at the calls of so many steps of a grid and of the denoiser, [steps + 1]."""
-    times = np.array(jax.vmap(lambda i: grid(i, steps, t_min))(np.arange(steps + 1)))
+    times = np.array(jax.vmap(lambda i: grid(i, max(steps, 1), t_min))(np.arange(steps + 1)))
     times[-1] = t_min
     times[0] = 1.0  # of no steps too
     return masked_share(schedule, times)
