@@ -37,9 +37,9 @@ TEXTLIKE = 1.8 + 1.6 * np.linspace(0, 1, 65) + 3.0 * np.linspace(0, 1, 65) ** 20
 
 
 def curve_of(share, nats):
-    """A curve through these points, without errors."""
+    """A curve through these points, of very many copies."""
     share, nats = np.asarray(share, float), np.asarray(nats, float)
-    return Curve(*map(tuple, (share, nats, 0 * share)), (1,) * len(share))
+    return Curve(*map(tuple, (share, nats, 0 * share)), (10**8,) * len(share))
 
 
 @functools.cache
@@ -237,17 +237,43 @@ def test_means_and_errors_of_hand_numbers():
     np.testing.assert_allclose(curve.standard_error, [0.5, 1.0, alone])
 
 
-def test_a_noisy_curve_is_made_monotone_and_does_not_run_off_at_its_ends():
+def test_a_curve_rises_between_and_beyond_its_bins_whatever_they_are():
     curve = Curve((0.1, 0.11, 0.5, 0.7), (1.0, 3.0, 2.0, 4.0), (0.1,) * 4, (1, 1, 3, 1))
-    u = np.linspace(0.0, 1.0, 101)
-    assert (np.diff(curve.at(u)) >= 0).all()
-    # 3 and 2 with the weights 1 and 3 are pooled to 2.25.
-    np.testing.assert_allclose(curve.at([0.1, 0.11, 0.5, 0.6, 0.7]), [1, 2.25, 2.25, 3.125, 4])
-    # The lines go on for a gap of the bins, 0.01 and 0.2, and no further.
-    np.testing.assert_allclose(curve.at([0.0, 0.09, 0.8, 0.9, 1.0]), [0, 0, 4.875, 5.75, 5.75])
+    g = curve.at(np.linspace(0.0, 1.0, 101))
+    assert (np.diff(g) > -1e-12).all() and g[0] >= 0 and g[-1] < 6
     one = curve_of([0.3], [2.0])
-    np.testing.assert_allclose(one.at(u), 2.0)
-    assert one.price([1.0]) == pytest.approx(0.0)
+    np.testing.assert_allclose(one.at(np.linspace(0.0, 1.0, 5)), 2.0, rtol=1e-6)
+    assert one.price([1.0]) == pytest.approx(0.0, abs=1e-6)
+
+
+@languages
+def test_a_curve_between_its_bins_is_the_profile(name):
+    p0 = toy.LANGUAGES[name]()
+    bins = (np.arange(64) + 0.5) / 64
+    curve, u = curve_of(bins, toy.profile(p0, bins)), np.linspace(0.0, 1.0, 1001)
+    np.testing.assert_allclose(curve.at(u), toy.profile(p0, u), atol=2e-3)
+    mean = toy.masked_entropies(p0).mean()
+    assert curve.at([1.0])[0] - curve.price([1.0]) == pytest.approx(mean, abs=1e-3)
+
+
+@pytest.mark.parametrize("steep", [0.0, 2.0])
+@pytest.mark.parametrize("calls", [8, 32])
+def test_a_grid_is_not_fitted_to_the_noise_of_the_bins(steep, calls):
+    """With the errors that 209 blocks of 128 tokens at 16 noise levels have."""
+
+    def truth(u):
+        return 1.8 + 1.4 * np.asarray(u) + steep * np.asarray(u) ** 20
+
+    rng, bins = np.random.default_rng(0), (np.arange(64) + 0.5) / 64
+    exact, prices = curve_of(bins, truth(bins)), []
+    for _ in range(12):
+        noise = rng.normal(scale=0.045, size=64)
+        noisy = Curve(tuple(bins), tuple(truth(bins) + noise), (0.045,) * 64, (50,) * 64)
+        shares = fitted_shares(noisy, calls)
+        prices.append((noisy.price(shares), exact.price(shares)))
+    claimed, true = np.mean(prices, axis=0)
+    assert claimed == pytest.approx(true, rel=0.12)
+    assert true < 1.08 * exact.price(fitted_shares(exact, calls))
 
 
 def test_uniform_noise_has_no_curve():

@@ -24,7 +24,7 @@ ROWS = {
     "bigram": "interpolated bigram, same text",
     "unigram": "unigram, same text",
 }
-CALLS = (8, 16, 32, 64, 128)  # network calls that the price is told of
+CALLS = (8, 16, 32, 64, 128)  # network calls a sample whose price is printed
 
 
 def evaluate_split(
@@ -200,7 +200,7 @@ def likelihood_table(result: dict[str, Any]) -> str:
         return "\n".join(lines)
     parts = ", ".join(f"{part} {bits[part]:.4f}" for part in ("diffusion", "tail", "prior"))
     lines.append(f"the bound's parts, bits/character: {parts}")
-    lines += price_table(result["price_of_calls"])
+    lines += price_table(result.get("price_of_calls"))
     if not result.get("target_reached", True):
         lines.append(
             f"target {result['target_standard_error']:g} nats/token not reached: "
@@ -216,8 +216,8 @@ def price_table(prices: dict[str, dict[str, float]] | None) -> list[str]:
         return []
     lines = [f"{'network calls a sample':48}" + "".join(f"{calls:>10}" for calls in prices)]
     for grid in next(iter(prices.values())):
-        name = f"price above the normalised bound, nats/token, {grid}"
-        lines.append(f"{name:56}" + "".join(f"{paid[grid]:>10.4f}" for paid in prices.values()))
+        name = f"price of so few, nats/token, grid {grid}"
+        lines.append(f"{name:48}" + "".join(f"{paid[grid]:>10.4f}" for paid in prices.values()))
     return lines
 
 

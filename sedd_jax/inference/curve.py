@@ -17,11 +17,13 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from scipy.optimize import isotonic_regression
+from scipy.optimize import nnls
+from scipy.special import bdtrc
 
 from sedd_jax.diffusion.schedules import Schedule
 
 BINS = 64  # of mask share, at most
+DEGREE = 32  # of the polynomial fitted to them
 POINTS = 512  # the shares that a fitted grid chooses from divide [0, 1] into so many parts
 MAX_CALLS = 64  # the most that are fitted; of more, shares between theirs
 TABLE = 1024  # steps whose times a sampler is handed; of more, times between theirs
@@ -91,26 +93,38 @@ class Curve:
         """As JSON."""
         return {**self.about, **{name: list(getattr(self, name)) for name in FIELDS}}
 
-    def at(self, u: np.ndarray) -> np.ndarray:
-        """Nats of a masked token at the mask shares u, the shape of u.
+    @functools.cached_property
+    def rises(self) -> np.ndarray:
+        """What g rises by, [DEGREE + 1], none of it below 0: g(0), then before each coefficient.
 
-        The bins made monotone, as more context never costs on average, and lines between them; to
-        0 and to 1 the line goes on, but for no longer than between the last two bins.
+        With h_m the nats of a masked token while m others are masked, on average over the sets,
+
+            g(u) = sum over m of Binomial(L - 1, u)(m) h_m
+
+        and h_m rises for an exact network: seeing more never costs. So the bins are fitted by such
+        a polynomial of DEGREE, by least squares weighted by copies. Rises of a lower degree are no
+        noise that a grid could be fitted to, as those of an isotonic regression are: a grid fitted
+        to that was dearer than the uniform one, and claimed half of its price.
         """
-        x, y = np.array(self.share), isotonic_regression(self.nats, weights=self.copies).x
-        if len(x) > 1:
-            gap, rise = np.diff(x)[[0, -1]], np.diff(y)[[0, -1]]
-            ends = np.minimum([x[0], 1.0 - x[-1]], gap)
-            beyond = ends * rise / np.maximum(gap, 1e-12)
-            x = np.concatenate([[x[0] - ends[0]], x, [x[-1] + ends[1]]])
-            y = np.concatenate([[max(y[0] - beyond[0], 0.0)], y, [y[-1] + beyond[1]]])
-        return np.interp(u, x, y)
+        weight = np.sqrt(self.copies)
+        # As if one copy more had seen each rise to be 0: where there are few, none runs off.
+        flat = np.eye(DEGREE + 1)[1:]
+        rows = np.concatenate([_basis(self.share) * weight[:, None], flat])
+        return nnls(rows, np.concatenate([self.nats * weight, np.zeros(DEGREE)]))[0]
+
+    def at(self, u: np.ndarray) -> np.ndarray:
+        """g, nats of a masked token, at the mask shares u [N]: smooth, and rising from 0 to 1."""
+        return _basis(u) @ self.rises
 
     def price(self, shares: np.ndarray) -> float:
         """The price of calls at the mask shares [K], falling from 1, in nats per token."""
-        middles = (np.arange(8 * POINTS) + 0.5) / (8 * POINTS)
-        integral = self.at(middles).mean()
+        integral = self.rises @ (1.0 - np.arange(DEGREE + 1) / (DEGREE + 1))
         return float(-np.diff(shares, append=0.0) @ self.at(shares) - integral)
+
+
+def _basis(u: np.ndarray) -> np.ndarray:
+    """P(Binomial(DEGREE, u) >= j) for j = 0 .. DEGREE, at u [N]: [N, DEGREE + 1]."""
+    return bdtrc(np.arange(DEGREE + 1) - 1.0, DEGREE, np.asarray(u)[:, None])
 
 
 def _bin(share: np.ndarray) -> np.ndarray:
