@@ -118,6 +118,11 @@ def masked_times(grid, steps):
     return np.append([float(grid(i, steps, 1e-5)) for i in range(steps)], 1e-5)
 
 
+def test_a_flat_curve_has_the_uniform_grid():
+    flat = curve_of([0.2, 0.8], [2.0, 2.0])
+    np.testing.assert_allclose(fitted_shares(flat, 8), toy.uniform_times(8), atol=1 / POINTS)
+
+
 def test_many_calls_get_shares_between_those_of_fewer_at_little_cost():
     curve = curve_of(np.linspace(0, 1, 65), TEXTLIKE)
     for calls in (MAX_CALLS + 1, 2 * MAX_CALLS):

@@ -86,7 +86,7 @@ def test_what_will_be_done_is_explained_with_its_price(capsys, tiny_run, run):
     assert lines[1] == (
         f"15 steps and a denoiser: 16 network calls a sample, the last at t = {times[15]:.3g}"
     )
-    assert lines[2] == "the price, by the curve of cross entropy of step 8:"
+    assert lines[2] == "the price of Tweedie's steps, by the curve of cross entropy of step 8:"
     assert lines[3].split()[-1] == "16" and lines[-1].split()[-2] == "fitted"
     paid = [float(line.split()[-1]) for line in lines[4:]]
     assert len(paid) == 3 and 0 < paid[2] < min(paid[:2])

@@ -124,7 +124,7 @@ def explained(model, options: dict[str, Any]) -> str:
     ]
     if model.curve is not None:
         of_step = model.curve.about.get("step")
-        lines += [f"the price, by the curve of cross entropy of step {of_step}:"]
+        lines += [f"the price of Tweedie's steps, by the curve of cross entropy of step {of_step}:"]
         lines += price_table(price_of_calls(model, model.curve, [sampling.nfe]))
     elif model.graph.dim > model.graph.vocab_size:
         lines.append(
