@@ -321,6 +321,8 @@ def test_a_curve_survives_json_and_anything_else_is_refused():
         {"nats": None},
         {"copies": [0] * len(curve.nats)},
         {"copies": {}},
+        {"copies": [float("inf")] * len(curve.nats)},
+        {"nats": [1e300] * len(curve.nats)},
     ):
         with pytest.raises((ValueError, TypeError)):
             Curve.from_dict({**values, **wrong})

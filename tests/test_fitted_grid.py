@@ -102,7 +102,7 @@ def test_an_evaluation_whose_curve_cannot_be_kept_says_so_and_succeeds(capsys, r
     records = (f"--records={run / 'records'}", "--split=validation")
     assert eval_command(evaluated(tmp_path / "exported", *records)) == 0
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("the curve of cross entropy is not kept for --grid=fitted: ")
+    assert last.startswith("the curve of cross entropy is not saved for --grid=fitted: ")
     assert last.endswith("/exported' is not the folder of a run")
     with says("run sedd-eval likelihood --workdir=RUN, on the run that it is of, and export"):
         sedd_jax.load(tmp_path / "exported").sample(grid="fitted")

@@ -95,17 +95,17 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     result = _bound(options) if options.gpt2 is None else _gpt2(options)
     _show(likelihood_table(result), result, options.json)
     if result.get("curve") is not None:
-        _keep_curve(options.workdir, result)
+        _save_curve(options.workdir, result)
 
 
-def _keep_curve(workdir: Path, result: dict[str, Any]) -> None:
+def _save_curve(workdir: Path, result: dict[str, Any]) -> None:
     """Writes the curve into the run's folder; says what became of it."""
     from sedd_jax.runs.workdir import CURVE, write_curve
 
     try:
         write_curve(workdir, result)
     except ValueError as error:
-        log.info("the curve of cross entropy is not kept for --grid=fitted: %s", error)
+        log.info("the curve of cross entropy is not saved for --grid=fitted: %s", error)
     else:
         log.info("written: %s, for --grid=fitted", workdir / CURVE)
 

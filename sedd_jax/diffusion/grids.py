@@ -21,7 +21,7 @@ def cosine_grid(i: jax.Array, steps: jax.Array, t_min: float) -> jax.Array:
 def fitted_grid(times: jax.Array, i: jax.Array, steps: jax.Array, t_min: float) -> jax.Array:
     """times[i], float32 [N]; of N steps and more, times between them at even distances.
 
-    Not of GRIDS: the times are a model's, found by inference/few_calls.py.
+    Not one of GRIDS: the times are a model's, of inference/curve.py.
     """
     del t_min  # the last of them
     last = len(times) - 1

@@ -20,6 +20,7 @@ import numpy as np
 from scipy.optimize import nnls
 from scipy.special import bdtrc
 
+from sedd_jax.diffusion.graphs import Graph
 from sedd_jax.diffusion.schedules import Schedule
 
 BINS = 64  # of mask share, at most
@@ -83,8 +84,9 @@ class Curve:
         rises = share.ndim == 1 and share.size and np.all(np.diff([0.0, *share, 1.0]) >= 0.0)
         if not rises or any(np.shape(a) != share.shape for a in (nats, error, copies)):
             raise ValueError("the shares do not rise in [0, 1], or a list is of another length")
-        if not (np.isfinite([nats, error]).all() and (copies >= 1.0).all()):
-            raise ValueError("a number is not finite, or a bin holds no copy")
+        limits = (nats, 0.0, 1e6), (error, 0.0, 1e6), (copies, 1.0, 2.0**53)
+        if not all(((low <= a) & (a <= high)).all() for a, low, high in limits):  # nor NaN
+            raise ValueError("a cross entropy, an error or a number of copies cannot be one")
         about = {name: value for name, value in values.items() if name not in FIELDS}
         columns = (tuple(a.tolist()) for a in (share, nats, error))
         return cls(*columns, tuple(copies.astype(int).tolist()), about)
@@ -102,9 +104,9 @@ class Curve:
             g(u) = sum over m of Binomial(L - 1, u)(m) h_m
 
         and h_m rises for an exact network: seeing more never costs. So the bins are fitted by such
-        a polynomial of DEGREE, by least squares weighted by copies. Rises of a lower degree are no
-        noise that a grid could be fitted to, as those of an isotonic regression are: a grid fitted
-        to that was dearer than the uniform one, and claimed half of its price.
+        a polynomial of DEGREE, by least squares weighted by copies. An isotonic regression leaves
+        the bins' noise in the curve: a grid fitted to that costs more than the uniform one and
+        claims half of its price.
         """
         weight = np.sqrt(self.copies)
         # As if one copy more had seen each rise to be 0: where there are few, none runs off.
@@ -165,6 +167,25 @@ def fitted_shares(curve: Curve, calls: int) -> np.ndarray:
         return shares
     k = np.arange(calls) * (few / calls)
     return np.interp(k, np.arange(few + 1), np.append(shares, 0.0))
+
+
+def checked_curve(curve: Curve | None, graph: Graph, workdir: str | None) -> Curve:
+    """The curve that a fitted grid needs; ValueError without one, or for noise that has none.
+
+    workdir is the folder of the model's run, for the message; None for an exported model.
+    """
+    if graph.dim == graph.vocab_size:
+        raise ValueError(
+            "grid 'fitted' is for absorbing noise, whose masked tokens it counts; choose uniform "
+            "or cosine"
+        )
+    if curve is None:
+        where = "" if workdir else ", on the run that it is of, and export that again"
+        raise ValueError(
+            "grid 'fitted' needs the curve of cross entropy, which this model comes without; run "
+            f"sedd-eval likelihood --workdir={workdir or 'RUN'}{where}, or choose uniform or cosine"
+        )
+    return curve
 
 
 # --- times

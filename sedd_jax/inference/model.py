@@ -27,7 +27,7 @@ from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError, ScoreFn
 from sedd_jax.files import local_path
 from sedd_jax.inference import bounds
-from sedd_jax.inference.curve import Curve, fitted_times
+from sedd_jax.inference.curve import Curve, checked_curve, fitted_times
 from sedd_jax.inference.sampling import (
     FITTED,
     Rows,
@@ -208,19 +208,8 @@ class SEDD:
         """The times of the grid "fitted"; None with another, or where nothing steps over it."""
         if sampling.grid != FITTED or sampling.predictor == "none":
             return None
-        if self.graph.dim == self.graph.vocab_size:
-            raise ValueError(
-                "grid 'fitted' is for absorbing noise, whose masked tokens it counts; choose "
-                "uniform or cosine"
-            )
-        if self.curve is None:
-            run = f"sedd-eval likelihood --workdir={self.workdir or 'RUN'}"
-            where = "" if self.workdir else ", on the run that it is of, and export that again"
-            raise ValueError(
-                "grid 'fitted' needs the curve of cross entropy, which this model comes without; "
-                f"run {run}{where}, or choose uniform or cosine"
-            )
-        return fitted_times(self.curve, sampling.steps, self.schedule)
+        curve = checked_curve(self.curve, self.graph, self.workdir)
+        return fitted_times(curve, sampling.steps, self.schedule)
 
     def _check(self, num_samples: int, batch_size: int, seed: int) -> None:
         check_whole("num_samples", num_samples, 1)

@@ -264,7 +264,7 @@ def open_workdir(folder: Path) -> Workdir:
 def write_curve(folder: Path, result: Mapping[str, Any]) -> None:
     """Write the curve in a result of `evaluation.likelihood.evaluate_split`, with what was scored.
 
-    ValueError, which says why not, where it cannot be kept.
+    ValueError, which says why not, where it cannot be written.
     """
     if missing_files(folder):
         raise ValueError(f"{str(folder)!r} is not the folder of a run")
