@@ -86,7 +86,10 @@ SAMPLING = {
         "tweedie, euler, two_stage and more, see docs/samplers.md (default: the config's)",
     ),
     "draw": (str, "exact or float32_gumbel, the original's (default: the config's)"),
-    "grid": (str, "times of the steps: uniform or cosine (default: the config's)"),
+    "grid": (
+        str,
+        "times of the steps: uniform, cosine, or fitted to the run's curve (default: the config's)",
+    ),
     "theta": (float, "two_stage, theta_trapezoidal: where a step is cut (default 0.5)"),
     "eta": (float, "remdm_cap, _rescale, _loop: how much is masked again (default 0.02)"),
     "kappa": (float, "psi: how much is not noised again (default 0.95)"),

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from sedd_jax.cli.arguments import (
     run_records,
     sampling_of,
 )
+
+log = logging.getLogger(__name__)
 
 NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
 
@@ -94,6 +97,20 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
     result = _bound(options) if options.gpt2 is None else _gpt2(options)
     _show(likelihood_table(result), result, options.json)
+    if result.get("curve") is not None:
+        _save_curve(options.workdir, result)
+
+
+def _save_curve(workdir: Path, result: dict[str, Any]) -> None:
+    """Writes the curve into the run's folder; says what became of it."""
+    from sedd_jax.runs.workdir import CURVE, write_curve
+
+    try:
+        write_curve(workdir, result)
+    except ValueError as error:
+        log.info("the curve of cross entropy is not saved for --grid=fitted: %s", error)
+    else:
+        log.info("written: %s, for --grid=fitted", workdir / CURVE)
 
 
 def _bound(options: argparse.Namespace) -> dict[str, Any]:

@@ -37,11 +37,14 @@ def run(name: str, argv: list[str]) -> None:
     Sampling().replaced(**named)  # a wrong value is refused before a model is loaded
     source = options.workdir or options.model
     model = load(source, step=options.step, tokenizer=named_tokenizer(options))
+    if options.explain:
+        print(explained(model, named))
+        return
     length, known = options.length, None
     if options.template is None and (options.prefix or options.suffix):
         length = model.length if length is None else length
         known = data.prefix_suffix(options.prefix, options.suffix, model.tokenizer, length)
-    sampling = model.sampling.replaced(**named)
+    sampling = model.chosen(**named)
     chosen = {key: getattr(sampling, key) for key in OPTIONS} | named
     is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
     how = {
@@ -109,6 +112,7 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
     add("--format", default="text", help="text, or jsonl: an object a line, batch by batch")
     add("--out", type=new_file, help="write to this new file (default: standard output)")
     add("--html", type=new_file, help="also write a page that plays the sampling to this new file")
+    add("--explain", action="store_true", help="say what would be done and its price; draw nothing")
     add("--live", action="store_true", help="show the first sample in the terminal as it comes")
     options = parser.parse_args(argv)
     if (options.workdir is None) == (options.model is None):
@@ -156,12 +160,35 @@ def _revised(
     from sedd_jax.inference import revision
 
     strength = revision.STRENGTH if options.strength is None else options.strength
-    start, keep = revision.start_of(strength, sampling), options.keep or []
+    start = revision.start_of(strength, sampling, model.times_of(sampling))
+    keep = options.keep or []
     states = model.stream_revisions(
         options.drafts, options.num_samples, strength=strength, keep=keep, **how
     )
     about = {"strength": strength, "time": start.time, "nfe": start.nfe}
     return states, about | ({"keep": keep} if keep else {})
+
+
+def explained(model, options: dict[str, Any]) -> str:
+    """What sampling with these options does, and the price of so few calls, in a few lines."""
+    from sedd_jax.evaluation.likelihood import price_of_calls, price_table
+
+    sampling = model.chosen(**options)
+    steps = "the denoiser alone" if sampling.nfe == 1 else f"{sampling.steps} steps and a denoiser"
+    lines = [
+        f"predictor {sampling.predictor}, grid {sampling.grid}, draw {sampling.draw}",
+        f"{steps}: {sampling.nfe} network calls a sample, the last at t = {sampling.t_min:.3g}",
+    ]
+    if model.curve is not None:
+        of_step = model.curve.about.get("step")
+        lines += [f"the price of Tweedie's steps, by the curve of cross entropy of step {of_step}:"]
+        lines += price_table(price_of_calls(model, model.curve, [sampling.nfe]))
+    elif model.graph.dim > model.graph.vocab_size:
+        lines.append(
+            "no price: the model comes without the curve of cross entropy that sedd-eval "
+            "likelihood keeps in its run's folder"
+        )
+    return "\n".join(lines)
 
 
 def _watched(states: Iterable, is_live: bool) -> Iterator:

@@ -209,7 +209,9 @@ def _read(
 def _of_run(run: workdir.Workdir) -> Pretrained:
     """The model of a training run, without its parameters and its step."""
     vocab_size = run.tokenizer.vocab_size
-    return Pretrained(run.config, vocab_size, None, run.tokenizer, original=run.original)
+    curve = workdir.read_curve(run)
+    original = run.original
+    return Pretrained(run.config, vocab_size, None, run.tokenizer, original=original, curve=curve)
 
 
 _OPEN = {

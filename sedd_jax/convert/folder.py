@@ -48,6 +48,7 @@ class Pretrained(NamedTuple):
     notices: tuple[str, ...] = ()  # what the reader had to assume
     about: Mapping[str, Any] = {}
     original: dict | None = None  # the config that it came with
+    curve: Mapping[str, Any] | None = None  # of cross entropy by mask share, as JSON
 
 
 def read_folder(folder: Path | str) -> Pretrained:
@@ -74,16 +75,16 @@ def open_folder(folder: Path) -> Pretrained:
             )
         refuse_pointer_file(folder / name)
     theirs, (config, vocab_size, notices) = original_config.open_config(folder / CONFIG)
-    tokenizer, step, about = None, None, {}
+    tokenizer, step, about, curve = None, None, {}, None
     if (folder / OURS).exists():
         ours = _read_ours(folder / OURS)
-        step, about = ours["step"], ours["about"] or {}
+        step, about, curve = ours["step"], ours["about"] or {}, ours["curve"]
         if ours["tokenizer"] is not None:
             tokenizer = tokenizer_from_dict(ours["tokenizer"])
         written, notices = _config(ours["config"], str(folder / OURS))
         _check_agreement(folder, (config, vocab_size), (written, ours["vocab_size"]))
         config = written
-    return Pretrained(config, vocab_size, None, tokenizer, step, notices, about, theirs)
+    return Pretrained(config, vocab_size, None, tokenizer, step, notices, about, theirs, curve)
 
 
 def read_params(folder: Path, model: Pretrained) -> dict:
@@ -124,7 +125,9 @@ def _read_ours(file: Path) -> dict[str, Any]:
         "tokenizer": (dict, type(None)),
         "step": (int, type(None)),
         "about": (dict, type(None)),
+        "curve": (dict, type(None)),
     }
+    ours.setdefault("curve", None)  # of a version before it
     for key, kind in kinds.items():
         if key not in ours or type(ours[key]) not in kind:
             raise ValueError(f"{key} of {str(file)!r} is missing or of a wrong type; get it again")
@@ -186,6 +189,7 @@ def write_folder(
         "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
         "step": model.step,
         "about": model.about,
+        "curve": model.curve,
     }
     count = sum(array.size for array in tensors.values())
     with appearing(folder) as part:

@@ -18,4 +18,14 @@ def cosine_grid(i: jax.Array, steps: jax.Array, t_min: float) -> jax.Array:
     return t_min + (1.0 - t_min) * jnp.cos(0.5 * jnp.pi * i / steps)
 
 
+def fitted_grid(times: jax.Array, i: jax.Array, steps: jax.Array, t_min: float) -> jax.Array:
+    """times[i], float32 [N]; of N steps and more, times between them at even distances.
+
+    Not one of GRIDS: the times are a model's, of inference/curve.py.
+    """
+    del t_min  # the last of them
+    last = len(times) - 1
+    return jnp.interp(i * jnp.minimum(1.0, last / steps), jnp.arange(last + 1.0), times)
+
+
 GRIDS = {"uniform": uniform_grid, "cosine": cosine_grid}

@@ -22,7 +22,7 @@ GOLDEN = 0.6180339887498949
 
 
 class Bound(NamedTuple):
-    """Unbiased estimates of the bound's parts; nats per sequence, float32 [B] each.
+    """Unbiased estimates of the bound's parts; nats per sequence, float32 [B] but for the last two.
 
     normalised is the diffusion part of the scores rescaled to their true total (a valid bound
     from the same weights, never looser; None where the graph fixes no total). The variances are of
@@ -37,6 +37,9 @@ class Bound(NamedTuple):
     reconstruction: jax.Array  # -log of the denoiser that sampling ends with, at t_min
     variance: jax.Array  # of diffusion + reconstruction
     normalised_variance: jax.Array | None  # of normalised + reconstruction
+    # Of each noised copy of a sequence, float32 [B, passes]; None where no token is masked.
+    share: jax.Array | None = None  # the probability that a token is masked
+    cross_entropy: jax.Array | None = None  # nats of a masked token, by its normalised scores
 
     @property
     def total(self) -> jax.Array:
@@ -97,7 +100,7 @@ def bound(
     process = score_fn, graph, schedule, t_min
 
     u = stratified(key_levels, index, passes)  # [passes, B]
-    diffusion, normalised = _diffusion(key_diffusion, u, examples, *process)  # [passes, B]
+    diffusion, normalised, copies = _diffusion(key_diffusion, u, examples, *process)  # [passes, B]
     reconstruction = _reconstruction(key_reconstruction, reconstruction_passes, examples, *process)
     prior = graph.prior(schedule.sigma(jnp.ones(len(x0)))) * is_token.sum(axis=-1)  # [B]
 
@@ -110,12 +113,15 @@ def bound(
         reconstruction=reconstruction.mean(axis=0),
         variance=_pairs_variance(diffusion) + variance,
         normalised_variance=_pairs_variance(normalised) + variance if has_total else None,
+        share=copies[0].T if has_total else None,
+        cross_entropy=copies[1].T if has_total else None,
     )
 
 
 def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
-    """The integral of dsigma/dt * score entropy over [t_min, 1], and that of the normalised one:
-    an estimate from each pass, at the noise levels u [passes, B]; [passes, B], the second or None.
+    """The integral of dsigma/dt * score entropy over [t_min, 1], that of the normalised one, and
+    (mask share, nats of a masked token) of each copy: from each pass, at the noise levels u
+    [passes, B]; [passes, B] each, the second and third or None.
     """
     x0, _, is_token = examples
 
@@ -126,21 +132,25 @@ def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
         k, u = k_and_u
         p = examples.each(probe, jax.random.fold_in(key, k), x0, u[:, None], is_token)
         entropy = graph.score_entropy(score_fn(p.xt, p.sigma), p.sigma, p.xt, x0)
-        return jax.tree.map(lambda e: p.scale * e, entropy), p.weight, p.mean_weight
+        cost = jax.tree.map(lambda e: p.scale * e, entropy)
+        return cost, p.weight, p.mean_weight, -jnp.expm1(-p.sigma[:, 0])
 
-    # A ScoreEntropy of costs, and the weights: [passes, B, L] each.
-    cost, weight, mean_weight = jax.lax.map(one_pass, (jnp.arange(len(u)), u))
+    # A ScoreEntropy of costs, and the weights: [passes, B, L] each; share [passes, B].
+    cost, weight, mean_weight, share = jax.lax.map(one_pass, (jnp.arange(len(u)), u))
 
     def estimate(cost):
         controlled = weight * cost - control_variate(cost, weight, mean_weight)
         return jnp.sum(controlled, axis=-1, where=is_token)
 
     if cost.normalised is None:
-        return estimate(cost.value), None
+        return estimate(cost.value), None, None
     normalised = estimate(cost.normalised)
     # What the scores' totals cost is >= 0; added uncontrolled, the bound is never the smaller one.
     penalty = jnp.maximum(cost.value - cost.normalised, 0.0)
-    return normalised + jnp.sum(weight * penalty, axis=-1, where=is_token), normalised
+    # The masked tokens have one weight; their mean cost is an unbiased estimate at that share.
+    cross_entropy = (weight * cost.normalised).sum(axis=-1) / weight.sum(axis=-1)
+    value = normalised + jnp.sum(weight * penalty, axis=-1, where=is_token)
+    return value, normalised, (share, cross_entropy)
 
 
 def control_variate(cost: jax.Array, weight: jax.Array, mean_weight: jax.Array) -> jax.Array:

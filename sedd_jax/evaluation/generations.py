@@ -98,7 +98,7 @@ def settings(
 ) -> dict[str, Any]:
     """What decides the numbers of generative_perplexity, as they stand in its result."""
     return {
-        **made_with(model, scorer, seed, model.sampling.replaced(**sampling)),
+        **made_with(model, scorer, seed, model.chosen(**sampling)),
         "num_samples": num_samples,
         "length": model.length if length is None else length,
         **(NO_REFERENCES if references is None else references.source),
@@ -126,7 +126,7 @@ def generative_perplexity(
     check_scorable(model, scorer, length)
     if references is not None:
         check_references(len(references.features), num_samples)
-    chosen = model.sampling.replaced(**sampling)
+    chosen = model.chosen(**sampling)
     result = settings(
         model, scorer, references, num_samples=num_samples, seed=seed, length=length, **sampling
     )
@@ -209,7 +209,7 @@ def conditional_mauve(
     them the sampler knows. `repeats` completions of each are scored apart. Entropy and repetition
     are of whole texts, known tokens included, as the features are.
     """
-    chosen = model.sampling.replaced(**sampling)
+    chosen = model.chosen(**sampling)
     mauve.check(form, references, repeats, seed=seed, buckets=buckets)
     _shares_tokens(model, scorer)  # refuses before the sampling
     if min(records.length, model.length) < mauve.CONDITIONAL_LENGTH:

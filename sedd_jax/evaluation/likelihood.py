@@ -10,8 +10,10 @@ import numpy as np
 import scipy.sparse
 
 from sedd_jax import data
+from sedd_jax.diffusion.grids import GRIDS
 from sedd_jax.evaluation.scorer import Scorer
 from sedd_jax.inference import bounds
+from sedd_jax.inference.curve import Curve, prices
 from sedd_jax.inference.model import SEDD
 
 ROWS = {
@@ -22,6 +24,7 @@ ROWS = {
     "bigram": "interpolated bigram, same text",
     "unigram": "unigram, same text",
 }
+CALLS = (8, 16, 32, 64, 128)  # network calls a sample whose price is printed
 
 
 def evaluate_split(
@@ -41,8 +44,9 @@ def evaluate_split(
     """The bound on a split's blocks (the first `blocks`, or all) in every unit.
 
     train, records and split, adds n-gram models fitted on that. With target_standard_error, nats
-    per token, the result says whether it was reached within max_passes. ValueError if the records
-    are not the model's kind.
+    per token, the result says whether it was reached within max_passes. Of absorbing noise it has
+    the curve of cross entropy by mask share and, by grid, the price of few network calls in nats
+    per token. ValueError if the records are not the model's kind.
     """
     check_records(model, records)
     heldout = data.read_blocks(records, split, blocks)
@@ -75,6 +79,20 @@ def evaluate_split(
         "seed": seed,
         "data": _provenance(records, split),
         **values,
+        "curve": None if total.curve is None else total.curve.to_dict(),
+        "price_of_calls": price_of_calls(model, total.curve, CALLS),
+    }
+
+
+def price_of_calls(
+    model: SEDD, curve: Curve | None, calls: Iterable[int]
+) -> dict[str, dict[str, float]] | None:
+    """{calls: {grid: nats per token}}: what few network calls cost at most, above the bound."""
+    if curve is None:
+        return None
+    return {
+        str(count): prices(curve, count, model.sampling.t_min, model.schedule, GRIDS)
+        for count in calls
     }
 
 
@@ -182,6 +200,7 @@ def likelihood_table(result: dict[str, Any]) -> str:
         return "\n".join(lines)
     parts = ", ".join(f"{part} {bits[part]:.4f}" for part in ("diffusion", "tail", "prior"))
     lines.append(f"the bound's parts, bits/character: {parts}")
+    lines += price_table(result.get("price_of_calls"))
     if not result.get("target_reached", True):
         lines.append(
             f"target {result['target_standard_error']:g} nats/token not reached: "
@@ -189,6 +208,17 @@ def likelihood_table(result: dict[str, Any]) -> str:
             "raise --max_passes"
         )
     return "\n".join(lines)
+
+
+def price_table(prices: dict[str, dict[str, float]] | None) -> list[str]:
+    """What `price_of_calls` returned as lines of aligned text; none of None."""
+    if prices is None:
+        return []
+    lines = [f"{'network calls a sample':48}" + "".join(f"{calls:>10}" for calls in prices)]
+    for grid in next(iter(prices.values())):
+        name = f"price of so few, nats/token, grid {grid}"
+        lines.append(f"{name:48}" + "".join(f"{paid[grid]:>10.4f}" for paid in prices.values()))
+    return lines
 
 
 def stream_of(blocks: data.Blocks) -> np.ndarray:

@@ -59,8 +59,11 @@ def make_report(
 
 
 def write_report(workdir: Path, summary: dict[str, Any], frames: list[str]) -> None:
-    """Writes what `make_report` returned as summary.json and picture.png of the run in workdir."""
+    """Writes what `make_report` returned as summary.json, curve.json and picture.png of the run in
+    workdir."""
     write_text(workdir / runs.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
+    if summary["heldout"]["curve"] is not None:
+        runs.write_curve(workdir, summary["heldout"])
     metrics = runs.read_metrics(workdir)
     draw_picture(workdir / runs.PICTURE, metrics, summary["heldout"], frames)
 

@@ -16,6 +16,7 @@ from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError
+from sedd_jax.inference.curve import Curve
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import processes, sharding
@@ -37,11 +38,13 @@ class CorpusBound(NamedTuple):
     normalised_standard_error: float | None
     paper_protocol: float  # mean over t ~ U[t_min, 1], nothing added: what published tables hold
     passes: int  # noise levels a block that it was estimated from
+    curve: Curve | None = None  # cross entropy by mask share; None for noise without a mask
 
     @property
     def sums(self) -> dict[str, float | None]:
         """The fields that are nats."""
-        return {name: value for name, value in self._asdict().items() if name != "passes"}
+        fields = self._asdict().items()
+        return {name: value for name, value in fields if name not in ("passes", "curve")}
 
     def per(self, count: float) -> Self:
         """Each sum divided by count."""
@@ -106,11 +109,11 @@ def corpus_bound(
             batch = sharding.put_whole(batch, mesh)
         results.append(processes.fetch(bound_fn(params, key, *batch, passes=passes)))
         check_finite(results[-1], rows, "block")
-
-    def add_up(*values):
-        return float(np.concatenate(values)[:count].sum(dtype=np.float64))
-
-    total = jax.tree.map(add_up, *results)
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
+    curve = None
+    if whole.share is not None:
+        curve = Curve.of(whole.share.ravel(), whole.cross_entropy.ravel())
+    total = jax.tree.map(lambda values: float(values.sum(dtype=np.float64)), whole)
     ends = total.reconstruction + total.prior
     normalised = total.normalised
     return CorpusBound(
@@ -125,6 +128,7 @@ def corpus_bound(
         ),
         paper_protocol=total.diffusion / (1.0 - t_min),
         passes=passes,
+        curve=curve,
     )
 
 
@@ -182,9 +186,11 @@ def _mean(rounds: list[CorpusBound]) -> CorpusBound:
         is_error = name.endswith("standard_error")
         return (math.hypot(*values) if is_error else sum(values)) / len(values)
 
-    fields = zip(CorpusBound._fields, zip(*rounds))
-    means = {name: mean(name, values) for name, values in fields}
-    return CorpusBound(**means | {"passes": sum(r.passes for r in rounds)})
+    columns = {name: tuple(r.sums[name] for r in rounds) for name in rounds[0].sums}
+    means = {name: mean(name, values) for name, values in columns.items()}
+    curves = [r.curve for r in rounds if r.curve is not None]
+    curve = Curve.mean(curves) if curves else None
+    return CorpusBound(**means, passes=sum(r.passes for r in rounds), curve=curve)
 
 
 def in_units(

@@ -10,14 +10,12 @@ model.log_likelihood(["The first statement"], seed=0)  # Bound, nats
 import dataclasses
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
 
 from sedd_jax import convert, data, hub
 from sedd_jax.data.tokenizers import Tokenizer
@@ -25,17 +23,19 @@ from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound, check_passes
 from sedd_jax.diffusion.schedules import Schedule
-from sedd_jax.diffusion.scores import NotFiniteError, ScoreFn
+from sedd_jax.diffusion.scores import ScoreFn
 from sedd_jax.files import local_path
 from sedd_jax.inference import batches, bounds, revision
 from sedd_jax.inference.batches import Texts
+from sedd_jax.inference.curve import Curve, checked_curve, fitted_times
 from sedd_jax.inference.sampling import (
+    FITTED,
     Sampling,
     check_whole,
     known_at_positions,
     known_rows,
-    reverse_steps,
 )
+from sedd_jax.inference.states import states_of
 from sedd_jax.inference.trajectory import State
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
@@ -63,6 +63,8 @@ class SEDD:
     t_min: float = 1e-3  # where the bound's integral over noise levels begins
     step: int | None = None  # of training, where it is known
     mesh: Mesh | None = None  # the devices that share a batch and the weights; None: one device
+    curve: Curve | None = None  # of cross entropy by mask share, which the grid "fitted" needs
+    workdir: str | None = None  # of the run that it was loaded from, for messages
     # For an exported folder; nothing here reads them.
     experiment: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # its config, as JSON
     about: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the model card
@@ -139,7 +141,7 @@ class SEDD:
         known is (tokens int32, is_known bool), tokens to keep: [L] for all, or [num_samples, L].
         batch_size samples are drawn at once. progress shows a bar of reverse steps. options are
         fields of `Sampling` - steps, predictor, draw, grid, t_min - in place of self.sampling's;
-        None is the same as none. ValueError, before any work, for what cannot be meant.
+        None is the same as none. ValueError, before any work, for what cannot be meant: `chosen`.
         """
         states = self.stream(
             None,
@@ -175,7 +177,7 @@ class SEDD:
         """
         self._check(num_samples, batch_size, seed)
         check_whole("updates", updates, 1)
-        sampling = self.sampling.replaced(**options).checked_for(self.graph)
+        sampling = self.chosen(**options)
         if template is not None:
             if known is not None:
                 raise ValueError("a template and known both say what to keep; give one of them")
@@ -183,7 +185,7 @@ class SEDD:
         sizes = {"max_length": self.length, "vocab_size": self.graph.vocab_size}
         known = known_rows(known, num_samples, length, **sizes)
         texts = Texts(known, np.full(num_samples, known.tokens.shape[1]))
-        return self._states(texts, updates, sampling, seed, batch_size, progress)
+        return states_of(self, texts, updates, sampling, seed, batch_size, progress)
 
     def revise(
         self,
@@ -230,11 +232,30 @@ class SEDD:
         """
         self._check(num_samples, batch_size, seed)
         check_whole("updates", updates, 1)
-        sampling = self.sampling.replaced(**options).checked_for(self.graph)
-        start = revision.start_of(strength, sampling)
+        sampling = self.chosen(**options)
+        start = revision.start_of(strength, sampling, self.times_of(sampling))
         texts = revision.drafts(drafts, keep, num_samples, self.tokenizer, self.length)
         texts = texts._replace(begin=start.step, time=start.time)
-        return self._states(texts, updates, sampling, seed, batch_size, progress)
+        return states_of(self, texts, updates, sampling, seed, batch_size, progress)
+
+    def chosen(self, **options: Any) -> Sampling:
+        """How samples are drawn with these options, as in `sample_tokens`.
+
+        t_min of the grid "fitted" is the last of its times. ValueError for options that cannot be
+        meant, and for that grid without a curve: `bound(blocks).curve` is one.
+        """
+        sampling = self.sampling.replaced(**options).checked_for(self.graph)
+        times = self.times_of(sampling)
+        if times is None:
+            return sampling
+        return dataclasses.replace(sampling, t_min=float(times[-1]))
+
+    def times_of(self, sampling: Sampling) -> np.ndarray | None:
+        """The times of the grid "fitted"; None with another, or where nothing steps over it."""
+        if sampling.grid != FITTED or sampling.predictor == "none":
+            return None
+        curve = checked_curve(self.curve, self.graph, self.workdir)
+        return fitted_times(curve, sampling.steps, self.schedule)
 
     def _check(self, num_samples: int, batch_size: int, seed: int) -> None:
         check_whole("num_samples", num_samples, 1)
@@ -245,45 +266,6 @@ class SEDD:
         if length is not None:
             raise ValueError("a template says its own tokens and length; leave both out")
         return data.parse_template(template, self.tokenizer, self.length)
-
-    def _states(
-        self,
-        texts: Texts,
-        updates: int,
-        sampling: Sampling,
-        seed: int,
-        batch_size: int,
-        progress: bool,
-    ) -> Iterator[State]:
-        """The first state and those at the end of `updates` parts of the steps, batch by batch.
-
-        A generator, so its callers refuse bad input at the call and not at the first state.
-        """
-        key, steps, left = make_key(seed), sampling.steps, sampling.steps - texts.begin
-        process = {"graph": self.graph, "schedule": self.schedule}
-        if left < 0:  # nothing is noised
-            yield State(steps, steps, *texts.known, self.tokenizer, texts.lengths)
-            return
-        ends = sorted({texts.begin - (-left * j // updates) for j in range(updates + 1)})
-        total = left * -(-len(texts.lengths) // batch_size)
-        with tqdm(desc="sample", unit=" steps", total=total, disable=not progress) as bar:
-            for part in texts.parts(batch_size):
-                shape = batches.shape(part.lengths, batch_size, self.length, self.mesh)
-                rows = self._put(part.rows(shape))
-                if part.begin > 0:
-                    rows = revision.noised(key, rows, part.time, **process)
-                for begin, end in pairwise([part.begin, *ends]):
-                    span, options = (np.int32(begin), np.int32(end)), sampling.functions()
-                    how = {"network": self.network, **process}
-                    chain = reverse_steps(self.params, key, rows, *span, options, **how)
-                    rows = rows._replace(chain=chain)
-                    xt, calls = processes.fetch((chain.tokens, chain.calls))
-                    tokens, count = part.tokens(xt), len(part.lengths)
-                    if (tokens < 0).any():
-                        raise NotFiniteError(f"by step {end} of {steps}")
-                    bar.update(end - begin)
-                    texts = tokens, part.known.is_known, self.tokenizer, part.lengths
-                    yield State(end, steps, *texts, calls[:count])
 
     # --- likelihood
 
@@ -302,7 +284,7 @@ class SEDD:
         rows = batches.encoded("text", texts, self.tokenizer, self.length, remedy)
         key, numbers, results = make_key(seed), [], []
         for part, batch in batches.by_bucket(rows, batch_size, self.length, self.mesh):
-            bound = self.bound_fn(self.params, key, *self._put(batch), passes=passes)
+            bound = self.bound_fn(self.params, key, *self.put(batch), passes=passes)
             bound = processes.fetch(bound)
             bounds.check_finite(bound, batch[1], "text")
             results.append(jax.tree.map(lambda a, part=part: a[: len(part)], bound))
@@ -380,6 +362,7 @@ class SEDD:
             step=self.step,
             original=self.original,
             about=dict(self.about),
+            curve=None if self.curve is None else self.curve.to_dict(),
         )
         convert.write_folder(local_path(folder), model, name=name, replace=replace)
 
@@ -401,7 +384,7 @@ class SEDD:
         """A text for each row of int32 [B, L]; masked positions show as ░."""
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
 
-    def _put(self, batch: Any) -> Any:
+    def put(self, batch: Any) -> Any:
         """A tree of numpy arrays where the weights are: put elsewhere, jit would compile twice."""
         if self.mesh is not None:
             return sharding.put_whole(batch, self.mesh)

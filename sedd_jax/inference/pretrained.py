@@ -1,5 +1,6 @@
 """load(): a model from a training run, from an exported folder, or from the Hugging Face hub."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from sedd_jax.convert.folder import OURS, PICKLED, Pretrained
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import check_settings
 from sedd_jax.files import local_path
+from sedd_jax.inference.curve import Curve
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import sharding
@@ -78,7 +80,8 @@ def load(
         return _assemble(_read_folder(folder, tokenizer, mesh), dtype, mesh)
     if tokenizer is not None:
         raise ValueError(f"{str(folder)!r} has its own tokenizer; leave tokenizer out")
-    return _assemble(convert.read_workdir(folder, mesh=mesh, step=step), dtype, mesh)
+    model = convert.read_workdir(folder, mesh=mesh, step=step)
+    return dataclasses.replace(_assemble(model, dtype, mesh), workdir=str(folder))
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -143,7 +146,18 @@ def _assemble(model: Pretrained, dtype: str | None, mesh: Mesh | None) -> SEDD:
         t_min=config.objective.t_min,
         experiment=config.to_dict(),
         mesh=mesh,
+        curve=_curve(model),
         step=model.step,
         about=model.about,
         original=model.original,
     )
+
+
+def _curve(model: Pretrained) -> Curve | None:
+    """The curve that came with the model; None, with a warning, for what is no curve."""
+    try:
+        return None if model.curve is None else Curve.from_dict(model.curve)
+    except (ValueError, LookupError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        log.warning("the model's curve of cross entropy is left out, it is damaged (%s)", reason)
+        return None

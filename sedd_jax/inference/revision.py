@@ -32,10 +32,11 @@ class Start(NamedTuple):
     nfe: int  # network calls of a revision
 
 
-def start_of(strength: float, sampling: Sampling) -> Start:
+def start_of(strength: float, sampling: Sampling, fitted: np.ndarray | None = None) -> Start:
     """The start at the last time of the grid that is at least strength, in [0, 1]; 0 at 0.
 
-    Of the uniform grid ceil(strength * steps) steps are left; the denoiser is one more call.
+    Of the uniform grid ceil(strength * steps) steps are left; the denoiser is one more call. fitted
+    are the times of the grid "fitted".
     """
     if not 0.0 <= strength <= 1.0:
         raise ValueError(
@@ -49,7 +50,9 @@ def start_of(strength: float, sampling: Sampling) -> Start:
     steps, t_min = sampling.steps, sampling.t_min
     if strength == 0.0:
         return Start(steps + 1, 0.0, 0)
-    times = np.array(sampling.functions().grid(np.arange(steps + 1), steps, t_min), np.float64)
+    times = np.array(
+        sampling.functions(fitted).grid(np.arange(steps + 1), steps, t_min), np.float64
+    )
     times[-1] = t_min  # exactly, as in the loop
     step = max(0, int((times >= strength).sum()) - 1)
     return Start(step, float(times[step]), dataclasses.replace(sampling, steps=steps - step).nfe)

@@ -1,5 +1,6 @@
 """What a call that samples may say - options and known tokens, checked - and the compiled loop."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -22,7 +23,9 @@ from sedd_jax.parallel.sharding import path_name
 # Parameters that only matmuls in the network's dtype read.
 MATMUL_WEIGHTS = re.compile(r"(^|/)(blocks/(qkv|out|up|down)/kernel|head_weight)$")
 
-TABLES = {"predictor": predictors.PREDICTORS, "draw": samplers.DRAWS, "grid": grids.GRIDS}
+FITTED = "fitted"  # the grid whose times are the model's
+GRIDS = collections.ChainMap({FITTED: grids.fitted_grid}, grids.GRIDS)
+TABLES = {"predictor": predictors.PREDICTORS, "draw": samplers.DRAWS, "grid": GRIDS}
 
 
 def cast_weights(params: Any, dtype: Any) -> Any:
@@ -87,8 +90,8 @@ SHAPES = ("temperature", "top_p", "top_k")
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["steps", *NUMBERS, "top_k"],
-    meta_fields=["predictor", "draw", "grid", "normalised", "greedy"],
+    data_fields=["steps", *NUMBERS, "top_k", "grid"],
+    meta_fields=["predictor", "draw", "normalised", "greedy"],
 )
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -98,8 +101,8 @@ class Sampling:
     steps: int = 128  # reverse steps, one or two network calls each; the denoiser is one more
     predictor: str | Callable = "tweedie"  # "none": the denoiser alone
     draw: str | Callable = "exact"  # or "float32_gumbel", the original's
-    grid: str | Callable = "uniform"  # or "cosine": the times of the steps
-    t_min: float = 1e-5  # time of the denoising
+    grid: str | Callable = "uniform"  # or "cosine", "fitted": the times of the steps
+    t_min: float = 1e-5  # time of the denoising; the grid "fitted" has its own
     theta: float = 0.5  # two_stage, theta_trapezoidal: where a step is cut
     eta: float = 0.02  # remdm_cap, remdm_rescale, remdm_loop: how much is masked again
     kappa: float = 0.95  # psi: how much is not noised again
@@ -190,12 +193,16 @@ class Sampling:
         names = ("theta", "eta", "kappa", "gamma", "threshold", "normalised")
         return Options(**{name: getattr(self, name) for name in names}, shape=shape)
 
-    def functions(self) -> "Sampling":
-        """With what the names stand for, which jit compiles for: a table may change."""
+    def functions(self, times: np.ndarray | None = None) -> "Sampling":
+        """With what the names stand for, which jit compiles for: a table may change.
+
+        times are those of the grid "fitted", float32 [N].
+        """
         chosen = {name: getattr(self, name) for name in TABLES}
-        return dataclasses.replace(
-            self, **{name: TABLES[name].get(value, value) for name, value in chosen.items()}
-        )
+        chosen = {name: TABLES[name].get(value, value) for name, value in chosen.items()}
+        arguments = () if times is None else (times,)
+        chosen["grid"] = jax.tree_util.Partial(chosen["grid"], *arguments)
+        return dataclasses.replace(self, **chosen)
 
 
 class Rows(NamedTuple):

@@ -6,6 +6,7 @@ checkpoints/     of Checkpoints; quarantine/ beside it: the damaged ones
 metrics.jsonl    a JSON object a line; tensorboard/: the same as events
 samples/         STEP.txt, and profile/: where the config asks for them
 original.json    the config that an imported run came with
+curve.json       cross entropy by mask share, of the last sedd-eval likelihood
 summary.json     and picture.png: of sedd-report
 in_use           which process trains here, while one does
 """
@@ -14,7 +15,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ RECORDS, CHECKPOINTS = "records", "checkpoints"
 METRICS, TENSORBOARD, SAMPLES, PROFILE = "metrics.jsonl", "tensorboard", "samples", "profile"
 IN_USE = "in_use"
 ORIGINAL, SUMMARY, PICTURE = "original.json", "summary.json", "picture.png"
+CURVE = "curve.json"
 
 
 # --- a run that begins or goes on
@@ -257,6 +259,30 @@ def open_workdir(folder: Path) -> Workdir:
     file = folder / ORIGINAL
     original = load_json(file.read_bytes(), repr(str(file))) if file.exists() else None
     return Workdir(folder, config, _read_tokenizer(folder / TOKENIZER), original)
+
+
+def write_curve(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write the curve in a result of `evaluation.likelihood.evaluate_split`, with what was scored.
+
+    ValueError, which says why not, where it cannot be written.
+    """
+    if missing_files(folder):
+        raise ValueError(f"{str(folder)!r} is not the folder of a run")
+    about = {key: result[key] for key in ("step", "split", "blocks", "passes", "seed", "data")}
+    try:
+        write_text(folder / CURVE, json.dumps({**about, **result["curve"]}))
+    except OSError as error:
+        raise ValueError(f"cannot write in {str(folder)!r}: {error.strerror}") from error
+
+
+def read_curve(workdir: Workdir) -> dict[str, Any] | None:
+    """What `write_curve` wrote, not checked; None without it, and with a warning if no JSON."""
+    file = workdir.folder / CURVE
+    try:
+        return load_json(file.read_bytes(), repr(str(file))) if file.is_file() else None
+    except (OSError, ValueError) as error:
+        log.warning("%s; it is left out: run sedd-eval likelihood again", error)
+        return None
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:

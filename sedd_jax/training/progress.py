@@ -298,7 +298,8 @@ class Progress:
 
     def heldout(self, step: int, nats: bounds.CorpusBound) -> None:
         """Log the bound, nats per token."""
-        self._write("heldout", step, {k: v for k, v in nats._asdict().items() if v is not None})
+        values = {**nats.sums, "passes": nats.passes}
+        self._write("heldout", step, {k: v for k, v in values.items() if v is not None})
         if self._writes:
             self._bar.write(
                 f"step {step}: held-out bound {nats.bound:.3f} +- {nats.bound_standard_error:.3f} "
