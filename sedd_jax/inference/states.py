@@ -16,7 +16,7 @@ from sedd_jax.inference.trajectory import State
 from sedd_jax.parallel import processes
 
 
-def states(
+def states_of(
     model: Any,
     texts: Texts,
     updates: int,
