@@ -94,7 +94,7 @@ def get_config():
     config.evaluate.passes = 8  # noise levels a block; even
 
     config.sample = ml_collections.ConfigDict()
-    config.sample.predictor = "tweedie"  # tweedie, euler, none
+    config.sample.predictor = "tweedie"  # or euler, none, two_stage and more: docs/samplers.md
     config.sample.steps = 128
     config.sample.t_min = 1e-5  # time of the final denoising
     config.sample.draw = "exact"  # exact, or float32_gumbel: the original's, rare tokens underdrawn

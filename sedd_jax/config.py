@@ -242,6 +242,11 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.sample.predictor {predictor!r} does not fit the {graph} graph; take tweedie"
         )
+    if predictor == "path_planning" and config.sample.draw == "float32_gumbel":
+        raise ValueError(
+            "config.sample.draw 'float32_gumbel' does not fit the predictor 'path_planning'; take "
+            "exact"
+        )
     if [values[f"mesh.{axis}"] for axis in config.mesh].count(-1) > 1:
         raise ValueError("config.mesh holds -1 more than once; one axis may take what is left")
     low, high = config.schedule.sigma_min, config.schedule.sigma_max

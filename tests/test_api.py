@@ -211,7 +211,7 @@ def test_padding_changes_no_sample(model, predictor):
     options = {"steps": 30, "predictor": predictor, "seed": 3}
     (state,) = list(model.stream(None, 2, length=13, updates=1, **options))[-1:]
     assert state.tokens.shape == (2, 13) and (state.tokens < model.graph.vocab_size).all()
-    most = {"two_stage": 61, "entropy_bounded": 13, "first_hitting": 31}[predictor]
+    most = {"two_stage": 61, "entropy_bounded": 13, "first_hitting": 13}[predictor]
     assert (state.calls <= most).all() and (
         predictor == "entropy_bounded" or state.calls[0] == most
     )

@@ -16,6 +16,9 @@ from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.predictors import PREDICTORS, Options, Step, trait
 from sedd_jax.diffusion.reverse import shaped
 from sedd_jax.diffusion.schedules import LogLinear
+from sedd_jax.models.head import HeadScores
+from sedd_jax.models.transformer import Output
+from sedd_jax.parallel.sharding import Placement
 
 P0 = toys.markov(2.0, length=3)  # no ties between tokens or positions
 DRAWN = 200_000
@@ -192,6 +195,8 @@ def test_network_calls_are_counted_for_each_sample():
         chain, _ = drawn("absorbing", "entropy_bounded", 6, gamma=gamma)
         _, calls = laws.law_of_entropy_bounded(model_of("absorbing"), gamma)
         np.testing.assert_allclose(chain.calls.mean(), calls, atol=0.01)
+    chain, _ = drawn("absorbing", "first_hitting", 9, count=8)
+    assert (np.asarray(chain.calls) == 3).all()  # one a token
     chain, _ = drawn("absorbing", "two_stage", 3, count=8)
     assert (np.asarray(chain.calls) == 7).all()
     chain, _ = drawn("uniform", "tweedie", 3, count=8)
@@ -213,6 +218,69 @@ def test_two_calls_a_step_are_worth_it(theta, order):
     )
     two_stage = error(laws.law_of_two_stage, 8) / error(laws.law_of_two_stage, 16)
     assert 1.8 < tweedie < 2.3 and trapezoidal > order and two_stage > order
+
+
+@pytest.mark.parametrize("predictor", ["tweedie", "two_stage", "theta_trapezoidal"])
+def test_draws_of_one_step_have_noise_of_their_own(predictor):
+    """Through a network's head, whose noise is keyed by the position: at every position all tokens
+    of a uniform distribution are as likely, whatever was drawn elsewhere before."""
+    vocab, rows = 8, 20_000
+    graph = GRAPHS["absorbing"](vocab)
+
+    def score_fn(xt, sigma):
+        output = Output(jnp.zeros((*xt.shape, 1)), jnp.zeros((vocab + 1, 1)), jnp.zeros(vocab + 1))
+        return HeadScores(output, xt, graph.log_scale(sigma), vocab, Placement())
+
+    how = {"steps": 1, "predictor": PREDICTORS[predictor], "t_min": T_MIN}
+    chain = samplers.sample(jax.random.key(0), score_fn, graph, LogLinear(), (rows, vocab), **how)
+    for position in (0, 1, vocab - 1):
+        counts = np.bincount(chain.tokens[:, position], minlength=vocab)
+        assert dense.p_value(counts, np.full(vocab, 1 / vocab)) > dense.P_VALUE
+
+
+@pytest.mark.parametrize(
+    "name, predictor",
+    [
+        ("absorbing", "two_stage"),
+        ("absorbing", "theta_trapezoidal"),
+        ("absorbing", "remdm_cap"),
+        ("absorbing", "path_planning"),
+        ("absorbing", "first_hitting"),
+    ],
+)
+def test_every_stage_draws_from_the_shaped_distribution(name, predictor):
+    """Only the likeliest token: of an independent language that is one sequence."""
+    p0 = toys.independent(length=3)
+    graph, score_fn = GRAPHS[name](3), dense.exact_score_fn(GRAPHS[name](3), p0)
+    how = {
+        "steps": 2,
+        "predictor": PREDICTORS[predictor],
+        "options": Options(shape=shaped(top_k=1)),
+    }
+    chain = samplers.sample(jax.random.key(0), score_fn, graph, LogLinear(), (64, 3), **how)
+    best = [p0.sum(axis=axes).argmax() for axes in ((1, 2), (0, 2), (0, 1))]
+    np.testing.assert_array_equal(chain.tokens, np.tile(best, (64, 1)))
+
+
+@pytest.mark.parametrize("predictor", ["first_hitting", "path_planning"])
+def test_the_calls_that_are_left_share_the_tokens_that_are_masked(predictor):
+    graph = GRAPHS["absorbing"](3)
+    left, chain = [], samplers.Chain.of(jnp.full((4, 3), 3, jnp.int32).at[:, 0].set(1))
+    how = {"steps": 8, "predictor": PREDICTORS[predictor]}
+    for begin in range(5, 8):
+        cut = {"begin": begin, "end": begin + 1, "chain": chain}
+        key, shape = jax.random.key(0), (4, 3)
+        arguments = key, network("absorbing", one_sigma=False), graph, LogLinear(), shape
+        chain = samplers.sample(*arguments, **how, **cut)
+        left.append(int((chain.tokens == 3).sum(axis=-1).max()))
+    assert left == [1, 0, 0]  # 2 masked, 4 calls: one each
+
+
+def test_scores_of_nothing_but_noise_are_a_uniform_distribution():
+    graph = GRAPHS["uniform"](3)
+    p = graph.clean_probabilities(jnp.ones(3), jnp.int32(0), jnp.float32(20.0))
+    np.testing.assert_allclose(p, 1 / 3, rtol=1e-6)
+    assert np.isnan(graph.clean_probabilities(jnp.full(3, jnp.nan), 0, jnp.float32(1.0))).all()
 
 
 def test_traits_of_a_plain_function_are_those_of_one_call_on_both_graphs():

@@ -38,7 +38,7 @@ def run(name: str, argv: list[str]) -> None:
     source = options.workdir or options.model
     model = load(source, step=options.step, tokenizer=named_tokenizer(options))
     if options.explain:
-        print(explained(model, named))
+        print(explained(model, named, options))
         return
     length, known = options.length, None
     if options.template is None and (options.prefix or options.suffix):
@@ -70,8 +70,10 @@ def run(name: str, argv: list[str]) -> None:
             if options.html:
                 seen.append(state)
             if state.step == state.steps:
-                for text, tokens in zip(state.texts, state.rows):
+                calls = [0] * len(state.rows) if state.calls is None else state.calls.tolist()
+                for text, tokens, nfe in zip(state.texts, state.rows, calls):
                     sample = {"index": next(index), "text": text, "tokens": tokens.tolist()}
+                    sample["nfe"] = nfe
                     if revised:
                         sample["draft"] = sample["index"] // options.num_samples
                     yield sample | about
@@ -137,16 +139,18 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
 
 def _drafts(file: Path) -> list[str]:
     """The text of a file without the line break at its end; those of a .jsonl file's lines."""
-    from sedd_jax.data.text_formats import READERS, kind_of
+    from sedd_jax.data.text_formats import OPENERS, READERS, kind_of
 
     if not file.is_file():
         raise ValueError(f"--revise: no file at {str(file)!r}; give one that holds a draft")
     whole = READERS[".txt"]
-    reader = READERS.get(kind_of(file.name)[0], whole)
-    with file.open("rb") as stream:
+    kind, packing = kind_of(file.name)
+    reader = READERS.get(kind, whole)
+    with file.open("rb") as raw:
+        stream = OPENERS[packing](raw) if packing else raw
         drafts = [text for _, text in reader(stream, str(file))]
     if reader is whole:
-        drafts = [drafts[0].removesuffix("\n")]
+        drafts = [drafts[0].removesuffix("\n").removesuffix("\r")]
     if not all(drafts) or not drafts:
         number = f" {drafts.index('')}" if len(drafts) > 1 else ""
         raise ValueError(f"--revise: draft{number} of {str(file)!r} is empty; write text there")
@@ -165,20 +169,28 @@ def _revised(
     states = model.stream_revisions(
         options.drafts, options.num_samples, strength=strength, keep=keep, **how
     )
-    about = {"strength": strength, "time": start.time, "nfe": start.nfe}
+    about = {"strength": strength, "time": start.time}
     return states, about | ({"keep": keep} if keep else {})
 
 
-def explained(model, options: dict[str, Any]) -> str:
+def explained(model: Any, named: dict[str, Any], options: argparse.Namespace) -> str:
     """What sampling with these options does, and the price of so few calls, in a few lines."""
     from sedd_jax.evaluation.likelihood import price_of_calls, price_table
+    from sedd_jax.inference import revision
 
-    sampling = model.chosen(**options)
+    sampling = model.chosen(**named)
     steps = "the denoiser alone" if sampling.nfe == 1 else f"{sampling.steps} steps and a denoiser"
+    calls = f"{'at most ' * sampling.is_adaptive}{sampling.nfe} network calls a sample"
     lines = [
         f"predictor {sampling.predictor}, grid {sampling.grid}, draw {sampling.draw}",
-        f"{steps}: {sampling.nfe} network calls a sample, the last at t = {sampling.t_min:.3g}",
+        f"{steps}: {calls}, the denoiser's at t = {sampling.t_min:.3g}",
     ]
+    if options.revise is not None:
+        strength = revision.STRENGTH if options.strength is None else options.strength
+        start = revision.start_of(strength, sampling, model.times_of(sampling))
+        lines.append(
+            f"a revision of strength {strength:g} begins at t = {start.time:.3g}: {start.nfe} calls"
+        )
     if model.curve is not None:
         of_step = model.curve.about.get("step")
         lines += [f"the price of Tweedie's steps, by the curve of cross entropy of step {of_step}:"]

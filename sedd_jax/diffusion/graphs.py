@@ -188,7 +188,8 @@ class Uniform(Graph):
         y among the scores is f(y) under more noise, alpha f(y) + (1 - alpha) / V."""
         uniform = -jnp.expm1(-sigma) / self.vocab_size
         f = jnp.maximum(score / score.sum() - uniform, 0.0)
-        return f / f.sum()
+        total = f.sum()  # 0 where so much is noise that float32 sees nothing else
+        return jnp.where(total == 0.0, 1.0 / self.vocab_size, f / total)
 
     def with_own(self, f: jax.Array, x: jax.Array, sigma: jax.Array) -> jax.Array:
         """The same given the noised token x too, from f [V]: in proportion to f(y) p(x | y)."""

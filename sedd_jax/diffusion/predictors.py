@@ -52,12 +52,11 @@ class Step(NamedTuple):
         """Total noise at t and at s."""
         return self.schedule.sigma(self.t), self.schedule.sigma(self.s)
 
-    def count_left(self) -> jax.Array:
-        """How many free tokens are masked after this step if equally many are revealed in each of
-        its calls and the denoiser's, but at least one, int32 [B, 1]."""
-        count = self.is_free.sum(axis=-1, keepdims=True, dtype=jnp.int32)
-        calls = jnp.maximum(jnp.minimum(self.steps + 1, count), 1)
-        return count * jnp.maximum(calls - 1 - self.index, 0) // calls
+    def count_left(self, count: jax.Array) -> jax.Array:
+        """How many of `count` masked tokens are masked after this step if the calls that are left,
+        the denoiser's among them, reveal equally many, but at least one; int32 [B, 1]."""
+        calls = jnp.maximum(self.steps + 1 - self.index, 1)
+        return count - (count + calls - 1) // calls
 
     def sigma_of_share(self, share: jax.Array) -> Sigma:
         """The total noise under which this share [B, 1] of the tokens would be masked, of the share
@@ -127,7 +126,7 @@ def _switch(scores: Scores, xt: Tokens, step: Step, reveal: jax.Array) -> Switch
 # --- exact, at one call a token
 
 
-@traits(graph="absorbing")
+@traits(graph="absorbing", is_adaptive=True)
 def first_hitting(xt: Tokens, step: Step) -> Distribution:
     """First-hitting (Zheng et al. 2024, 2409.02908): every token has a time of its own at which it
     is revealed; with as many calls as free tokens, one at each call, exact in distribution. With
@@ -137,8 +136,8 @@ def first_hitting(xt: Tokens, step: Step) -> Distribution:
     hit = jax.vmap(lambda key: jax.random.uniform(key, xt.shape[1:]))(step.sample_keys)
     hit = jnp.where(is_masked, hit, -1.0)
     is_later = jnp.argsort(jnp.argsort(-hit, axis=-1), axis=-1)  # rank: the next to be revealed, 0
-    count = is_masked.sum(axis=-1, keepdims=True)
-    revealed = is_masked & (is_later < count - step.count_left())
+    count = is_masked.sum(axis=-1, keepdims=True, dtype=jnp.int32)
+    revealed = is_masked & (is_later < count - step.count_left(count))
     sigma = step.sigma_of_share(jnp.maximum(hit.max(axis=-1, keepdims=True), 1e-6))
     return _switch(step.score_fn(xt, sigma), xt, step, revealed)
 
@@ -160,13 +159,11 @@ def two_stage(xt: Tokens, step: Step) -> Distribution:
     rho = step.t - step.options.theta * (step.t - step.s)
     sigma_rho = step.schedule.sigma(rho)
     before = step.score_fn(xt, sigma_t)
-    z = step.draw(step.keys, graph.ancestral(before, xt, sigma_t, sigma_rho))
-    z = jnp.where(step.is_free, z, xt)
+    first = graph.ancestral(before, xt, sigma_t, sigma_rho, shape=step.options.shape)
+    z = jnp.where(step.is_free, step.draw(step.keys, first), xt)
     scores = step.score_fn(z, sigma_rho)
-    alpha_rho = jnp.exp(-sigma_rho)
-    u = alpha_rho * -jnp.expm1(sigma_rho - sigma_t)
-    v = alpha_rho * jnp.expm1(sigma_rho - sigma_s)
-    c = (u + v) ** 2 / (2.0 * u * v)
+    ratio = -jnp.expm1(sigma_rho - sigma_t) / jnp.expm1(sigma_rho - sigma_s)  # u / v
+    c = 1.0 + 0.5 * (ratio + 1.0 / ratio)
     shape = step.options.shape or (lambda row: row)
     if hasattr(graph, "mask"):
 
@@ -212,7 +209,7 @@ def theta_trapezoidal(xt: Tokens, step: Step) -> Distribution:
     slope_t, slope_rho = step.schedule.dsigma_dt(step.t), step.schedule.dsigma_dt(rho)
     before = step.score_fn(xt, sigma_t)
     if hasattr(graph, "mask"):
-        first = graph.ancestral(before, xt, sigma_t, sigma_rho)
+        first = graph.ancestral(before, xt, sigma_t, sigma_rho, shape=step.options.shape)
     else:
         first = Table(lambda: lift(_leap, _rates(graph, before, xt, slope_t), xt, step.t - rho))
     z = jnp.where(step.is_free, step.draw(step.keys, first), xt)
@@ -387,7 +384,8 @@ def path_planning(xt: Tokens, step: Step) -> Distribution:
     distribution."""
     scores = step.score_fn(xt, step.schedule.sigma(step.t))
     weights = None if step.options.shape is None else Weights(step.options.shape)
-    return Plan(scores, xt, step.graph.mask, step.count_left(), weights)
+    count = (xt == step.graph.mask).sum(axis=-1, keepdims=True, dtype=jnp.int32)
+    return Plan(scores, xt, step.graph.mask, step.count_left(count), weights)
 
 
 # None takes no step: only the denoiser moves.

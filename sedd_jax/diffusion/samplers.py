@@ -17,6 +17,10 @@ from sedd_jax.diffusion.reverse import Distribution, Shape, greedy
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
 
+# What is folded into a key for a predictor's own draws: fold_in(key, 1) would be split(key)[1], that
+# of the loop's draw of tokens.
+OWN = 2**32 - 1
+
 
 class Known(NamedTuple):
     """Tokens that sampling must keep: x[is_known] == tokens[is_known] (Algorithm 3)."""
@@ -163,8 +167,8 @@ def sample(
             index=i,
             steps=steps,
             is_free=jnp.ones(shape, bool) if known is None else ~known.is_known,
-            keys=jax.vmap(jax.random.fold_in, (0, None))(keys, 1),
-            sample_keys=jax.vmap(jax.random.fold_in, (0, None))(key_limit, 1),
+            keys=jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(OWN)),
+            sample_keys=jax.vmap(jax.random.fold_in, (0, None))(key_limit, jnp.uint32(OWN)),
             draw=draw,
             confidence=chain.confidence,
         )

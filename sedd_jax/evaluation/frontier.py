@@ -161,8 +161,9 @@ def _label(row: Row) -> str:
 def _why_not(row: Row, settings: dict[str, Any]) -> str:
     """What is wrong with a finished row where rows of these settings are to be made."""
     where = f"a finished row, {_label(row)},"
+    of_steps = ("t_min", "times_sha256") if settings["grid"] == "fitted" else ()
     for name, value in settings.items():
-        if name not in VARIED and (name not in row or row[name] != value):
+        if name not in (*VARIED, *of_steps) and (name not in row or row[name] != value):
             return (
                 f"{where} has {name} {row.get(name)!r}, not {value!r}; give another file for other "
                 "settings"

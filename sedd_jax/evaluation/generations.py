@@ -7,6 +7,7 @@ scorer.
 """
 
 import dataclasses
+import hashlib
 import time
 from typing import Any, NamedTuple
 
@@ -271,9 +272,11 @@ def _read_texts(
 
 def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: Sampling) -> dict[str, Any]:
     """What must stand beside a number of generated text."""
+    times = model.times_of(sampling)  # of the grid "fitted", which a curve decides
     return {
         "step": model.step,
         **dataclasses.asdict(sampling),
+        "times_sha256": None if times is None else hashlib.sha256(times.tobytes()).hexdigest(),
         "seed": seed,
         "dtype": model.dtype,
         "statistics_of": f"the model's tokens ({model.tokenizer.name})",

@@ -25,7 +25,9 @@ def perplexity_table(rows: list[Row]) -> str:
     shown = {"draw": first["draw"], "grid": first["grid"]} | {
         name: first[name]
         for name, default in _DEFAULTS.items()
-        if name not in _SHOWN and first.get(name, default) != default
+        if name not in _SHOWN
+        and first.get(name, default) != default
+        and (name != "t_min" or first["grid"] != "fitted")  # which is another one in each row
     }
     about = (
         f"{first['num_samples']} samples of {first['length']} tokens, "

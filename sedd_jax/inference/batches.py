@@ -33,6 +33,7 @@ class Texts(NamedTuple):
     def rows(self, shape: tuple[int, int]) -> Rows:
         """Filled up to the shape of a batch; its tokens are not noised yet."""
         known = Known(*(filled(a[:, : shape[1]], *shape) for a in self.known))
+        known.is_known[len(self.lengths) :] = True  # nothing is drawn in what fills a batch up
         lengths = np.pad(self.lengths, (0, shape[0] - len(self.lengths)), mode="edge")
         index = np.arange(self.first, self.first + shape[0], dtype=np.int32)
         return Rows(index, start_of(known.tokens), known, is_token(lengths, shape[1]))

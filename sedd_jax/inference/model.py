@@ -224,8 +224,8 @@ class SEDD:
         strength 0 returns the drafts and costs nothing; 1 gives the samples of their lengths that
         `sample_tokens` draws. Between them a draft is noised by the forward process to t, the last
         time of the grid that is at least strength, and the reverse steps from t on are taken. On
-        the uniform grid those are ceil(strength * steps) steps, with one network call each, and
-        the denoiser, one more. The first state is the noised draft.
+        the uniform grid those are ceil(strength * steps) steps, with a network call each (two of
+        some predictors), and the denoiser, one more. The first state is the noised draft.
 
         keep: texts, all of whose occurrences stay in every draft, and positions of tokens. Drafts
         may differ in length, `state.lengths`.

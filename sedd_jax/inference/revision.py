@@ -50,9 +50,9 @@ def start_of(strength: float, sampling: Sampling, fitted: np.ndarray | None = No
     steps, t_min = sampling.steps, sampling.t_min
     if strength == 0.0:
         return Start(steps + 1, 0.0, 0)
-    times = np.array(
-        sampling.functions(fitted).grid(np.arange(steps + 1), steps, t_min), np.float64
-    )
+    has_steps = sampling.predictor != "none"  # else no grid decides anything
+    grid = (sampling if has_steps else Sampling()).functions(fitted).grid
+    times = np.array(grid(np.arange(steps + 1), steps, t_min), np.float64)
     times[-1] = t_min  # exactly, as in the loop
     step = max(0, int((times >= strength).sum()) - 1)
     return Start(step, float(times[step]), dataclasses.replace(sampling, steps=steps - step).nfe)

@@ -6,6 +6,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
@@ -53,9 +54,6 @@ def _joined_blocks(cut: list[Any]) -> Any:
     return jax.tree.map(lambda *blocks: jnp.stack(blocks), *cut)
 
 
-# Numbers are traced: another value does not compile again.
-
-
 class Inside(NamedTuple):
     """An interval with or without its ends."""
 
@@ -64,7 +62,7 @@ class Inside(NamedTuple):
     ends: str  # "()", "[]", "(]" or "[)"
 
     def has(self, value: Any) -> bool:
-        if not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             return False
         at_end = (value == self.low and self.ends[0] == "[") or (
             value == self.high and self.ends[1] == "]"
@@ -75,7 +73,7 @@ class Inside(NamedTuple):
         return f"{self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
 
 
-NUMBERS = {  # of Sampling
+NUMBERS = {  # of Sampling; traced, so another value does not compile again
     "theta": Inside(0.0, 1.0, "()"),
     "eta": Inside(0.0, 1.0, "[]"),
     "kappa": Inside(0.0, 1.0, "[]"),
@@ -132,6 +130,11 @@ class Sampling:
         return TABLES["predictor"].get(self.predictor, self.predictor)
 
     @property
+    def is_adaptive(self) -> bool:
+        """Whether a sample may need fewer network calls than `nfe`."""
+        return trait(self._predictor, "is_adaptive")
+
+    @property
     def changes_distribution(self) -> dict[str, Any]:
         """The options in effect that make samples differ from what the model says."""
         shapes = {name: getattr(self, name) for name in SHAPES}
@@ -140,7 +143,12 @@ class Sampling:
     def replaced(self, **options: Any) -> "Sampling":
         """With the options that are not None in place of these; ValueError for a wrong one."""
         chosen = {name: value for name, value in options.items() if value is not None}
-        return dataclasses.replace(self, **chosen)._checked()
+        checked = dataclasses.replace(self, **chosen)._checked()
+        # As Python's numbers: of other types they would compile again, and JSON knows none.
+        kinds = {**dict.fromkeys(NUMBERS, float), "steps": int, "top_k": int}
+        numbers = {name: getattr(checked, name) for name in kinds}
+        plain = {name: kinds[name](v) for name, v in numbers.items() if v is not None}
+        return dataclasses.replace(checked, **plain)
 
     def _checked(self) -> "Sampling":
         check_whole("steps", self.steps, 1, 10**6)
@@ -154,16 +162,14 @@ class Sampling:
                 usual = "leave it out for the model's own distribution"
                 if name not in SHAPES:
                     usual = f"{type(self).__dataclass_fields__[name].default:g} is usual"
-                raise ValueError(f"{name} {value} is not inside {rule}; {usual}")
+                raise ValueError(f"{name} {value!r} is not inside {rule}; {usual}")
         if self.top_k is not None:
             check_whole("top_k", self.top_k, 1)
-        unknown = (
-            *self.changes_distribution,
-            *(["path_planning"] * (self.predictor == "path_planning")),
-        )
-        if self.draw == "float32_gumbel" and unknown:
+        # The original's draw is of a table of the model's own probabilities.
+        others = [*self.changes_distribution, *({"path_planning"} & {self.predictor})]
+        if self.draw == "float32_gumbel" and others:
             raise ValueError(
-                f"draw float32_gumbel is the original's and knows no {unknown[0]}; use exact"
+                f"draw float32_gumbel is the original's and knows no {others[0]}; use exact"
             )
         return self
 
@@ -180,10 +186,11 @@ class Sampling:
         if self.normalised and name not in ("euler", "tweedie"):
             raise ValueError(f"normalised is of euler and tweedie, not of {name!r}; leave it out")
         is_shaped = any(getattr(self, shape) is not None for shape in SHAPES)
-        if name == "euler" and not is_absorbing and (self.normalised or is_shaped):
+        of_rates = name in ("euler", "theta_trapezoidal") and (self.normalised or is_shaped)
+        if of_rates and not is_absorbing:
             raise ValueError(
-                "with uniform noise euler has no distribution of clean tokens to normalise or "
-                "change; use predictor tweedie or psi"
+                f"with uniform noise {name} has no distribution of clean tokens to normalise or "
+                "change; use predictor tweedie, two_stage or psi"
             )
         return self
 
