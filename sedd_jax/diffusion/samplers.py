@@ -17,8 +17,8 @@ from sedd_jax.diffusion.reverse import Distribution, Shape, greedy
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
 
-# What is folded into a key for a predictor's own draws: fold_in(key, 1) would be split(key)[1], that
-# of the loop's draw of tokens.
+# What is folded into a key for a predictor's own draws: fold_in(key, 1) would be split(key)[1], the
+# key of the loop's draw of tokens.
 OWN = 2**32 - 1
 
 

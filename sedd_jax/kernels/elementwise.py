@@ -59,6 +59,7 @@ modulated_norm.defvjp(_norm_forward, _norm_backward)
 
 
 @jax.custom_vjp
+@jax.named_scope("gelu")
 def gelu(x: jax.Array) -> jax.Array:
     """x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3), computed in float32."""
     wide = x.astype(jnp.float32)
@@ -70,6 +71,7 @@ def _gelu_share(wide):
     return jax.nn.sigmoid(2.0 * GELU_SCALE * (wide + GELU_CUBE * wide**3))
 
 
+@jax.named_scope("gelu")
 def _gelu_backward(x, d_out):
     wide, share = x.astype(jnp.float32), _gelu_share(x.astype(jnp.float32))
     d_u = 2.0 * GELU_SCALE * (1.0 + 3.0 * GELU_CUBE * jnp.square(wide))

@@ -24,7 +24,7 @@ UPDATE = "optimizer, EMA, guard"
 PARTS = (
     ("stacking", r"Transformer\)*/(while/body/(jit\()?dynamic_update|broadcast_in_dim$)"),
     ("stacking", r"^/\w*broadcast"),  # the zeros of what is stacked have no names
-    ("GELU", r"/(tanh|erf)$|/blocks(_\d+)?/.*logistic|gelu"),
+    ("GELU", r"/(tanh|erf)$|gelu"),
     ("rotary", r"/blocks(_\d+)?/(concatenate|split|pad|stack|jit\(_flip\)/rev)$|rotary|rotate"),
     ("norms", r"/norm(_\d)?/|LayerNorm"),
     ("MLP", r"/(up|down)/"),
