@@ -131,7 +131,7 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
         (["--steps", "x"], "invalid int value"),
         (["--seed", "-1"], "seed -1 is not a whole number in [0, 4294967295]"),
         (["--num_samples", "0"], "num_samples 0 is not a whole number in"),
-        (["--predictor", "ddim"], "unknown predictor 'ddim'; known: tweedie, none"),
+        (["--predictor", "ddim"], "unknown predictor 'ddim'; known: euler, tweedie, none"),
         (["--draw", "float16"], "unknown draw 'float16'; known: exact, float32_gumbel"),
     ],
 )
@@ -206,6 +206,7 @@ def test_samples_as_json_lines_are_those_of_the_text_in_any_batches(capsys, tiny
     assert rows[2] == {
         "index": 2,
         "text": texts[2],
+        "nfe": 5,
         "seed": 4,
         "steps": 4,
         "predictor": "tweedie",

@@ -84,7 +84,7 @@ def test_what_will_be_done_is_explained_with_its_price(capsys, tiny_run, run):
     assert lines[0] == "predictor tweedie, grid fitted, draw exact"
     times = fitted_times(curve_like(9), 15, sedd_jax.load(run).schedule)
     assert lines[1] == (
-        f"15 steps and a denoiser: 16 network calls a sample, the last at t = {times[15]:.3g}"
+        f"15 steps and a denoiser: 16 network calls a sample, the denoiser's at t = {times[15]:.3g}"
     )
     assert lines[2] == "the price of Tweedie's steps, by the curve of cross entropy of step 8:"
     assert lines[3].split()[-1] == "16" and lines[-1].split()[-2] == "fitted"

@@ -70,8 +70,13 @@ def exact_law(graph, draft, strength):
     return (joint / joint.sum(axis=0)) @ noised[draft]
 
 
+def among_others(strength):
+    """A strength whose test takes long and says what that of another says."""
+    return pytest.param(strength, marks=pytest.mark.long)
+
+
 @graphs
-@pytest.mark.parametrize("strength", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("strength", [0.25, among_others(0.5), among_others(0.9)])
 def test_revisions_of_drafts_from_the_data_distribution_have_it_again(exact, name, strength):
     model, _ = exact(name)
     drafts = 50_000
@@ -85,7 +90,9 @@ def test_revisions_of_drafts_from_the_data_distribution_have_it_again(exact, nam
 
 
 @graphs
-@pytest.mark.parametrize("strength", [0.02, 0.25, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(
+    "strength", [among_others(0.02), among_others(0.25), 0.5, among_others(0.9), among_others(1.0)]
+)
 def test_revisions_of_one_draft_have_their_enumerated_distribution(exact, name, strength):
     model, _ = exact(name)
     draft = 5

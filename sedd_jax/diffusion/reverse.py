@@ -115,8 +115,8 @@ class Reveal:
             # NaN is revealed: the draw says that the scores are not finite.
             is_revealed &= _bernoulli(key_reveal, reveal) | jnp.isnan(reveal)
         # Only now, and only for the few that are revealed: noise over the vocabulary is expensive.
-        weights = None if self.shape is None else Weights(self.shape)
-        return jnp.where(is_revealed, self.scores.draw(key_token, is_revealed, weights), self.xt)
+        weights = () if self.shape is None else (Weights(self.shape),)
+        return jnp.where(is_revealed, self.scores.draw(key_token, is_revealed, *weights), self.xt)
 
     def log_probability(self, tokens: Tokens) -> jax.Array:
         is_masked = self.xt == self.mask

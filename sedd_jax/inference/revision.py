@@ -19,7 +19,7 @@ from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.inference.batches import Texts, encoded
-from sedd_jax.inference.sampling import Rows, Sampling
+from sedd_jax.inference.sampling import FITTED, Rows, Sampling
 
 STRENGTH = 0.5  # by default
 
@@ -50,8 +50,8 @@ def start_of(strength: float, sampling: Sampling, fitted: np.ndarray | None = No
     steps, t_min = sampling.steps, sampling.t_min
     if strength == 0.0:
         return Start(steps + 1, 0.0, 0)
-    has_steps = sampling.predictor != "none"  # else no grid decides anything
-    grid = (sampling if has_steps else Sampling()).functions(fitted).grid
+    is_lacking = sampling.grid == FITTED and fitted is None  # with the predictor "none" alone
+    grid = (Sampling() if is_lacking else sampling).functions(fitted).grid
     times = np.array(grid(np.arange(steps + 1), steps, t_min), np.float64)
     times[-1] = t_min  # exactly, as in the loop
     step = max(0, int((times >= strength).sum()) - 1)
