@@ -242,9 +242,10 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.sample.predictor {predictor!r} does not fit the {graph} graph; take tweedie"
         )
-    if predictor == "path_planning" and config.sample.draw == "float32_gumbel":
+    has_table = trait(PREDICTORS[predictor], "has_table")
+    if not has_table and config.sample.draw == "float32_gumbel":
         raise ValueError(
-            "config.sample.draw 'float32_gumbel' does not fit the predictor 'path_planning'; take "
+            f"config.sample.draw 'float32_gumbel' does not fit the predictor {predictor!r}; take "
             "exact"
         )
     if [values[f"mesh.{axis}"] for axis in config.mesh].count(-1) > 1:

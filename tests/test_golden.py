@@ -18,7 +18,8 @@ from configs import base
 from sedd_jax import state
 from sedd_jax.convert.names import from_original, to_original
 from sedd_jax.diffusion import predictors, samplers
-from sedd_jax.diffusion.graphs import Absorbing, lift
+from sedd_jax.diffusion.graph import lift
+from sedd_jax.diffusion.graphs import Absorbing
 from sedd_jax.diffusion.losses import dwdse_at
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.experiment import make_optimizer

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import logging
 import re
@@ -291,9 +290,7 @@ def _check_sampling(options: argparse.Namespace) -> None:
     """ValueError, before a model is loaded, for options that no model can be sampled with."""
     from sedd_jax.inference.sampling import Sampling
 
-    fields = {field.name for field in dataclasses.fields(Sampling)}
-    chosen = {name: value for name, value in _sampling(options).items() if name in fields}
-    Sampling().replaced(**chosen)
+    Sampling().replaced(**sampling_of(options))
 
 
 def _check_samples(options: argparse.Namespace) -> None:

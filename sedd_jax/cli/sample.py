@@ -161,10 +161,7 @@ def _revised(
     model: Any, options: argparse.Namespace, sampling: Any, how: dict[str, Any]
 ) -> tuple[Iterator, dict[str, Any]]:
     """The states of revising the drafts, and what to say of it beside each sample."""
-    from sedd_jax.inference import revision
-
-    strength = revision.STRENGTH if options.strength is None else options.strength
-    start = revision.start_of(strength, sampling, model.times_of(sampling))
+    strength, start = _start(model, options, sampling)
     keep = options.keep or []
     states = model.stream_revisions(
         options.drafts, options.num_samples, strength=strength, keep=keep, **how
@@ -173,21 +170,28 @@ def _revised(
     return states, about | ({"keep": keep} if keep else {})
 
 
+def _start(model: Any, options: argparse.Namespace, sampling: Any) -> tuple[float, Any]:
+    """The strength of a revision, and where it begins."""
+    from sedd_jax.inference import revision
+
+    strength = revision.STRENGTH if options.strength is None else options.strength
+    return strength, revision.start_of(strength, sampling, model.times_of(sampling))
+
+
 def explained(model: Any, named: dict[str, Any], options: argparse.Namespace) -> str:
     """What sampling with these options does, and the price of so few calls, in a few lines."""
     from sedd_jax.evaluation.likelihood import price_of_calls, price_table
-    from sedd_jax.inference import revision
 
     sampling = model.chosen(**named)
     steps = "the denoiser alone" if sampling.nfe == 1 else f"{sampling.steps} steps and a denoiser"
-    calls = f"{'at most ' * sampling.is_adaptive}{sampling.nfe} network calls a sample"
+    most = "at most " if sampling.trait("is_adaptive") else ""
+    calls = f"{most}{sampling.nfe} network calls a sample"
     lines = [
         f"predictor {sampling.predictor}, grid {sampling.grid}, draw {sampling.draw}",
         f"{steps}: {calls}, the denoiser's at t = {sampling.t_min:.3g}",
     ]
     if options.revise is not None:
-        strength = revision.STRENGTH if options.strength is None else options.strength
-        start = revision.start_of(strength, sampling, model.times_of(sampling))
+        strength, start = _start(model, options, sampling)
         lines.append(
             f"a revision of strength {strength:g} begins at t = {start.time:.3g}: {start.nfe} calls"
         )

@@ -8,8 +8,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.graph import Graph, Probe, ScoreEntropy, lift
-from sedd_jax.diffusion.reverse import Distribution, Reveal, Switch, Table
+from sedd_jax.diffusion.graph import Graph, Probe, ScoreEntropy
+from sedd_jax.diffusion.reverse import Distribution, Reveal, Switch, shape_probabilities
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import Scores, Sigma, Tokens, Weights
 
@@ -155,8 +155,7 @@ class Absorbing(Graph):
         reveal = alpha_t * jnp.expm1(sigma_t - sigma_s) / masked_t
         reveal = kappa * reveal + (1.0 - kappa) * alpha_s
         remask = (1.0 - kappa) * -jnp.expm1(-sigma_s)
-        weights = None if shape is None else Weights(shape)
-        return Switch(scores, xt, self.mask, reveal, remask, weights)
+        return Switch(scores, xt, self.mask, reveal, remask, Weights.of(shape))
 
     def denoise(self, scores, xt, sigma, *, shape=None) -> Distribution:
         table = super().denoise(scores, xt, sigma)
@@ -207,15 +206,12 @@ class Uniform(Graph):
         return jnp.exp(-sigma) * p - jnp.expm1(-sigma) / self.vocab_size * p.sum()
 
     def ancestral(self, scores, xt, sigma_t, sigma_s, *, kappa=1.0, shape=None) -> Distribution:
-        def table():
-            scored = jnp.exp(scores.log_score())
-            p = lift(self.clean_probabilities, scored, xt, sigma_t)
-            if shape is not None:
-                p = jax.nn.softmax(jax.vmap(jax.vmap(shape))(jnp.log(p)), axis=-1)
-            noise = sigma_t, sigma_s, jnp.broadcast_to(jnp.float32(kappa), xt.shape)
-            return lift(self.ancestral_probabilities, p, xt, *noise)
+        def token(score, x, sigma_t, sigma_s, kappa):
+            p = shape_probabilities(self.clean_probabilities(score, x, sigma_t), shape)
+            return self.ancestral_probabilities(p, x, sigma_t, sigma_s, kappa)
 
-        return Table(table)
+        kappa = jnp.broadcast_to(jnp.float32(kappa), xt.shape)
+        return self._table(token, scores, xt, sigma_t, sigma_s, kappa)
 
     def perturb(self, key: jax.Array, x0: Tokens, sigma: Sigma) -> Tokens:
         key_move, key_token = jax.random.split(key)

@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graph import Graph, lift
-from sedd_jax.diffusion.reverse import Distribution, Plan, Shape, Switch, Table
+from sedd_jax.diffusion.reverse import (
+    Distribution,
+    Plan,
+    Shape,
+    Switch,
+    Table,
+    shape_probabilities,
+)
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Scores, Sigma, Tokens, Weights
 
@@ -65,28 +72,30 @@ class Step(NamedTuple):
         return jnp.minimum(-jnp.log1p(share * jnp.expm1(-highest)), highest)
 
 
-def traits(
-    graph: str | None = None, calls: int = 1, is_adaptive: bool = False, is_confident: bool = False
-) -> Callable:
-    """Of a predictor: the only graph it is for, network calls of a step, whether a sample is done
-    when nothing is masked, and whether it needs Step.confidence."""
+class Traits(NamedTuple):
+    """What is special about a predictor; a plain function has the defaults."""
+
+    graph: str | None = None  # the only one that it is for
+    calls: int = 1  # of the network in a step
+    is_adaptive: bool = False  # a sample is done when nothing is masked
+    is_confident: bool = False  # it needs Step.confidence
+    has_table: bool = True  # its Distribution has probabilities
+    has_own_times: bool = False  # it cannot begin in the middle of the grid's
+
+
+def traits(**special: Any) -> Callable:
+    """Marks a predictor with these of its `Traits`."""
 
     def mark(predictor):
-        predictor.traits = {
-            "graph": graph,
-            "calls": calls,
-            "is_adaptive": is_adaptive,
-            "is_confident": is_confident,
-        }
+        predictor.traits = Traits(**special)
         return predictor
 
     return mark
 
 
 def trait(predictor: Callable | None, name: str) -> Any:
-    """One of `traits`, which a plain function or None has by their defaults."""
-    plain = {"graph": None, "calls": 1, "is_adaptive": False, "is_confident": False}
-    return getattr(predictor, "traits", plain)[name]
+    """One of a predictor's `Traits`."""
+    return getattr(getattr(predictor, "traits", Traits()), name)
 
 
 # --- the paper's
@@ -118,8 +127,7 @@ def _shaped(distribution: Distribution, shape: Shape | None) -> Distribution:
 
 def _switch(scores: Scores, xt: Tokens, step: Step, reveal: jax.Array) -> Switch:
     """A masked token is revealed with this chance, [B, L] or [B, 1]; none is masked again."""
-    weights = None if step.options.shape is None else Weights(step.options.shape)
-    chance = reveal.astype(jnp.float32)
+    chance, weights = reveal.astype(jnp.float32), Weights.of(step.options.shape)
     return Switch(scores, xt, step.graph.mask, chance, jnp.zeros_like(chance), weights)
 
 
@@ -179,7 +187,7 @@ def two_stage(xt: Tokens, step: Step) -> Distribution:
         def token(score, score_before, z, x, sigma_t, sigma_rho, sigma_s, c):
             f = graph.given_others(score, sigma_rho)
             q = _cut(c * f - (c - 1.0) * graph.given_others(score_before, sigma_t), f)
-            p = jax.nn.softmax(shape(jnp.log(graph.with_own(q, z, sigma_rho))))
+            p = shape_probabilities(graph.with_own(q, z, sigma_rho), step.options.shape)
             return graph.ancestral_probabilities(p, z, sigma_rho, sigma_s, 1.0)
 
         tables = jnp.exp(scores.log_score()), jnp.exp(before.log_score())
@@ -218,11 +226,8 @@ def theta_trapezoidal(xt: Tokens, step: Step) -> Distribution:
     if hasattr(graph, "mask"):
 
         def weights(row, row_before, w, w_before):
-            mean = w * jax.nn.softmax(shape(row)) - w_before * jax.nn.softmax(shape(row_before))
-            jumps = jnp.maximum(mean, 0.0)
-            total = jumps.sum()
-            jumps *= -jnp.expm1(-total) / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-            return jnp.log(jnp.append(jumps, jnp.exp(-total)))
+            means = w * jax.nn.softmax(shape(row)) - w_before * jax.nn.softmax(shape(row_before))
+            return jnp.log(_leap(jnp.append(means, 0.0), graph.mask, 1.0))
 
         means = a * time * slope_rho / jnp.expm1(sigma_rho)
         means_before = (a - 1.0) * time * slope_t / jnp.expm1(sigma_t)
@@ -283,7 +288,7 @@ def remdm_rescale(xt: Tokens, step: Step) -> Distribution:
 T_ON, T_OFF, LOOP_TIME = 0.55, 0.05, 0.1
 
 
-@traits(graph="absorbing")
+@traits(graph="absorbing", has_own_times=True)
 def remdm_loop(xt: Tokens, step: Step) -> Distribution:
     """ReMDM's loop: a draft by T_ON, then only second thoughts until T_OFF, then the rest."""
 
@@ -340,8 +345,7 @@ def entropy_bounded(xt: Tokens, step: Step) -> Distribution:
         p = lift(graph.clean_probabilities, jnp.exp(scores.log_score()), xt, sigma)
         entropy = -jax.scipy.special.xlogy(p, p).sum(axis=-1)
         drawn = _lowest(entropy, step.is_free, step.options.gamma)[..., None]
-        if step.options.shape is not None:
-            p = jax.nn.softmax(jax.vmap(jax.vmap(step.options.shape))(jnp.log(p)), axis=-1)
+        p = lift(lambda p: shape_probabilities(p, step.options.shape), p)
         return jnp.where(drawn, p, 1.0 / graph.vocab_size)
 
     return Table(table)
@@ -377,13 +381,13 @@ def _at_share(xt: Tokens, step: Step) -> tuple[Scores, jax.Array]:
     return step.score_fn(xt, step.sigma_of_share(jnp.maximum(share, 1e-6))), is_masked
 
 
-@traits(graph="absorbing")
+@traits(graph="absorbing", has_table=False)
 def path_planning(xt: Tokens, step: Step) -> Distribution:
     """Path planning (P2, Peng et al. 2025, 2502.03540) without a planner: draws every masked token
     and keeps the likeliest, as many as the step's share. A heuristic: far from the model's own
     distribution."""
     scores = step.score_fn(xt, step.schedule.sigma(step.t))
-    weights = None if step.options.shape is None else Weights(step.options.shape)
+    weights = Weights.of(step.options.shape)
     count = (xt == step.graph.mask).sum(axis=-1, keepdims=True, dtype=jnp.int32)
     return Plan(scores, xt, step.graph.mask, step.count_left(count), weights)
 

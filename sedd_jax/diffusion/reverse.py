@@ -45,6 +45,11 @@ def shaped(
     return shape
 
 
+def shape_probabilities(p: jax.Array, shape: Shape | None) -> jax.Array:
+    """The distribution p [V] after the shape, if there is one."""
+    return p if shape is None else jax.nn.softmax(shape(jnp.log(p)))
+
+
 def greedy(row: jax.Array) -> jax.Array:
     """The shape that leaves the likeliest token alone, or those that are as likely."""
     return jnp.where(row == row.max(), 0.0, -jnp.inf)

@@ -113,7 +113,7 @@ def sample(
     One `lax` loop over the times of `grid`: steps may be traced, so another number of steps does
     not recompile, nor do other numbers in options. Known tokens are put back before every step and
     after the denoiser, which with is_greedy takes the likeliest tokens. A sample costs a network
-    call a step, or two (see predictors.traits), and one more; predictor None takes no step. An
+    call a step, or two (see predictors.Traits), and one more; predictor None takes no step. An
     adaptive predictor ends when no token is masked, after `steps` at the latest; Chain.calls has
     what each sample needed. index, int32 [B], are the samples' numbers, 0, 1, ... by default: a
     sample's noise is keyed by its own number, not by what else is in the batch.

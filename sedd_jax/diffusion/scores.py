@@ -59,6 +59,11 @@ class Weights:
     others: tuple[Scores, ...] = ()
     values: tuple[jax.Array, ...] = ()  # float32 [B, L] each
 
+    @classmethod
+    def of(cls, function: Callable[[jax.Array], jax.Array] | None) -> "Weights | None":
+        """A function of the scores' own row; None for the scores themselves."""
+        return None if function is None else cls(function)
+
 
 ScoreFn = Callable[[Tokens, Sigma], Scores]
 

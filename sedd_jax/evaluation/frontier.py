@@ -20,7 +20,7 @@ from sedd_jax.evaluation.generations import References
 from sedd_jax.evaluation.scorer import Scorer
 from sedd_jax.files import write_text
 from sedd_jax.inference.model import SEDD
-from sedd_jax.inference.sampling import TABLES
+from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel.sharding import path_name
 
 log = logging.getLogger(__name__)
@@ -42,17 +42,15 @@ def combinations(
     for name, values in lists.items():
         if not values:
             raise ValueError(f"{name} is empty; give at least one")
-    known = TABLES["predictor"]
     for predictor in predictors:
-        if isinstance(predictor, str) and predictor not in known:
-            raise ValueError(f"unknown predictor {predictor!r}; known: {', '.join(known)}")
+        Sampling().replaced(predictor=predictor)
     for temperature in temperatures:
         if temperature is not None and not 0.0 < temperature < np.inf:
             raise ValueError(f"temperature {temperature} is not above 0; 1 changes nothing")
     rows = []
     curves = itertools.product(dict.fromkeys(predictors), dict.fromkeys(temperatures))
     for predictor, temperature in curves:
-        takes_no_step = predictor is not None and known.get(predictor, predictor) is None
+        takes_no_step = Sampling().replaced(predictor=predictor).nfe == 1
         for count in dict.fromkeys(steps[:1] if takes_no_step else steps):
             options = {"predictor": predictor, "temperature": temperature, "steps": count}
             rows.append({name: value for name, value in options.items() if value is not None})

@@ -42,10 +42,10 @@ def start_of(strength: float, sampling: Sampling, fitted: np.ndarray | None = No
         raise ValueError(
             f"strength {strength} is not in [0, 1]; 0 returns the draft and 1 samples anew"
         )
-    if sampling.predictor == "remdm_loop":
+    if sampling.trait("has_own_times"):
         raise ValueError(
-            "predictor 'remdm_loop' has times of its own and cannot begin in the middle; take "
-            "remdm_cap"
+            f"predictor {sampling.predictor!r} has times of its own and cannot begin in the "
+            "middle; take remdm_cap"
         )
     steps, t_min = sampling.steps, sampling.t_min
     if strength == 0.0:

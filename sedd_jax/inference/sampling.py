@@ -122,17 +122,15 @@ class Sampling:
     @property
     def nfe(self) -> int:
         """Network calls of a sample, of an adaptive predictor the most: the denoiser's is one."""
-        predictor = self._predictor
-        return 1 if predictor is None else self.steps * trait(predictor, "calls") + 1
+        return 1 if self._predictor is None else self.steps * self.trait("calls") + 1
+
+    def trait(self, name: str) -> Any:
+        """One of the predictor's `Traits`."""
+        return trait(self._predictor, name)
 
     @property
     def _predictor(self) -> Callable | None:
         return TABLES["predictor"].get(self.predictor, self.predictor)
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether a sample may need fewer network calls than `nfe`."""
-        return trait(self._predictor, "is_adaptive")
 
     @property
     def changes_distribution(self) -> dict[str, Any]:
@@ -166,7 +164,9 @@ class Sampling:
         if self.top_k is not None:
             check_whole("top_k", self.top_k, 1)
         # The original's draw is of a table of the model's own probabilities.
-        others = [*self.changes_distribution, *({"path_planning"} & {self.predictor})]
+        others = [*self.changes_distribution]
+        if not self.trait("has_table"):
+            others.append(self.predictor)
         if self.draw == "float32_gumbel" and others:
             raise ValueError(
                 f"draw float32_gumbel is the original's and knows no {others[0]}; use exact"
@@ -176,7 +176,7 @@ class Sampling:
     def checked_for(self, graph: Graph) -> "Sampling":
         """These options; ValueError for what makes no sense with a model's noise."""
         name, is_absorbing = self.predictor, hasattr(graph, "mask")
-        if not is_absorbing and trait(self._predictor, "graph") == "absorbing":
+        if not is_absorbing and self.trait("graph") == "absorbing":
             table = TABLES["predictor"].items()
             others = ", ".join(key for key, one in table if trait(one, "graph") is None)
             raise ValueError(

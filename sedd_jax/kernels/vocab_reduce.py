@@ -92,30 +92,20 @@ def peak_and_entropy(
     tile = tile or _fitted(for_platform(TILES, platform), excluded.size, vocab)
     needed = jnp.ones(shape, bool) if needed is None else needed
     order = _needed_first(needed.reshape(-1))
-    flat = jnp.reshape(hidden, (excluded.size, -1)), jnp.ravel(excluded)
-    rows = [_padded(a[order.position], tile.positions) for a in flat]
 
-    def token_block(carry, part):
-        def body(i, carry):
-            hidden, excluded = (_block(a, i, tile.positions) for a in rows)
-            highest, total, weighted = (_block(a, i, tile.positions) for a in carry)
-            table = jnp.maximum(part.logits(hidden), LEAST)
-            table = jnp.where(part.tokens == excluded[:, None], LEAST, table)
-            higher = jnp.maximum(highest, table.max(axis=-1))
-            p = jnp.exp(table - higher[:, None])
-            kept = jnp.exp(highest - higher)
-            # Sums of exp(d) and of d exp(d), d = logit - highest: 0 for what has no probability.
-            weighted = kept * (weighted + jnp.where(kept > 0.0, highest - higher, 0.0) * total)
-            weighted += jnp.where(p > 0.0, p * (table - higher[:, None]), 0.0).sum(axis=-1)
-            new = higher, kept * total + p.sum(axis=-1), weighted
-            return jax.tree.map(lambda a, b: _with_block(a, b, i), carry, new)
+    def combine(sums, table):
+        highest, total, weighted = sums
+        higher = jnp.maximum(highest, table.max(axis=-1))
+        p = jnp.exp(table - higher[:, None])
+        kept = jnp.exp(highest - higher)
+        # Sums of exp(d) and of d exp(d), d = logit - highest: 0 for what has no probability.
+        weighted = kept * (weighted + jnp.where(kept > 0.0, highest - higher, 0.0) * total)
+        weighted += jnp.where(p > 0.0, p * (table - higher[:, None]), 0.0).sum(axis=-1)
+        return higher, kept * total + p.sum(axis=-1), weighted
 
-        return jax.lax.fori_loop(0, -(-order.count // tile.positions), body, carry)
-
-    size = rows[0].shape[0]
-    start = jnp.full(size, LEAST), jnp.zeros(size), jnp.zeros(size)
-    narrow = weight.astype(hidden.dtype)
-    _, total, weighted = _scan_tokens(token_block, start, tile, narrow, bias)
+    rows = jnp.reshape(hidden, (excluded.size, -1)), jnp.ravel(excluded)
+    head = weight.astype(hidden.dtype), bias
+    _, total, weighted = _over_tiles(combine, (LEAST, 0.0, 0.0), tile, *rows, *head, order)
     log_peak, entropy = -jnp.log(total), jnp.log(total) - weighted / total
     return tuple(jnp.where(needed, a[order.rank].reshape(shape), 0.0) for a in (log_peak, entropy))
 
@@ -203,32 +193,45 @@ def _total_and_pick(tile, hidden, weight, bias, excluded, targets, order):
 
 
 def _forward(tile, hidden, weight, bias, excluded, targets, order):
-    rows = [_padded(a[order.position], tile.positions) for a in (hidden, excluded)]
     narrow = weight.astype(hidden.dtype)
 
-    def token_block(carry, part):
-        def body(i, carry):
-            hidden, excluded = (_block(a, i, tile.positions) for a in rows)
-            highest, total = (_block(a, i, tile.positions) for a in carry)
-            table = jnp.maximum(part.logits(hidden), LEAST)
-            table = jnp.where(part.tokens == excluded[:, None], LEAST, table)
-            top, part_total = _max_and_sum(table)
-            # The sum of exp(logit - highest), rescaled whenever a block has a higher logit.
-            higher = jnp.maximum(highest, top)
-            total = total * jnp.exp(highest - higher) + part_total * jnp.exp(top - higher)
-            return jax.tree.map(lambda a, b: _with_block(a, b, i), carry, (higher, total))
+    def combine(sums, table):
+        highest, total = sums
+        top, part_total = _max_and_sum(table)
+        # The sum of exp(logit - highest), rescaled whenever a block has a higher logit.
+        higher = jnp.maximum(highest, top)
+        total = total * jnp.exp(highest - higher) + part_total * jnp.exp(top - higher)
+        return higher, total
 
-        return jax.lax.fori_loop(0, -(-order.count // tile.positions), body, carry)
-
-    size = rows[0].shape[0]
-    start = jnp.full(size, LEAST), jnp.zeros(size)
-    highest, total = _scan_tokens(token_block, start, tile, narrow, bias)
+    rows = hidden, excluded, narrow, bias, order
+    highest, total = _over_tiles(combine, (LEAST, 0.0), tile, *rows)
     log_total = highest + jnp.log(total)  # in that order, and -inf beyond the last block
     is_token = (targets >= 0) & (targets < weight.shape[0])
     at_target = narrow[targets].astype(jnp.float32)
     pick = (hidden.astype(jnp.float32) * at_target).sum(axis=-1) + bias[targets]
     saved = (hidden, weight, bias, excluded, targets, order, log_total)
     return (log_total[order.rank], jnp.where(is_token, pick, 0.0)), saved
+
+
+def _over_tiles(
+    combine: Callable, start: tuple[float, ...], tile: Tile, hidden, excluded, weight, bias, order
+):
+    """Sums over the vocabulary for each position, [N'] each in the order's rows: from `start`,
+    combine(sums, table [p, v]) for tile after tile of logits; LEAST at the excluded tokens."""
+    rows = [_padded(a[order.position], tile.positions) for a in (hidden, excluded)]
+
+    def token_block(carry, part):
+        def body(i, carry):
+            hidden, excluded = (_block(a, i, tile.positions) for a in rows)
+            table = jnp.maximum(part.logits(hidden), LEAST)
+            table = jnp.where(part.tokens == excluded[:, None], LEAST, table)
+            sums = combine(tuple(_block(a, i, tile.positions) for a in carry), table)
+            return jax.tree.map(lambda a, b: _with_block(a, b, i), carry, sums)
+
+        return jax.lax.fori_loop(0, -(-order.count // tile.positions), body, carry)
+
+    sums = tuple(jnp.full(rows[0].shape[0], value) for value in start)
+    return _scan_tokens(token_block, sums, tile, weight, bias)
 
 
 def _max_and_sum(table):
