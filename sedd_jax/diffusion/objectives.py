@@ -27,6 +27,7 @@ class Objective(abc.ABC):
     graph: ClassVar[str | None] = None  # the only one that it is for
     predicts_clean: ClassVar[bool] = False  # see Graph.predicts_clean
     t_min: ClassVar[float | None] = None  # times are drawn from [t_min, 1]; None: no such interval
+    title: ClassVar[str]  # of the models that it trains, for tables
 
     @abc.abstractmethod
     def loss(
@@ -77,6 +78,7 @@ class _OverTimes(Objective):
 class Dwdse(_OverTimes):
     """The paper's: diffusion-weighted denoising score entropy."""
 
+    title = "SEDD"
     loss_at = staticmethod(losses.dwdse_at)
 
 
@@ -85,6 +87,7 @@ class Normalised(_OverTimes):
 
     graph = "absorbing"
     predicts_clean = True
+    title = "normalised"
     loss_at = staticmethod(losses.normalised_at)
 
 
@@ -93,12 +96,14 @@ class Unweighted(_OverTimes):
 
     graph = "absorbing"
     predicts_clean = True
+    title = "unweighted"
     loss_at = staticmethod(losses.unweighted_at)
 
 
 class ConcreteScoreMatching(_OverTimes):
     """The paper's ablation; its bound is that of the scores that it learns."""
 
+    title = "CSM"
     loss_at = staticmethod(losses.concrete_score_matching_at)
 
 
@@ -110,6 +115,7 @@ class D3PM(Objective):
     times: Callable[[jax.Array, int, float], jax.Array] = independent_times
 
     predicts_clean = True
+    title = "D3PM"
 
     def loss(self, *args: Any, **padding: Any) -> Loss:
         def discrete_times(key, batch_size, t_min):

@@ -17,9 +17,9 @@ from sedd_jax.inference.curve import Curve, prices
 from sedd_jax.inference.model import SEDD
 
 ROWS = {
-    "bound": "SEDD, bound",
-    "normalised": "SEDD, normalised bound",
-    "paper_protocol": "SEDD, the paper's protocol (no boundary terms)",
+    "bound": "{model}, bound",
+    "normalised": "{model}, normalised bound",
+    "paper_protocol": "the paper's protocol (no boundary terms)",
     "gpt2": "GPT-2",
     "bigram": "interpolated bigram, same text",
     "unigram": "unigram, same text",
@@ -70,6 +70,7 @@ def evaluate_split(
             "target_reached": error <= target_standard_error,
         }
     return {
+        "model": model.objective.title,
         "step": model.step,
         "split": split,
         "blocks": len(heldout.tokens),
@@ -195,6 +196,7 @@ def likelihood_table(result: dict[str, Any]) -> str:
             error = unit.get(f"{key}_standard_error")
             cells.append(f"{unit[key]:.3f}" + ("" if error is None else f" +- {error:.3f}"))
         exponentials = f"{perplexity[key]:>12.2f}{per_word[key]:>12.4g}"
+        name = name.format(model=result.get("model"))
         lines.append(f"{name:48}{cells[0]:>18}{cells[1]:>18}{exponentials}")
     if "diffusion" not in bits:
         return "\n".join(lines)

@@ -76,7 +76,8 @@ class SEDD:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         trained = "" if self.step is None else f", step {self.step}"
         return (
-            f"SEDD({count:,} parameters, {self.dtype}, {self.graph}, {self.schedule}, "
+            f"{self.objective.title}({count:,} parameters, {self.dtype}, {self.graph}, "
+            f"{self.schedule}, "
             f"tokenizer {self.tokenizer.name!r}, length {self.length}{trained})"
         )
 
