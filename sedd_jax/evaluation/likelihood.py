@@ -6,6 +6,7 @@ Every result holds the same units, so that two of them can stand in one table.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.sparse
 
@@ -72,6 +73,7 @@ def evaluate_split(
     return {
         "model": model.objective.title,
         "step": model.step,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "split": split,
         "blocks": len(heldout.tokens),
         **sizes,
