@@ -15,6 +15,7 @@ from sedd_jax.data.tokenizers import Ids
 from sedd_jax.diffusion import autoregressive
 from sedd_jax.diffusion.draws import categorical, make_key
 from sedd_jax.diffusion.graphs import Absorbing
+from sedd_jax.diffusion.objectives import Autoregressive, Dwdse
 from sedd_jax.diffusion.reverse import shaped
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.inference import autoregressive as sampling
@@ -22,7 +23,7 @@ from sedd_jax.inference.model import SEDD
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 
-VOCAB, LENGTH = 7, 6
+VOCAB, LENGTH = 7, 5
 
 
 @functools.cache
@@ -32,13 +33,19 @@ def a_model(vocab_size=VOCAB, length=LENGTH, spread=0.2, **changes):
     sizes = {"hidden_size": 16, "blocks": 2, "heads": 2, "cond_dim": 8, "dropout": 0.1}
     causal = {"is_causal": True, "time_conditioning": False}
     network = Transformer(dim=graph.dim, **sizes, **causal, **changes)
-    tokens = jnp.zeros((1, length), jnp.int32)
-    params = network.init(make_key(0), tokens, jnp.zeros((1, 1)), deterministic=True)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(make_key(1), len(leaves))
-    leaves = [p + spread * jax.random.normal(key, p.shape) for p, key in zip(leaves, keys)]
-    params = jax.tree.unflatten(tree, leaves)
-    return SEDD(network, params, graph, LogLinear(), Ids(vocab_size), length)
+
+    @jax.jit
+    def start(key):
+        tokens, sigma = jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 1))
+        params = network.init(key, tokens, sigma, deterministic=True)["params"]
+        leaves, tree = jax.tree.flatten(params)
+        keys = jax.random.split(key, len(leaves))
+        moved = [p + spread * jax.random.normal(key, p.shape) for p, key in zip(leaves, keys)]
+        return jax.tree.unflatten(tree, moved)
+
+    params = start(make_key(1))
+    parts = network, params, graph, LogLinear(), Ids(vocab_size), length
+    return SEDD(*parts, objective=Autoregressive())
 
 
 @functools.cache
@@ -126,7 +133,7 @@ def test_gradients_reach_all_earlier_positions_and_none_later():
 
 def test_padding_changes_no_loss_and_gets_none():
     model, x0 = a_model(), texts()
-    lengths = jnp.array([6, 4, 1, 3])
+    lengths = jnp.array([5, 4, 1, 3])
     is_token = jnp.arange(LENGTH) < lengths[:, None]
 
     def nats(x0, is_token):
@@ -170,7 +177,7 @@ def test_distributions_by_the_cache_are_those_of_the_whole_row(is_unrolled, monk
     whole, _ = call(variables, seen, mutable=())
     for prefix in (0, 1, 4):
         # What comes after the prefix must not matter.
-        filled, cache = call(variables, jnp.where(jnp.arange(LENGTH) < prefix, seen, 5))
+        filled, cache = call(variables, jnp.where(jnp.arange(LENGTH) < prefix, seen, 6))
         np.testing.assert_allclose(filled.hidden[:, :prefix], whole.hidden[:, :prefix], atol=1e-5)
         for l in range(prefix, LENGTH):
             one, cache = call(variables | cache, seen[:, l : l + 1], position=jnp.int32(l))
@@ -207,7 +214,7 @@ def test_samples_by_the_cache_are_those_of_whole_rows_with_the_same_noise():
     np.testing.assert_array_equal(
         model.sample_tokens(4, seed=3), by_whole_rows(model, 3, 4, LENGTH)
     )
-    known = prefixes(texts(), [0, 1, 4, 6])
+    known = prefixes(texts(), [0, 1, 4, 5])
     drawn = model.sample_tokens(4, known=known, seed=3)
     np.testing.assert_array_equal(drawn, by_whole_rows(model, 3, 4, LENGTH, known))
     np.testing.assert_array_equal(drawn[known[1]], known[0][known[1]])
@@ -252,15 +259,15 @@ def test_a_sample_depends_on_its_number_alone():
 
 
 def test_the_states_on_the_way_end_with_the_sample_and_count_the_calls():
-    model, known = a_model(), prefixes(texts(3), [0, 2, 5])
+    model, known = a_model(), prefixes(texts(3), [0, 2, 4])
     states = list(model.stream(num_samples=3, known=known, updates=3, seed=1))
-    assert [state.step for state in states] == [0, 2, 4, 6]
+    assert [state.step for state in states] == [0, 2, 4, 5]
     assert {state.steps for state in states} == {LENGTH}
     assert [state.calls.tolist() for state in states] == [
         [0, 0, 0],
         [2, 0, 0],
         [4, 2, 0],
-        [6, 4, 1],
+        [5, 3, 1],
     ]
     for state in states:
         is_there = known[1] | (np.arange(LENGTH) < state.step)
@@ -293,7 +300,7 @@ def test_what_an_autoregressive_model_cannot_do_is_refused_and_says_what_can():
     with says("cannot revise", "absorbing or uniform"):
         model.revise("1 2 3")
     with says("predictor 'left_to_right'", "take tweedie"):
-        diffusion = dataclasses.replace(model, network=model.network.clone(is_causal=False))
+        diffusion = dataclasses.replace(model, objective=Dwdse())
         diffusion.sample_tokens(predictor="left_to_right")
     # What it says of itself may be said to it.
     model.sample_tokens(**dataclasses.asdict(model.chosen(temperature=0.5)))

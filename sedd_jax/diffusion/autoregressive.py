@@ -27,15 +27,16 @@ def shifted(x: Tokens, mask: int) -> Tokens:
 
 def token_nats(score_fn: ScoreFn, x0: Tokens, mask: int) -> jax.Array:
     """-log p(x_l | x_1 .. x_l-1) of int32 [B, L], nats, float32 [B, L]; score_fn is causal."""
-    any_sigma = jnp.ones((len(x0), 1), jnp.float32)  # it depends on none
-    scores = score_fn(shifted(x0, mask), any_sigma)
-    total, pick = with_all_tokens(scores).total_and_pick(x0, None)
+    scores = score_fn(shifted(x0, mask), no_noise(x0))
+    # The scores as weights of all clean tokens: none is left out for being what is seen.
+    scores = dataclasses.replace(scores, xt=jnp.full_like(x0, -1))
+    total, pick = scores.total_and_pick(x0, None)
     return total - pick
 
 
-def with_all_tokens(scores: Scores) -> Scores:
-    """Scores as the weights of all clean tokens: none is left out for being in xt."""
-    return dataclasses.replace(scores, xt=jnp.full_like(scores.xt, -1))
+def no_noise(x: Tokens) -> jax.Array:
+    """The sigma that the network is called with: a constant, which training gives its meaning."""
+    return jnp.ones((len(x), 1), jnp.float32)
 
 
 def loss(x0: Tokens, score_fn: ScoreFn, mask: int, *, is_token: jax.Array | None = None) -> Loss:
@@ -58,8 +59,8 @@ def exact(x0: Tokens, score_fn: ScoreFn, mask: int, *, is_token: jax.Array | Non
     )
 
 
-# (tokens int32 [B, 1], their position int32 [], cache) -> scores of the token after each [B, 1],
-# and the cache with what the network must know of these tokens later.
+# (tokens int32 [B, 1], their position int32 [], cache) -> scores of the token after each, of which
+# none is left out, and the cache with what the network must know of these tokens later.
 NextScores = Callable[[Tokens, jax.Array, Any], tuple[Scores, Any]]
 
 
@@ -100,7 +101,7 @@ def sample(
         scores, cache = next_scores(before, position, cache)
         is_free = ~column(known.is_known, position)
         keys_here = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-        drawn = with_all_tokens(scores).draw(keys_here, is_free, Weights.of(shape))
+        drawn = scores.draw(keys_here, is_free, Weights.of(shape))
         here = jnp.where(is_free, drawn, column(known.tokens, position))
         tokens = jax.lax.dynamic_update_slice_in_dim(tokens, here, position, axis=1)
         return Written(tokens, calls + is_free[:, 0], cache)

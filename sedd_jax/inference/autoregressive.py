@@ -85,7 +85,7 @@ def prefill(params, known: Known, *, network, mask) -> list[Any]:
     """Keys and values of what every row knows, by one call; those of other positions are nothing
     that is ever read. A list of the blocks'."""
     before = autoregressive.shifted(known.tokens, mask)
-    sigma = jnp.zeros((len(before), 1))
+    sigma = autoregressive.no_noise(before)
 
     def call():
         how = {"deterministic": True, "mutable": ["cache"]}
@@ -106,10 +106,11 @@ def write(
 
     def next_scores(tokens, position, cache):
         variables = {"params": weights(), "cache": {"blocks": joined_blocks(cache)}}
-        sigma = jnp.zeros(tokens.shape)
+        sigma = autoregressive.no_noise(tokens)
         how = {"deterministic": True, "position": position, "mutable": ["cache"]}
         output, new = network.apply(variables, tokens, sigma, **how)
-        scores = HeadScores(output, tokens, sigma, graph.vocab_size, network.placement)
+        nothing, no_scale = jnp.full_like(tokens, -1), jnp.zeros_like(sigma)
+        scores = HeadScores(output, nothing, no_scale, graph.vocab_size, network.placement)
         return scores, cut_blocks(new["cache"]["blocks"])
 
     return autoregressive.sample(

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sedd_jax.diffusion.draws import make_key
+from sedd_jax.diffusion.objectives import Autoregressive
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.inference import batches, revision
@@ -71,9 +72,12 @@ class DiffusionSampler:
         return rows._replace(chain=chain)
 
 
+SAMPLERS = {Autoregressive: AutoregressiveSampler}  # by objective; of all others reverse steps
+
+
 def sampler_of(model: Any) -> Sampler:
     """The sampler of a SEDD."""
-    return (AutoregressiveSampler if model.network.is_causal else DiffusionSampler)(model)
+    return SAMPLERS.get(type(model.objective), DiffusionSampler)(model)
 
 
 def states_of(
