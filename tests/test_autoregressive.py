@@ -291,7 +291,7 @@ def test_what_an_autoregressive_model_cannot_do_is_refused_and_says_what_can():
     model = a_model()
     for options in ({"steps": 8}, {"predictor": "euler"}, {"grid": "cosine"}, {"t_min": 1e-3}):
         (name, value) = *options, *options.values()
-        with says(name, repr(value), "left to right", "leave it out", "absorbing or uniform"):
+        with says(name, repr(value), "left to right", "leave it at", "absorbing or uniform"):
             model.sample_tokens(**options)
     with says("normalised", "absorbing or uniform"):
         model.sample_tokens(normalised=True)

@@ -41,7 +41,8 @@ class AutoregressiveSampler:
             if name not in shapes and value != getattr(usual, name):
                 raise ValueError(
                     f"{name} {value!r} is of reverse steps, and an autoregressive model writes "
-                    f"from left to right, a network call a token; leave it out, or use {CAN}"
+                    "from left to right, a network call a token; leave it at "
+                    f"{getattr(usual, name)!r}, or use {CAN}"
                 )
         return chosen
 
