@@ -78,7 +78,7 @@ def method_rows(all_runs: Sequence[Run]) -> list[Row]:
         if normalised and not np.allclose(
             _spread(normalised)["nats_per_token"], row["nats_per_token"], rtol=1e-6
         ):
-            name = f"{method}, normalised bound"
+            name = f"{method}, normalised"
             rows.append({"name": name, "kind": "bound", **_spread(normalised)})
     if result := ngrams(all_runs):
         for key, name in NGRAMS.items():
@@ -185,7 +185,7 @@ def _likelihood_table(rows: Sequence[Row]) -> list[Group]:
     training = {
         "tokens_seen": "tokens",
         "training_seconds": "seconds",
-        "tokens_per_second": "tokens/s",
+        "tokens_per_second": "tok/s",
     }
     return [
         ("", [column("", (row["name"] for row in rows)), column("params", number("parameters"))]),
@@ -215,8 +215,8 @@ def notes(all_runs: Sequence[Run]) -> list[str]:
             f"{result['data']['source']['corpus']} {result['split']}: {result['blocks']} blocks, "
             f"{result['tokens']:,} tokens, {result['passes']} noise levels a block. ≤ is an upper "
             "bound, ± its standard error over the noise; without ≤ the likelihood is exact. "
-            "seeds: standard deviation between a method's runs; the rest is their mean. Seconds are "
-            "of training alone, without compiling, saving and scoring."
+            "seeds: standard deviation between a method's runs; the rest is their mean. Seconds "
+            "are of training alone, without compiling, saving and scoring."
         )
     failures = ((run, run.read(FAILURE)) for run in all_runs)
     return lines + [failure_line(run, failure) for run, failure in failures if failure]
