@@ -86,6 +86,8 @@ class Experiment:
     @functools.cached_property
     def evaluated(self) -> float:
         """Expected fraction of positions whose scores the loss evaluates."""
+        if self.objective.is_causal:
+            return 1.0
         return evaluated_fraction(self.graph, self.schedule, self.objective.t_min or 0.0)
 
     @property
@@ -229,6 +231,7 @@ def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Tr
     check_settings()
     fields = config.model.to_dict()
     fields |= {key: DTYPES[fields[key]] for key in ("dtype", "residual_dtype")}
+    fields["is_causal"] = OBJECTIVES[config.objective.name].is_causal
     return Transformer(dim=graph.dim, placement=Placement(mesh), **fields)
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion import likelihood, losses
+from sedd_jax.diffusion import autoregressive, likelihood, losses
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.diffusion.losses import Loss, at_random_times, independent_times
@@ -26,7 +26,9 @@ class Objective(abc.ABC):
 
     graph: ClassVar[str | None] = None  # the only one that it is for
     predicts_clean: ClassVar[bool] = False  # see Graph.predicts_clean
+    is_causal: ClassVar[bool] = False  # of the network; the bound is then -log p itself
     t_min: ClassVar[float | None] = None  # times are drawn from [t_min, 1]; None: no such interval
+    title: ClassVar[str]  # of the models that it trains, for tables
 
     @abc.abstractmethod
     def loss(
@@ -77,6 +79,7 @@ class _OverTimes(Objective):
 class Dwdse(_OverTimes):
     """The paper's: diffusion-weighted denoising score entropy."""
 
+    title = "SEDD"
     loss_at = staticmethod(losses.dwdse_at)
 
 
@@ -85,6 +88,7 @@ class Normalised(_OverTimes):
 
     graph = "absorbing"
     predicts_clean = True
+    title = "normalised"
     loss_at = staticmethod(losses.normalised_at)
 
 
@@ -93,12 +97,14 @@ class Unweighted(_OverTimes):
 
     graph = "absorbing"
     predicts_clean = True
+    title = "unweighted"
     loss_at = staticmethod(losses.unweighted_at)
 
 
 class ConcreteScoreMatching(_OverTimes):
     """The paper's ablation; its bound is that of the scores that it learns."""
 
+    title = "CSM"
     loss_at = staticmethod(losses.concrete_score_matching_at)
 
 
@@ -110,6 +116,7 @@ class D3PM(Objective):
     times: Callable[[jax.Array, int, float], jax.Array] = independent_times
 
     predicts_clean = True
+    title = "D3PM"
 
     def loss(self, *args: Any, **padding: Any) -> Loss:
         def discrete_times(key, batch_size, t_min):
@@ -123,10 +130,25 @@ class D3PM(Objective):
         return likelihood.discrete_bound(*args, discrete_steps=self.discrete_steps, **how)
 
 
+@dataclasses.dataclass(frozen=True)
+class Autoregressive(Objective):
+    """-log p itself: each token given those before it; no noise."""
+
+    graph = "absorbing"  # whose MASK begins a text
+    is_causal = True
+
+    def loss(self, key, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+        return autoregressive.loss(x0, score_fn, graph.mask, is_token=is_token)
+
+    def bound(self, key, x0, index, score_fn, graph, schedule, *, passes, is_token=None) -> Bound:
+        return autoregressive.exact(x0, score_fn, graph.mask, is_token=is_token)
+
+
 OBJECTIVES = {
     "dwdse": Dwdse,
     "normalised": Normalised,
     "unweighted": Unweighted,
     "concrete_score_matching": ConcreteScoreMatching,
     "d3pm": D3PM,
+    "autoregressive": Autoregressive,
 }
