@@ -105,8 +105,7 @@ def run_result(run: Run) -> Row:
 
 def kind_of(run: Run) -> str:
     """Whether the likelihood of the run is "exact" or a "bound"."""
-    objective = OBJECTIVES[run.config.objective.name]
-    return "exact" if getattr(objective, "is_causal", False) else "bound"
+    return "exact" if OBJECTIVES[run.config.objective.name].is_causal else "bound"
 
 
 def _likelihood(result: Result, name: str) -> dict[str, float]:
