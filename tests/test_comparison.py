@@ -228,6 +228,7 @@ def test_numbers_are_means_over_seeds_with_their_spread(by_hand):
     assert sedd["samples"]["unigram_entropy"] == pytest.approx(2.25)
     assert (csm["runs"], csm["runs_failed"]) == (2, 1)
     assert csm["nats_per_token"] == 3.0 and csm["seeds_standard_deviation"] is None
+    assert comparison_table.terminal(by_hand).count("csm (1 of 2)") == 2  # both tables
 
 
 def test_a_run_that_diverged_is_a_row_with_its_reason_and_is_not_tried_again(by_hand, monkeypatch):

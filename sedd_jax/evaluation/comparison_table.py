@@ -151,14 +151,14 @@ def _mean(results: Sequence[Row], is_error: bool = False) -> Any:
 def tables(rows: Sequence[Row]) -> list[list[Group]]:
     """The columns of the rows, in tables that fit a terminal: those with samples once more."""
     sampled = [row for row in rows if row.get("samples")]
-    names = ("", [column("", (row["name"] for row in sampled))])
+    names = ("", [column("", map(_label, sampled))])
     statistics = [row["samples"] for row in sampled]
     every = [_likelihood_table(rows)]
     if sampled:
         every.append([names, *statistics_columns(statistics)])
     judged = [row for row in sampled if row.get("generative_perplexity")]
     if judged:
-        names = ("", [column("", (row["name"] for row in judged))])
+        names = ("", [column("", map(_label, judged))])
         every.append([names, perplexity_columns(judged)])
     return every
 
@@ -187,12 +187,18 @@ def _likelihood_table(rows: Sequence[Row]) -> list[Group]:
         "tokens_per_second": "tok/s",
     }
     return [
-        ("", [column("", (row["name"] for row in rows)), column("params", number("parameters"))]),
+        ("", [column("", map(_label, rows)), column("params", number("parameters"))]),
         ("training", [column(name, number(key)) for key, name in training.items()]),
         ("", [column("bits/char", likelihood("bits_per_character", False))]),
         ("nats/token", [column("", likelihood("nats_per_token", True)), column("seeds", spread())]),
         ("", [column("PPL", number("perplexity_per_token"))]),
     ]
+
+
+def _label(row: Row) -> str:
+    """The row's name; how many of its runs are in it, if it is not all or none of them."""
+    whole = row.get("runs", 0) - row.get("runs_failed", 0)
+    return row["name"] + (f" ({whole} of {row['runs']})" if 0 < whole < row.get("runs", 0) else "")
 
 
 def _short(value: float | None) -> str:
