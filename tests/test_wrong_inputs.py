@@ -30,6 +30,7 @@ TEXT = f"{TRAIN} --config.data.corpus=text --config.data.path="
 PREPARE = "prepare --dataset=text --tokenizer=bytes --length=16 --out=records --manual_dir="
 LONG = "x" * 300
 TOO_LONG = ("...' is too long for a path", "give a shorter one")
+COMPARE = f"compare --config=quickstart {TINY} --out="
 TOKENS = "prepare --dataset=text --manual_dir={text} --length=16 --out=records"
 
 
@@ -382,6 +383,19 @@ CASES = [
     Case("train --config={broken}/a_string.py --workdir=run", "'100'", "whole number"),
     Case("train --config={broken}/a_lookup.py --workdir=run", "a_lookup.py', line 3", "correct"),
     Case("train --config={broken}/a_dict.py --workdir=run", "dict", "ConfigDict"),
+    # --- comparisons
+    Case("compare --out=out", "--config", "--help lists the arguments"),
+    Case(f"{COMPARE}out --methods=sedd_absorbing,sed_uniform", "'sed_uniform'", "sedd_uniform?"),
+    Case(f"{COMPARE}out --methods=", "''", "known: sedd_absorbing"),
+    Case(f"{COMPARE}out --seeds=0", "--seeds 0", "choose one"),
+    Case(f"{COMPARE}out --passes=3", "--passes 3", "even number"),
+    Case(f"{COMPARE}out --steps=3", "'--steps=3'", "--help lists the arguments"),
+    Case(f"{COMPARE}out --config.graph.name=uniform", "config.graph.name", "leave"),
+    Case(f"{COMPARE}out --config.train.stepz=1", "train.stepz", "train.steps"),
+    Case(f"{COMPARE}out --config.data.length=3", "length 3", "at least 4"),
+    Case(f"{COMPARE}out --config.data.corpus=text --config.data.path=no", "'no'", "path"),
+    Case(f"{COMPARE}{{drafts}}/short.txt", "short.txt", "give a new folder as --out"),
+    Case(f"{COMPARE}{{run}}", "holds no comparison", "give a new folder as --out"),
     # --- corpora of other kinds
     Case(f"{PREPARE}{{corpora}}/open_quote", "a.csv:3", "a quote that nothing closes; give"),
     Case(f"{PREPARE}{{corpora}}/ragged", "a.tsv:3", "3 fields in a row, 2 columns; quote"),

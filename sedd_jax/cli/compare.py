@@ -11,7 +11,7 @@ from sedd_jax.cli.arguments import check_matplotlib, joined, make_parser, name_o
 from sedd_jax.cli.train import parse_train
 from sedd_jax.configs.rivals import RIVALS
 
-METHODS = "sedd_absorbing,sedd_uniform,normalised,d3pm_absorb,csm"
+METHODS = "sedd_absorbing,sedd_uniform,normalised,d3pm_absorb,ar,csm"
 FAILED = 3  # the status when a method could not be trained, scored or sampled
 
 

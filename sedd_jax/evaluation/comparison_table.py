@@ -78,7 +78,7 @@ def method_rows(all_runs: Sequence[Run]) -> list[Row]:
         if normalised and not np.allclose(
             _spread(normalised)["nats_per_token"], row["nats_per_token"], rtol=1e-6
         ):
-            name = f"{method}, normalised bound"
+            name = f"{method}, normalised"
             rows.append({"name": name, "kind": "bound", **_spread(normalised)})
     if result := ngrams(all_runs):
         for key, name in NGRAMS.items():
@@ -105,8 +105,7 @@ def run_result(run: Run) -> Row:
 
 def kind_of(run: Run) -> str:
     """Whether the likelihood of the run is "exact" or a "bound"."""
-    objective = OBJECTIVES[run.config.objective.name]
-    return "exact" if getattr(objective, "is_causal", False) else "bound"
+    return "exact" if OBJECTIVES[run.config.objective.name].is_causal else "bound"
 
 
 def _likelihood(result: Result, name: str) -> dict[str, float]:
@@ -152,14 +151,14 @@ def _mean(results: Sequence[Row], is_error: bool = False) -> Any:
 def tables(rows: Sequence[Row]) -> list[list[Group]]:
     """The columns of the rows, in tables that fit a terminal: those with samples once more."""
     sampled = [row for row in rows if row.get("samples")]
-    names = ("", [column("", (row["name"] for row in sampled))])
+    names = ("", [column("", map(_label, sampled))])
     statistics = [row["samples"] for row in sampled]
     every = [_likelihood_table(rows)]
     if sampled:
         every.append([names, *statistics_columns(statistics)])
     judged = [row for row in sampled if row.get("generative_perplexity")]
     if judged:
-        names = ("", [column("", (row["name"] for row in judged))])
+        names = ("", [column("", map(_label, judged))])
         every.append([names, perplexity_columns(judged)])
     return every
 
@@ -185,15 +184,21 @@ def _likelihood_table(rows: Sequence[Row]) -> list[Group]:
     training = {
         "tokens_seen": "tokens",
         "training_seconds": "seconds",
-        "tokens_per_second": "tokens/s",
+        "tokens_per_second": "tok/s",
     }
     return [
-        ("", [column("", (row["name"] for row in rows)), column("params", number("parameters"))]),
+        ("", [column("", map(_label, rows)), column("params", number("parameters"))]),
         ("training", [column(name, number(key)) for key, name in training.items()]),
         ("", [column("bits/char", likelihood("bits_per_character", False))]),
         ("nats/token", [column("", likelihood("nats_per_token", True)), column("seeds", spread())]),
         ("", [column("PPL", number("perplexity_per_token"))]),
     ]
+
+
+def _label(row: Row) -> str:
+    """The row's name; how many of its runs are in it, if it is not all or none of them."""
+    whole = row.get("runs", 0) - row.get("runs_failed", 0)
+    return row["name"] + (f" ({whole} of {row['runs']})" if 0 < whole < row.get("runs", 0) else "")
 
 
 def _short(value: float | None) -> str:
@@ -215,8 +220,8 @@ def notes(all_runs: Sequence[Run]) -> list[str]:
             f"{result['data']['source']['corpus']} {result['split']}: {result['blocks']} blocks, "
             f"{result['tokens']:,} tokens, {result['passes']} noise levels a block. ≤ is an upper "
             "bound, ± its standard error over the noise; without ≤ the likelihood is exact. "
-            "seeds: standard deviation between a method's runs; the rest is their mean. Seconds are "
-            "of training alone, without compiling, saving and scoring."
+            "seeds: standard deviation between a method's runs; the rest is their mean. Seconds "
+            "are of training alone, without compiling, saving and scoring."
         )
     failures = ((run, run.read(FAILURE)) for run in all_runs)
     return lines + [failure_line(run, failure) for run, failure in failures if failure]
