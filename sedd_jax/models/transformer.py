@@ -210,6 +210,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """(tokens [B, L], sigma [B, 1]) -> Output for `dim` states.
 
+    Or vectors, float [B, L, C], in place of tokens and their embeddings.
     is_token, bool [B, L], is False at the padding, which is at the end of a row: no position
     attends to it. None: no padding.
     """
@@ -244,8 +245,10 @@ class Transformer(nn.Module):
         zeros = nn.initializers.zeros_init()
         table = (self.dim, self.hidden_size)
 
-        embedding = self.param("embedding", rows, table)
-        x = self.placement.rows(self.placement.whole(embedding)[tokens].astype(self.residual_dtype))
+        if jnp.issubdtype(tokens.dtype, jnp.integer):
+            embedding = self.param("embedding", rows, table)
+            tokens = self.placement.whole(embedding)[tokens]
+        x = self.placement.rows(tokens.astype(self.residual_dtype))
 
         def embedded(name, fan_in):
             bias_init = _torch_bias(fan_in)
