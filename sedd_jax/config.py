@@ -22,7 +22,8 @@ from sedd_jax.configs import base
 from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
 from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.grids import GRIDS
-from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
+from sedd_jax.diffusion.losses import TIMES
+from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.diffusion.predictors import PREDICTORS, trait
 from sedd_jax.diffusion.samplers import DRAWS
 from sedd_jax.diffusion.schedules import SCHEDULES
@@ -100,10 +101,12 @@ KEYS: dict[str, Constraint] = {
     "objective.name": _one_of(OBJECTIVES),
     "objective.t_min": _INSIDE,
     "objective.times": _one_of(TIMES),
+    "objective.discrete_steps": _whole(1, 2**20),
     "model.hidden_size": _whole(1),
     "model.blocks": _whole(1),
     "model.heads": _whole(1),
     "model.cond_dim": _whole(1),
+    "model.time_conditioning": _BOOLEAN,
     "model.dropout": _DECAY,
     "model.dtype": _one_of(DTYPES),
     "model.residual_dtype": _one_of(DTYPES),
@@ -161,7 +164,12 @@ MAY_CHANGE = (
 MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh", "profile")
 
 # Keys that a saved config may lack: runs from before them did what the default says.
-AS_BEFORE = ("optimizer.mu_dtype", "model.residual_dtype")
+AS_BEFORE = (
+    "optimizer.mu_dtype",
+    "model.residual_dtype",
+    "model.time_conditioning",
+    "objective.discrete_steps",
+)
 # Keys that saved configs may still hold, and why they went.
 RETIRED = {"model.head": "a Triton kernel for the head was slower on a GPU than plain JAX"}
 
@@ -237,6 +245,7 @@ def check(config: ConfigDict) -> None:
             f"config.graph.scale_by_sigma True does not fit the {config.graph.name} graph, whose "
             "logits are the log-scores; set it to False"
         )
+    _check_objective(config)
     predictor, graph = config.sample.predictor, config.graph.name
     if trait(PREDICTORS[predictor], "graph") not in (None, graph):
         raise ValueError(
@@ -254,6 +263,23 @@ def check(config: ConfigDict) -> None:
     if low >= high and _has_field(SCHEDULES[config.schedule.name], "sigma_min"):
         raise ValueError(
             f"config.schedule must have sigma_min < sigma_max, not {low} and {high}; change one"
+        )
+
+
+def _check_objective(config: ConfigDict) -> None:
+    """ValueError for an objective or a network that does not fit the noise."""
+    objective, graph = OBJECTIVES[config.objective.name], config.graph.name
+    if objective.graph not in (None, graph):
+        raise ValueError(
+            f"config.objective.name {config.objective.name!r} does not fit the {graph} graph; set "
+            f"graph.name to {objective.graph}, or take dwdse or d3pm"
+        )
+    has_scale = objective.predicts_clean or config.graph.scale_by_sigma
+    if not config.model.time_conditioning and not has_scale:
+        raise ValueError(
+            "config.model.time_conditioning False does not fit logits that are the log-scores, "
+            "which depend on the noise level; set it to True, or graph.scale_by_sigma to True "
+            "with absorbing noise"
         )
 
 

@@ -23,7 +23,8 @@ from sedd_jax.data import Blocks
 from sedd_jax.diffusion.draws import check_settings, make_key
 from sedd_jax.diffusion.graph import Graph, lift
 from sedd_jax.diffusion.graphs import GRAPHS
-from sedd_jax.diffusion.losses import OBJECTIVES, TIMES
+from sedd_jax.diffusion.losses import TIMES
+from sedd_jax.diffusion.objectives import OBJECTIVES, Objective
 from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.models.head import make_score_fn
@@ -41,6 +42,7 @@ class Experiment:
     mesh: Mesh | None
     graph: Graph
     schedule: Schedule
+    objective: Objective
     network: Transformer
     optimizer: optax.GradientTransformation
     loss_fn: LossFn
@@ -84,7 +86,7 @@ class Experiment:
     @functools.cached_property
     def evaluated(self) -> float:
         """Expected fraction of positions whose scores the loss evaluates."""
-        return evaluated_fraction(self.graph, self.schedule, self.config.objective.t_min)
+        return evaluated_fraction(self.graph, self.schedule, self.objective.t_min or 0.0)
 
     @property
     def flops(self) -> int:
@@ -141,9 +143,10 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
 def make_experiment(config: ConfigDict, vocab_size: int, mesh: Mesh | None) -> Experiment:
     """The experiment of a checked config over its `make_mesh`, for vocab_size clean tokens."""
     graph, schedule = make_graph(config, vocab_size), make_schedule(config)
-    network = make_model(config, graph, mesh)
-    loss_fn = make_loss_fn(config, network, graph, schedule)
-    return Experiment(config, mesh, graph, schedule, network, make_optimizer(config), loss_fn)
+    objective, network = make_objective(config), make_model(config, graph, mesh)
+    loss_fn = make_loss_fn(objective, network, graph, schedule)
+    optimizer = make_optimizer(config)
+    return Experiment(config, mesh, graph, schedule, objective, network, optimizer, loss_fn)
 
 
 def network_flops(params: Any, length: int) -> int:
@@ -177,32 +180,29 @@ def evaluated_fraction(graph: Graph, schedule: Schedule, t_min: float) -> float:
 
 
 def make_loss_fn(
-    config: ConfigDict, model: Transformer, graph: Graph, schedule: Schedule
+    objective: Objective, model: Transformer, graph: Graph, schedule: Schedule
 ) -> LossFn:
     """(params, key, Blocks) -> the objective's loss, nats per sequence [B]; dropout acts."""
-    objective, times = OBJECTIVES[config.objective.name], TIMES[config.objective.times]
 
     def loss_fn(params, key, blocks):
         x0, is_token = blocks
         key_noise, key_dropout = jax.random.split(key)
         score_fn = make_score_fn(model, params, graph, dropout_key=key_dropout, is_token=is_token)
-        return objective(
-            key_noise,
-            x0,
-            score_fn,
-            graph,
-            schedule,
-            t_min=config.objective.t_min,
-            times=times,
-            is_token=is_token,
-        )
+        return objective.loss(key_noise, x0, score_fn, graph, schedule, is_token=is_token)
 
     return loss_fn
 
 
 def make_graph(config: ConfigDict, vocab_size: int) -> Graph:
-    """The graph over the tokenizer's vocabulary."""
-    return _build(GRAPHS, config.graph, vocab_size=vocab_size)
+    """The graph over the tokenizer's vocabulary; the objective says what logits mean."""
+    predicts_clean = OBJECTIVES[config.objective.name].predicts_clean
+    return _build(GRAPHS, config.graph, vocab_size=vocab_size, predicts_clean=predicts_clean)
+
+
+def make_objective(config: ConfigDict) -> Objective:
+    """What the network is trained for, and how it is scored."""
+    section = {**config.objective, "times": TIMES[config.objective.times]}
+    return _build(OBJECTIVES, section)
 
 
 def make_schedule(config: ConfigDict) -> Schedule:
@@ -217,9 +217,9 @@ def make_schedule(config: ConfigDict) -> Schedule:
     return schedule
 
 
-def _build(table: Mapping[str, type], section: ConfigDict, **fields: Any) -> Any:
+def _build(table: Mapping[str, type], section: Mapping[str, Any], **fields: Any) -> Any:
     """The dataclass that section names, with those of its fields that the section holds."""
-    cls = table[section.name]
+    cls = table[section["name"]]
     names = {field.name for field in dataclasses.fields(cls)} & set(section) - {"name"}
     return cls(**fields, **{name: section[name] for name in names})
 

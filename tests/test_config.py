@@ -18,6 +18,7 @@ from sedd_jax import experiment
 from sedd_jax.configs import base
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import Absorbing, Uniform
+from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.diffusion.schedules import SCHEDULES, Geometric, LogLinear
 from sedd_jax.experiment import make_experiment
 from sedd_jax.models.transformer import Transformer
@@ -75,6 +76,7 @@ def test_every_key_is_read_somewhere():
         "graph": (Absorbing,),
         "schedule": tuple(SCHEDULES.values()),
         "model": (Transformer,),
+        "objective": tuple(OBJECTIVES.values()),
     }
     for key in configuration.KEYS:
         section, _, name = key.rpartition(".")

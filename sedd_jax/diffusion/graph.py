@@ -61,6 +61,9 @@ class Graph(abc.ABC):
     """The forward process of a token; a graph defines the abstract methods, the rest follows."""
 
     vocab_size: int
+    # Whether a network's logits are those of the clean token's distribution given xt, and not
+    # log-scores: what D3PM calls mean prediction.
+    predicts_clean: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
         if self.vocab_size < 2:
@@ -163,6 +166,25 @@ class Graph(abc.ABC):
         sum over y != x of Q[x, y] (s_y - ratio_y log s_y + K(ratio_y))
 
         where x is a token of xt and ratio_y = p_sigma(y | x0) / p_sigma(x | x0).
+        """
+
+    @abc.abstractmethod
+    def squared_error(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> jax.Array:
+        """sum over y != x of Q[x, y] (s_y - ratio_y)^2, the ratios as above, [B, L]."""
+
+    @abc.abstractmethod
+    def posterior_kl(
+        self, scores: Scores, xt: Tokens, x0: Tokens, sigma_t: Sigma, sigma_s: Sigma
+    ) -> jax.Array:
+        """KL(q(x_s | x_t, x0) || the reverse step of `ancestral`), nats per token, [B, L]."""
+
+    @abc.abstractmethod
+    def scores_of_clean(self, logits: Scores, xt: Tokens, sigma: Sigma) -> Scores:
+        """The scores that p(x0 | xt) = softmax(logits) means: with x a token of xt,
+
+        s_y = sum over x0 of p(x0) p_sigma(y | x0) / p_sigma(x | x0)
+
+        logits answers for all clean tokens, with none left out at any position.
         """
 
     # --- a batch: a reverse step

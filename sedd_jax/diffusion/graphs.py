@@ -8,10 +8,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.graph import Graph, Probe, ScoreEntropy
+from sedd_jax.diffusion.graph import Graph, Probe, ScoreEntropy, lift
 from sedd_jax.diffusion.reverse import Distribution, Reveal, Switch, shape_probabilities
 from sedd_jax.diffusion.schedules import Schedule
-from sedd_jax.diffusion.scores import Scores, Sigma, Tokens, Weights
+from sedd_jax.diffusion.scores import (
+    DenseScores,
+    NormalisedScores,
+    Scores,
+    Sigma,
+    Tokens,
+    Weights,
+)
 
 
 def _k(a: jax.Array, log_a: jax.Array) -> jax.Array:
@@ -128,6 +135,26 @@ class Absorbing(Graph):
             log_z=jnp.where(is_masked, log_z, 0.0),
         )
 
+    def squared_error(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> jax.Array:
+        """sum over clean y of s_y^2 - 2 ratio s_x0 + ratio^2 at masked tokens, 0 elsewhere."""
+        is_masked = xt == self.mask
+        _, log_score_x0 = scores.total_and_pick(x0, is_masked)
+        ratio = 1.0 / jnp.expm1(sigma)  # p(x0 | x0) / p(mask | x0)
+        squares = jnp.exp(scores.total_of_squares(is_masked))
+        error = squares - 2.0 * ratio * jnp.exp(log_score_x0) + ratio**2
+        return jnp.where(is_masked, error, 0.0)
+
+    def posterior_kl(self, scores, xt, x0, sigma_t, sigma_s) -> jax.Array:
+        """A masked token is revealed with one chance in both: that times the cross entropy."""
+        is_masked = xt == self.mask
+        log_total, log_score_x0 = scores.total_and_pick(x0, is_masked)
+        reveal = _reveal_chance(sigma_t, sigma_s)
+        return jnp.where(is_masked, reveal * (log_total - log_score_x0), 0.0)
+
+    def scores_of_clean(self, logits: Scores, xt: Tokens, sigma: Sigma) -> Scores:
+        """p(y) / expm1(sigma) of a masked token (RADD, 2406.03736): their sum is known."""
+        return NormalisedScores(logits, -jnp.log(jnp.expm1(sigma)), xt)
+
     # A reverse step from MASK has, with the closed forms above, the probabilities
     #     Euler     p(y) = step * 1 * score_y
     #     Tweedie   p(y) = exp(delta_sigma) score_y * (1 - exp(-delta_sigma))
@@ -149,17 +176,18 @@ class Absorbing(Graph):
         return Reveal(table, scores, xt, self.mask, log_factor)
 
     def ancestral(self, scores, xt, sigma_t, sigma_s, *, kappa=1.0, shape=None) -> Distribution:
-        alpha_t, alpha_s = jnp.exp(-sigma_t), jnp.exp(-sigma_s)
-        masked_t = -jnp.expm1(-sigma_t)
-        # (alpha_s - alpha_t) / (1 - alpha_t), where no nearly equal numbers are subtracted.
-        reveal = alpha_t * jnp.expm1(sigma_t - sigma_s) / masked_t
-        reveal = kappa * reveal + (1.0 - kappa) * alpha_s
+        reveal = kappa * _reveal_chance(sigma_t, sigma_s) + (1.0 - kappa) * jnp.exp(-sigma_s)
         remask = (1.0 - kappa) * -jnp.expm1(-sigma_s)
         return Switch(scores, xt, self.mask, reveal, remask, Weights.of(shape))
 
     def denoise(self, scores, xt, sigma, *, shape=None) -> Distribution:
         table = super().denoise(scores, xt, sigma)
         return Reveal(table, scores, xt, self.mask, None, shape)  # all that is masked
+
+
+def _reveal_chance(sigma_t: jax.Array, sigma_s: jax.Array) -> jax.Array:
+    """(alpha_s - alpha_t) / (1 - alpha_t), where no nearly equal numbers are subtracted."""
+    return jnp.exp(-sigma_t) * jnp.expm1(sigma_t - sigma_s) / -jnp.expm1(-sigma_t)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,6 +285,48 @@ class Uniform(Graph):
         # log s_x0 has the factor gain / V, of which 1 / V is in the mean: 1 / odds is left.
         moved = mean_score - mean_log_score - log_score_x0 / odds + constant
         return ScoreEntropy(jnp.where(xt == x0, stayed, moved), normalised=None, log_z=None)
+
+    def squared_error(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> jax.Array:
+        """1/V times the sum over y != x of (s_y - ratio_y)^2, every token; the ratios above."""
+        vocab, odds = self.vocab_size, jnp.expm1(sigma)
+        log_total, log_score_x0 = scores.total_and_pick(x0, None)
+        total, score_x0 = jnp.exp(log_total), jnp.exp(log_score_x0)
+        ratio, gain = odds / (odds + vocab), 1.0 + vocab / odds
+        squares = jnp.exp(scores.total_of_squares(None))
+        stayed = squares - 2.0 * ratio * total + (vocab - 1) * ratio**2
+        # The ratios are 1 but for that of x0.
+        moved = squares - 2.0 * total + (vocab - 2) + gain**2 - 2.0 * (gain - 1.0) * score_x0
+        return jnp.where(xt == x0, stayed, moved) / vocab
+
+    def posterior_kl(self, scores, xt, x0, sigma_t, sigma_s) -> jax.Array:
+        """By the table of states: V numbers a token."""
+
+        def token(score, x, x0, sigma_t, sigma_s):
+            delta_sigma = sigma_t - sigma_s
+            forward = (
+                self._noised(self._at(x), delta_sigma) / self._noised(self._at(x), sigma_t)[x0]
+            )
+            q = self._noised(self._at(x0), sigma_s) * forward
+            # Scores of a clean token's distribution: the ancestral step is Tweedie's.
+            p = self.tweedie_probabilities(score, x, delta_sigma)
+            p = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
+            return (jax.scipy.special.xlogy(q, q) - jax.scipy.special.xlogy(q, p)).sum()
+
+        return lift(token, jnp.exp(scores.log_score()), xt, x0, sigma_t, sigma_s)
+
+    def scores_of_clean(self, logits: Scores, xt: Tokens, sigma: Sigma) -> Scores:
+        """V p(y) / odds + (1 - p(x)) + p(x) odds / (odds + V), by the table of states."""
+
+        def token(logits, x, sigma):
+            log_p, odds = jax.nn.log_softmax(logits), jnp.expm1(sigma)
+            is_here = jnp.arange(self.vocab_size) == x
+            log_others = jax.nn.logsumexp(jnp.where(is_here, -jnp.inf, log_p))
+            log_here = log_p[x] + jnp.log(odds) - jnp.log(odds + self.vocab_size)
+            log_all = jnp.logaddexp(log_others, log_here)  # of every y
+            return jnp.logaddexp(log_p + jnp.log(self.vocab_size) - jnp.log(odds), log_all)
+
+        table = lift(token, logits.log_score(), xt, sigma)
+        return DenseScores(table, xt, self.vocab_size)
 
 
 GRAPHS = {"absorbing": Absorbing, "uniform": Uniform}

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graph import Graph
+from sedd_jax.diffusion.losses import d3pm_at
 from sedd_jax.diffusion.samplers import denoise
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Tokens
@@ -115,6 +116,49 @@ def bound(
         normalised_variance=pairs_variance(normalised) + variance if has_total else None,
         share=copies[0].T if has_total else None,
         cross_entropy=copies[1].T if has_total else None,
+    )
+
+
+def discrete_bound(
+    key: jax.Array,
+    x0: Tokens,
+    index: jax.Array,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    passes: int,
+    discrete_steps: int,
+    is_token: jax.Array | None = None,
+) -> Bound:
+    """D3PM's bound, the sum over discrete_steps reverse steps and the prior, as `bound`.
+
+    Each of the passes is at one step, stratified over passes and corpus. The last step, to the
+    clean tokens, is among them: reconstruction is 0.
+    """
+    check_passes(passes)
+    key_levels, key_noise = jax.random.split(key)
+    is_token = jnp.ones(x0.shape, bool) if is_token is None else is_token
+    examples = Examples(x0, index, is_token)
+
+    def one_pass(k_and_u):
+        k, u = k_and_u
+        last = jnp.floor(u[:, None] * discrete_steps)
+        t = jnp.minimum(last + 1.0, discrete_steps) / discrete_steps  # u may round to 1
+        key = jax.random.fold_in(key_noise, k)
+        xt = examples.each(graph.perturb, key, x0, schedule.sigma(t))
+        process = (score_fn, graph, schedule)
+        return d3pm_at(t, xt, x0, *process, discrete_steps=discrete_steps, is_token=is_token).nats
+
+    u = stratified(key_levels, index, passes)
+    diffusion = jax.lax.map(one_pass, (jnp.arange(passes), u))  # [passes, B]
+    return Bound(
+        diffusion=diffusion.mean(axis=0),
+        normalised=None,
+        prior=graph.prior(schedule.sigma(jnp.ones(len(x0)))) * is_token.sum(axis=-1),
+        reconstruction=jnp.zeros(len(x0)),
+        variance=_pairs_variance(diffusion),
+        normalised_variance=None,
     )
 
 

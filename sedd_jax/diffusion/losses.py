@@ -1,6 +1,6 @@
 """Training objectives: nats per sequence from a score function and clean tokens."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,11 @@ class Loss(NamedTuple):
     metrics: dict[str, Mean]  # by name, what is only reported; no gradient is taken through it
 
 
-def dwdse(
+# loss_at(t [B, 1], xt, x0, score_fn, graph, schedule, *, is_token) -> Loss: one at these times.
+
+
+def at_random_times(
+    loss_at,
     key: jax.Array,
     x0: Tokens,
     score_fn: ScoreFn,
@@ -58,39 +62,82 @@ def dwdse(
     times=independent_times,
     is_token: jax.Array | None = None,
 ) -> Loss:
-    """Diffusion-weighted denoising score entropy, nats per sequence.
+    """loss_at one time of [t_min, 1] for each sequence and xt ~ p_sigma(t)(. | x0); Algorithm 1.
 
-    Lou et al. 2024, Theorem 3.6 and Algorithm 1: dsigma/dt times the score entropy of xt ~
-    p_sigma(t)(. | x0), summed over L, at one time t for each sequence. is_token, bool [B, L],
-    leaves padding out of the sum.
+    is_token, bool [B, L], leaves padding out of the loss.
     """
     key_t, key_xt = jax.random.split(key)
     t = times(key_t, x0.shape[0], t_min)[:, None]
     xt = graph.perturb(key_xt, x0, schedule.sigma(t))
-    return dwdse_at(t, xt, x0, score_fn, graph, schedule, is_token=is_token)
+    return loss_at(t, xt, x0, score_fn, graph, schedule, is_token=is_token)
 
 
-def dwdse_at(
-    t: jax.Array,
-    xt: Tokens,
-    x0: Tokens,
-    score_fn: ScoreFn,
-    graph: Graph,
-    schedule: Schedule,
-    *,
-    is_token: jax.Array | None = None,
-) -> Loss:
+def dwdse(key, x0, score_fn, graph, schedule, **how: Any) -> Loss:
+    """Diffusion-weighted denoising score entropy, nats per sequence.
+
+    Lou et al. 2024, Theorem 3.6 and Algorithm 1: dsigma/dt times the score entropy of xt ~
+    p_sigma(t)(. | x0), summed over L, at one time t for each sequence: see `at_random_times`.
+    """
+    return at_random_times(dwdse_at, key, x0, score_fn, graph, schedule, **how)
+
+
+def dwdse_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
     """dwdse at the times t [B, 1] and the noised tokens xt [B, L]."""
     sigma = schedule.sigma(t)
     entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
-    counted = True if is_token is None else is_token
     metrics = {}
     if entropy.log_z is not None:
         log_z = jax.lax.stop_gradient(entropy.log_z)
-        has_one = (log_z != 0.0) & counted
+        has_one = (log_z != 0.0) & (True if is_token is None else is_token)
         metrics["log_z"] = Mean(jnp.sum(log_z, where=has_one), jnp.sum(has_one))
-    nats = jnp.sum(schedule.dsigma_dt(t) * entropy.value, axis=-1, where=counted)
-    return Loss(nats, metrics)
+    return Loss(_summed(schedule.dsigma_dt(t) * entropy.value, is_token), metrics)
 
 
-OBJECTIVES = {"dwdse": dwdse}
+def normalised_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+    """The same for scores rescaled to the total Z = 1 that the true ones have: the cross entropy of
+    the masked tokens, weighted by dsigma/dt / expm1(sigma), 1 / t of the log-linear schedule.
+
+    MDLM (2406.07524), MD4 (2406.04329), RADD's t-DCE (2406.03736). A graph that fixes no total has
+    none.
+    """
+    sigma = schedule.sigma(t)
+    entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
+    return Loss(_summed(schedule.dsigma_dt(t) * entropy.normalised, is_token), {})
+
+
+def unweighted_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+    """The cross entropy of the masked tokens, without a weight: nats, but of no bound."""
+    sigma = schedule.sigma(t)
+    entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
+    return Loss(_summed(jnp.expm1(sigma) * entropy.normalised, is_token), {})
+
+
+def concrete_score_matching_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+    """dwdse with squared errors of the ratios in place of the score entropy: not nats.
+
+    Meng et al. 2022 (2211.00802); Lou et al. 2024, appendix D, where it is the ablation.
+    """
+    sigma = schedule.sigma(t)
+    error = graph.squared_error(score_fn(xt, sigma), sigma, xt, x0)
+    return Loss(_summed(schedule.dsigma_dt(t) * error, is_token), {})
+
+
+def d3pm_at(t, xt, x0, score_fn, graph, schedule, *, discrete_steps, is_token=None) -> Loss:
+    """D3PM's bound (Austin et al. 2021, 2107.03006) less its prior, nats: discrete_steps times
+
+        KL(q(x_s | x_t, x0) || p(x_s | x_t)),    p = sum over x0 of q(x_s | x_t, x0) p(x0 | x_t)
+
+    where t [B, 1] is a multiple of 1 / discrete_steps and s the one before it; at s = 0, the clean
+    tokens, that is -log p(x0 | x_t).
+    """
+    s = t - 1.0 / discrete_steps
+    is_first = s < 0.5 / discrete_steps
+    sigma_t = schedule.sigma(t)
+    sigma_s = jnp.where(is_first, 0.0, schedule.sigma(jnp.where(is_first, t, s)))
+    kl = graph.posterior_kl(score_fn(xt, sigma_t), xt, x0, sigma_t, sigma_s)
+    return Loss(_summed(discrete_steps * kl, is_token), {})
+
+
+def _summed(per_token: jax.Array, is_token: jax.Array | None) -> jax.Array:
+    """Over the tokens of each sequence, [B]."""
+    return jnp.sum(per_token, axis=-1, where=True if is_token is None else is_token)

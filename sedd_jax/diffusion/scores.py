@@ -24,6 +24,8 @@ class Scores(Protocol):
     is not needed the answer is finite and means nothing.
     """
 
+    vocab_size: int
+
     def log_score(self) -> jax.Array:
         """The whole table, float32 [B, L, D]; 0 at y = x_l."""
 
@@ -35,6 +37,9 @@ class Scores(Protocol):
 
     def log_sum(self) -> jax.Array:
         """Sum of the log-scores of clean y != x_l, float32 [B, L]."""
+
+    def total_of_squares(self, needed: Needed) -> jax.Array:
+        """Log of the sum of squared scores over clean y != x_l, float32 [B, L]."""
 
     def peak_and_entropy(self, needed: Needed) -> tuple[jax.Array, jax.Array]:
         """Of the distribution of clean y != x_l in proportion to their scores: the log of the
@@ -115,6 +120,9 @@ class DenseScores:
     def log_sum(self) -> jax.Array:
         return self.log_score()[..., : self.vocab_size].sum(axis=-1)
 
+    def total_of_squares(self, needed: Needed = None) -> jax.Array:
+        return jax.nn.logsumexp(2.0 * self._others(), axis=-1)
+
     def peak_and_entropy(self, needed: Needed = None) -> tuple[jax.Array, jax.Array]:
         log_p = jax.nn.log_softmax(self._others(), axis=-1)
         entropy = -(jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, log_p, 0.0)).sum(axis=-1)
@@ -131,3 +139,44 @@ class DenseScores:
             return self._others()
         rows = (self._others(), *(other._others() for other in weights.others))
         return jax.vmap(jax.vmap(weights.function))(*rows, *weights.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalisedScores:
+    """Scores in proportion to exp(logits) whose sum over clean tokens is known: exp(log_total)."""
+
+    logits: Scores
+    log_total: jax.Array  # float32 [B, 1]
+    xt: Tokens  # int32 [B, L]
+
+    def _shift(self, needed: Needed = None) -> jax.Array:
+        """What is added to a logit, [B, L]."""
+        return self.log_total - self.logits.total(needed)
+
+    def log_score(self) -> jax.Array:
+        table = self.logits.log_score() + self._shift()[..., None]
+        return jnp.where(jnp.arange(table.shape[-1]) == self.xt[..., None], 0.0, table)
+
+    def total(self, needed: Needed = None) -> jax.Array:
+        return jnp.broadcast_to(self.log_total, self.xt.shape)
+
+    def total_and_pick(self, targets: Tokens, needed: Needed = None) -> tuple[jax.Array, jax.Array]:
+        total, pick = self.logits.total_and_pick(targets, needed)
+        return self.total(), pick - total + self.log_total
+
+    def log_sum(self) -> jax.Array:
+        return self.logits.log_sum() + self.logits.vocab_size * self._shift()
+
+    def total_of_squares(self, needed: Needed = None) -> jax.Array:
+        return self.logits.total_of_squares(needed) + 2.0 * self._shift(needed)
+
+    def peak_and_entropy(self, needed: Needed = None) -> tuple[jax.Array, jax.Array]:
+        return self.logits.peak_and_entropy(needed)
+
+    def draw(
+        self, keys: jax.Array, needed: Needed = None, weights: Weights | None = None
+    ) -> Tokens:
+        if weights is not None:
+            others = tuple(other.logits for other in weights.others)
+            weights = dataclasses.replace(weights, others=others)
+        return self.logits.draw(keys, needed, weights)

@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graph import Graph
-from sedd_jax.diffusion.likelihood import Bound, bits_per_character, bound, perplexity
+from sedd_jax.diffusion.likelihood import Bound, bits_per_character, perplexity
+from sedd_jax.diffusion.objectives import Objective
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.inference.curve import Curve
@@ -36,7 +37,8 @@ class CorpusBound(NamedTuple):
     prior: float
     normalised: float | None
     normalised_standard_error: float | None
-    paper_protocol: float  # mean over t ~ U[t_min, 1], nothing added: what published tables hold
+    # Mean over t ~ U[t_min, 1], nothing added: what published tables hold. None without such times.
+    paper_protocol: float | None
     passes: int  # noise levels a block that it was estimated from
     curve: Curve | None = None  # cross entropy by mask share; None for noise without a mask
 
@@ -53,9 +55,9 @@ class CorpusBound(NamedTuple):
         )
 
 
-@functools.partial(jax.jit, static_argnames=("network", "graph", "schedule", "passes", "t_min"))
-def _block_bounds(params, key, blocks, index, *, network, graph, schedule, passes, t_min):
-    return bound(
+@functools.partial(jax.jit, static_argnames=("network", "graph", "schedule", "objective", "passes"))
+def _block_bounds(params, key, blocks, index, *, network, graph, schedule, objective, passes):
+    return objective.bound(
         key,
         blocks.tokens,
         index,
@@ -63,20 +65,19 @@ def _block_bounds(params, key, blocks, index, *, network, graph, schedule, passe
         graph,
         schedule,
         passes=passes,
-        t_min=t_min,
         is_token=blocks.is_token,
     )
 
 
 def make_bound_fn(
-    network: Transformer, graph: Graph, schedule: Schedule, *, t_min: float
+    network: Transformer, graph: Graph, schedule: Schedule, objective: Objective
 ) -> BoundFn:
     """Jitted (params, key, Blocks, index, *, passes) -> Bound.
 
     Equal networks share what is compiled, whoever makes the function.
     """
     return functools.partial(
-        _block_bounds, network=network, graph=graph, schedule=schedule, t_min=t_min
+        _block_bounds, network=network, graph=graph, schedule=schedule, objective=objective
     )
 
 
@@ -88,7 +89,7 @@ def corpus_bound(
     *,
     passes: int,
     batch_size: int,
-    t_min: float,
+    t_min: float | None,
     mesh: Mesh | None = None,
     progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
@@ -96,7 +97,7 @@ def corpus_bound(
     """The bound on all blocks together; None if should_stop() became true before the end.
 
     A call of bound_fn takes batch_size blocks, rounded up to the devices of the mesh that share a
-    batch.
+    batch. t_min is the objective's.
     """
     parts = 1 if mesh is None else sharding.batch_parts(mesh)
     count = len(blocks.tokens)
@@ -126,7 +127,7 @@ def corpus_bound(
         normalised_standard_error=(
             None if normalised is None else math.sqrt(total.normalised_variance)
         ),
-        paper_protocol=total.diffusion / (1.0 - t_min),
+        paper_protocol=None if t_min is None else total.diffusion / (1.0 - t_min),
         passes=passes,
         curve=curve,
     )

@@ -22,6 +22,7 @@ from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound, check_passes
+from sedd_jax.diffusion.objectives import Dwdse, Objective
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn
 from sedd_jax.files import local_path
@@ -60,7 +61,8 @@ class SEDD:
     tokenizer: Tokenizer
     length: int  # tokens of the blocks it was trained on
     sampling: Sampling = dataclasses.field(default_factory=Sampling)  # default options
-    t_min: float = 1e-3  # where the bound's integral over noise levels begins
+    # What it was trained for, which has its bound.
+    objective: Objective = dataclasses.field(default_factory=Dwdse)
     step: int | None = None  # of training, where it is known
     mesh: Mesh | None = None  # the devices that share a batch and the weights; None: one device
     curve: Curve | None = None  # of cross entropy by mask share, which the grid "fitted" needs
@@ -327,7 +329,7 @@ class SEDD:
                 blocks,
                 passes=passes,
                 batch_size=batch_size,
-                t_min=self.t_min,
+                t_min=self.objective.t_min,
                 mesh=self.mesh,
                 progress=progress,
             )
@@ -340,7 +342,7 @@ class SEDD:
     @property
     def bound_fn(self) -> bounds.BoundFn:
         """(params, key, Blocks, index, *, passes) -> Bound, jitted, for `bounds.corpus_bound`."""
-        return bounds.make_bound_fn(self.network, self.graph, self.schedule, t_min=self.t_min)
+        return bounds.make_bound_fn(self.network, self.graph, self.schedule, self.objective)
 
     # --- saving
 

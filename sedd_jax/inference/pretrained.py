@@ -143,7 +143,7 @@ def _assemble(model: Pretrained, dtype: str | None, mesh: Mesh | None) -> SEDD:
         tokenizer=model.tokenizer,
         length=config.data.length,
         sampling=Sampling.of(config.sample),
-        t_min=config.objective.t_min,
+        objective=experiment.make_objective(config),
         experiment=config.to_dict(),
         mesh=mesh,
         curve=_curve(model),

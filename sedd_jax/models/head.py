@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sedd_jax.diffusion.draws import categorical
 from sedd_jax.diffusion.graph import Graph
-from sedd_jax.diffusion.scores import Needed, ScoreFn, Tokens, Weights
+from sedd_jax.diffusion.scores import Needed, ScoreFn, Sigma, Tokens, Weights
 from sedd_jax.kernels import vocab_reduce
 from sedd_jax.models.transformer import Output
 from sedd_jax.parallel.sharding import Placement
@@ -46,18 +46,31 @@ class HeadScores:
         """Sum of the log-scores of clean y != x_l, [B, L]: a matmul with the sum of the weights."""
 
         def sum_of_logits(rows, head):
-            (hidden, xt), (weight, bias) = rows, head
+            (hidden, xt, is_clean), (weight, bias) = rows, head
             hidden = hidden.astype(jnp.float32)
             clean_weight, clean_bias = weight[: self.vocab_size], bias[: self.vocab_size]
             all_clean = jnp.einsum(
                 "blc,c->bl", hidden, clean_weight.sum(axis=0), precision="highest"
             )
             at_xt = (hidden * weight[xt]).sum(axis=-1) + bias[xt]
-            return all_clean + clean_bias.sum() - jnp.where(xt < self.vocab_size, at_xt, 0.0)
+            return all_clean + clean_bias.sum() - jnp.where(is_clean, at_xt, 0.0)
 
         hidden, weight, bias = self.output
-        summed = self.placement.over_rows(sum_of_logits, (hidden, self.xt), (weight, bias))
-        return summed - (self.vocab_size - (self.xt < self.vocab_size)) * self.log_scale
+        is_clean = (self.xt >= 0) & (self.xt < self.vocab_size)
+        summed = self.placement.over_rows(
+            sum_of_logits, (hidden, self.xt, is_clean), (weight, bias)
+        )
+        return summed - (self.vocab_size - is_clean) * self.log_scale
+
+    def total_of_squares(self, needed: Needed = None) -> jax.Array:
+        """Log of the sum of squared scores over clean y != x_l, [B, L]."""
+
+        def reduce(hidden, weight, bias, excluded, needed, *, platform):
+            nowhere = jnp.full_like(excluded, -1)
+            twice = 2.0 * hidden, weight, 2.0 * bias, excluded, nowhere, needed
+            return vocab_reduce.total_and_pick(*twice, platform=platform)[0]
+
+        return self._reduce(reduce, needed) - 2.0 * self.log_scale
 
     def peak_and_entropy(self, needed: Needed = None) -> tuple[jax.Array, jax.Array]:
         """Log of the largest probability of a clean token, and the entropy in nats, [B, L]."""
@@ -117,12 +130,34 @@ def make_score_fn(
 
     is_token, bool [B, L], marks what is not padding in the rows that it will be called with.
     """
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    logits_fn = make_logits_fn(model, params, graph, dropout_key=dropout_key, is_token=is_token)
 
     def score_fn(xt, sigma):
+        logits = logits_fn(xt, sigma)
+        if graph.predicts_clean:
+            return graph.scores_of_clean(logits, xt, sigma)
+        return dataclasses.replace(logits, xt=xt, log_scale=graph.log_scale(sigma))
+
+    return score_fn
+
+
+def make_logits_fn(
+    model: nn.Module,
+    params,
+    graph: Graph,
+    *,
+    dropout_key: jax.Array | None = None,
+    is_token: jax.Array | None = None,
+) -> Callable[[Tokens, Sigma], HeadScores]:
+    """The same, answering for its logits of the clean tokens: none is left out, none rescaled."""
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+
+    def logits_fn(xt, sigma):
         output = model.apply(
             {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
         )
-        return HeadScores(output, xt, graph.log_scale(sigma), graph.vocab_size, model.placement)
+        nothing = jnp.full_like(xt, -1)  # an id that excludes nothing
+        no_scale = jnp.zeros_like(sigma)
+        return HeadScores(output, nothing, no_scale, graph.vocab_size, model.placement)
 
-    return score_fn
+    return logits_fn

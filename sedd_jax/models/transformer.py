@@ -221,6 +221,7 @@ class Transformer(nn.Module):
     heads: int
     cond_dim: int
     dropout: float
+    time_conditioning: bool = True  # False: sigma is not read
     dtype: jnp.dtype = jnp.float32
     residual_dtype: jnp.dtype = jnp.float32
     remat: str = "none"  # of SAVED
@@ -260,6 +261,8 @@ class Transformer(nn.Module):
                 name=name,
             )
 
+        if not self.time_conditioning:  # the same parameters; what they give is a constant
+            sigma = jnp.zeros_like(sigma)
         conditioning = embedded("sigma_1", FREQUENCIES)(sigma_embedding(sigma))
         conditioning = embedded("sigma_2", self.cond_dim)(nn.silu(conditioning))
         conditioning = self.placement.rows(nn.silu(conditioning))

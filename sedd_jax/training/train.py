@@ -187,9 +187,9 @@ def make_evaluate(
 ) -> Callable[[int, Any], None]:
     """(step, params) -> None: logs the bound on the held-out blocks, unless must_stop() turns true
     before the end."""
-    section, t_min = experiment.config.evaluate, experiment.config.objective.t_min
-    network, graph, schedule = experiment.network, experiment.graph, experiment.schedule
-    bound_fn = bounds.make_bound_fn(network, graph, schedule, t_min=t_min)
+    section, objective = experiment.config.evaluate, experiment.objective
+    process = experiment.graph, experiment.schedule, objective
+    bound_fn = bounds.make_bound_fn(experiment.network, *process)
     key = experiment.keys["evaluate"]
 
     def evaluate(step: int, params: Any) -> None:
@@ -201,7 +201,7 @@ def make_evaluate(
                 heldout,
                 passes=section.passes,
                 batch_size=section.batch_size,
-                t_min=t_min,
+                t_min=objective.t_min,
                 mesh=experiment.mesh,
                 should_stop=must_stop,
             )
@@ -225,6 +225,7 @@ def make_draw_texts(
         params=None,  # each call brings its own
         graph=experiment.graph,
         schedule=experiment.schedule,
+        objective=experiment.objective,
         tokenizer=tokenizer,
         length=config.data.length,
         sampling=Sampling.of(config.sample),

@@ -1,0 +1,132 @@
+"""What a network may be trained for: the paper's objective and its rivals. Imports jax only.
+
+An objective is a frozen dataclass whose fields are keys of config.objective, with a loss and the
+bound on -log p that belongs to it. A new one is such a class and a line in OBJECTIVES.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from sedd_jax.diffusion import likelihood, losses
+from sedd_jax.diffusion.graph import Graph
+from sedd_jax.diffusion.likelihood import Bound
+from sedd_jax.diffusion.losses import Loss, at_random_times, independent_times
+from sedd_jax.diffusion.schedules import Schedule
+from sedd_jax.diffusion.scores import ScoreFn, Tokens
+
+
+class Objective(abc.ABC):
+    """A loss, and what a network that was trained with it says of a text."""
+
+    graph: ClassVar[str | None] = None  # the only one that it is for
+    predicts_clean: ClassVar[bool] = False  # see Graph.predicts_clean
+    t_min: ClassVar[float | None] = None  # times are drawn from [t_min, 1]; None: no such interval
+
+    @abc.abstractmethod
+    def loss(
+        self,
+        key: jax.Array,
+        x0: Tokens,
+        score_fn: ScoreFn,
+        graph: Graph,
+        schedule: Schedule,
+        *,
+        is_token: jax.Array | None = None,
+    ) -> Loss:
+        """Of clean tokens x0, int32 [B, L]; is_token, bool [B, L], leaves padding out."""
+
+    @abc.abstractmethod
+    def bound(
+        self,
+        key: jax.Array,
+        x0: Tokens,
+        index: jax.Array,
+        score_fn: ScoreFn,
+        graph: Graph,
+        schedule: Schedule,
+        *,
+        passes: int,
+        is_token: jax.Array | None = None,
+    ) -> Bound:
+        """An upper bound on -log p(x0), nats, with the arguments of `likelihood.bound`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _OverTimes(Objective):
+    """One time of [t_min, 1] for each sequence; the bound is the paper's."""
+
+    t_min: float = 1e-3
+    times: Callable[[jax.Array, int, float], jax.Array] = independent_times  # of losses.TIMES
+
+    loss_at: ClassVar[Callable[..., Loss]]  # of losses
+
+    def loss(self, *args: Any, **padding: Any) -> Loss:
+        how = {"t_min": self.t_min, "times": self.times}
+        return at_random_times(self.loss_at, *args, **how, **padding)
+
+    def bound(self, *args: Any, **how: Any) -> Bound:
+        return likelihood.bound(*args, t_min=self.t_min, **how)
+
+
+class Dwdse(_OverTimes):
+    """The paper's: diffusion-weighted denoising score entropy."""
+
+    loss_at = staticmethod(losses.dwdse_at)
+
+
+class Normalised(_OverTimes):
+    """Normalised scores, the absorbing models of 2024: MDLM, MD4, RADD's t-DCE."""
+
+    graph = "absorbing"
+    predicts_clean = True
+    loss_at = staticmethod(losses.normalised_at)
+
+
+class Unweighted(_OverTimes):
+    """The cross entropy of masked tokens, all noise levels alike."""
+
+    graph = "absorbing"
+    predicts_clean = True
+    loss_at = staticmethod(losses.unweighted_at)
+
+
+class ConcreteScoreMatching(_OverTimes):
+    """The paper's ablation; its bound is that of the scores that it learns."""
+
+    loss_at = staticmethod(losses.concrete_score_matching_at)
+
+
+@dataclasses.dataclass(frozen=True)
+class D3PM(Objective):
+    """Discrete-time diffusion: the clean tokens' distribution, discrete_steps noise levels."""
+
+    discrete_steps: int = 1000
+    times: Callable[[jax.Array, int, float], jax.Array] = independent_times
+
+    predicts_clean = True
+
+    def loss(self, *args: Any, **padding: Any) -> Loss:
+        def discrete_times(key, batch_size, t_min):
+            u = self.times(key, batch_size, t_min)
+            return jnp.clip(jnp.ceil(u * self.discrete_steps), 1) / self.discrete_steps
+
+        loss_at = functools.partial(losses.d3pm_at, discrete_steps=self.discrete_steps)
+        return at_random_times(loss_at, *args, t_min=0.0, times=discrete_times, **padding)
+
+    def bound(self, *args: Any, **how: Any) -> Bound:
+        return likelihood.discrete_bound(*args, discrete_steps=self.discrete_steps, **how)
+
+
+OBJECTIVES = {
+    "dwdse": Dwdse,
+    "normalised": Normalised,
+    "unweighted": Unweighted,
+    "concrete_score_matching": ConcreteScoreMatching,
+    "d3pm": D3PM,
+}
