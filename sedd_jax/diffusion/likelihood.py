@@ -157,7 +157,7 @@ def discrete_bound(
         normalised=None,
         prior=graph.prior(schedule.sigma(jnp.ones(len(x0)))) * is_token.sum(axis=-1),
         reconstruction=jnp.zeros(len(x0)),
-        variance=_pairs_variance(diffusion),
+        variance=pairs_variance(diffusion),
         normalised_variance=None,
     )
 

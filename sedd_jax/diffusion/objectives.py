@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion import likelihood, losses
+from sedd_jax.diffusion import gaussian, likelihood, losses
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.diffusion.losses import Loss, at_random_times, independent_times
@@ -26,6 +26,9 @@ class Objective(abc.ABC):
 
     graph: ClassVar[str | None] = None  # the only one that it is for
     predicts_clean: ClassVar[bool] = False  # see Graph.predicts_clean
+    # Tokens are noised as embeddings: graph and schedule are not read, and score_fn is a
+    # gaussian.EmbeddingDiffusion.
+    is_continuous: ClassVar[bool] = False
     t_min: ClassVar[float | None] = None  # times are drawn from [t_min, 1]; None: no such interval
 
     @abc.abstractmethod
@@ -123,10 +126,27 @@ class D3PM(Objective):
         return likelihood.discrete_bound(*args, discrete_steps=self.discrete_steps, **how)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plaid(Objective):
+    """Gaussian diffusion of learned embeddings of the tokens."""
+
+    embedding_dim: int = 16
+    times: Callable[[jax.Array, int, float], jax.Array] = independent_times
+
+    is_continuous = True
+
+    def loss(self, key, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+        return gaussian.loss(key, x0, score_fn, times=self.times, is_token=is_token)
+
+    def bound(self, key, x0, index, score_fn, graph, schedule, **how: Any) -> Bound:
+        return gaussian.bound(key, x0, index, score_fn, **how)
+
+
 OBJECTIVES = {
     "dwdse": Dwdse,
     "normalised": Normalised,
     "unweighted": Unweighted,
     "concrete_score_matching": ConcreteScoreMatching,
     "d3pm": D3PM,
+    "plaid": Plaid,
 }

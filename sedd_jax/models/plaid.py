@@ -40,6 +40,10 @@ class Plaid(Transformer):
 
     embedding_dim: int = 16
 
+    def example(self, length: int) -> tuple[jax.Array, ...]:
+        latent = jnp.zeros((1, length, self.embedding_dim))
+        return latent, jnp.zeros((1, 1)), latent
+
     @nn.compact
     def __call__(
         self,

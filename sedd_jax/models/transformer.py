@@ -228,6 +228,10 @@ class Transformer(nn.Module):
     attention: str = "auto"  # of kernels.attention
     placement: Placement = Placement()
 
+    def example(self, length: int) -> tuple[jax.Array, ...]:
+        """What it may be called with: one row of `length` positions."""
+        return jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 1))
+
     @property
     def is_unrolled(self) -> bool:
         """Whether the blocks are compiled one by one."""
