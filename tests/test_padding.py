@@ -9,6 +9,7 @@ from sedd_jax import experiment
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.losses import dwdse_at
+from sedd_jax.diffusion.objectives import Dwdse
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.inference import bounds
 from sedd_jax.models.head import make_score_fn
@@ -81,7 +82,7 @@ def test_the_gradient_of_the_loss_does_not_see_the_padding(parts):
 
 def test_the_bound_of_padded_rows_counts_their_tokens_alone(parts):
     graph, model, params = parts
-    bound_fn = bounds.make_bound_fn(model, graph, LogLinear(), t_min=1e-3)
+    bound_fn = bounds.make_bound_fn(model, graph, LogLinear(), Dwdse())
 
     def total(blocks, seed=0):
         return bounds.corpus_bound(

@@ -23,9 +23,8 @@ def parts(config, *, devices=None, mesh=None, loss_fn=None):
     mesh = sharding.make_mesh(mesh or {"data": -1, "fsdp": 1, "tensor": 1}, devices)
     model = experiment.make_model(config, graph, mesh)
     optimizer = experiment.make_optimizer(config)
-    loss_fn = loss_fn or experiment.make_loss_fn(
-        config, model, graph, experiment.make_schedule(config)
-    )
+    process = model, graph, experiment.make_schedule(config)
+    loss_fn = loss_fn or experiment.make_loss_fn(experiment.make_objective(config), *process)
     step = state.make_train_step(
         loss_fn,
         optimizer,

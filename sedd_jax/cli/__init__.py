@@ -1,4 +1,4 @@
-"""The commands: sedd-prepare, sedd-train, sedd-eval, sedd-sample, sedd-report and sedd-convert.
+"""The commands: sedd-prepare, -train, -eval, -sample, -report, -compare and -convert.
 
 Each is also `python -m sedd_jax train` and so on. What a user can cause ends in one line on
 standard error and exit status 2; training that cannot go on ends in one line and status 3.
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from absl import flags
 
 from sedd_jax import __version__
-from sedd_jax.cli import convert, evaluate, prepare, report, sample, train
+from sedd_jax.cli import compare, convert, evaluate, prepare, report, sample, train
 from sedd_jax.cli.messages import SIGPIPE, discard_output, plain_output, reader_is_gone, say
 
 Argv = list[str] | None
@@ -50,6 +50,7 @@ train_command = functools.partial(_guarded, "sedd-train", train.run)
 eval_command = functools.partial(_guarded, "sedd-eval", evaluate.run)
 sample_command = functools.partial(_guarded, "sedd-sample", sample.run)
 report_command = functools.partial(_guarded, "sedd-report", report.run)
+compare_command = functools.partial(_guarded, "sedd-compare", compare.run)
 convert_command = functools.partial(_guarded, "sedd-convert", convert.run)
 
 COMMANDS = {
@@ -58,6 +59,7 @@ COMMANDS = {
     "eval": eval_command,
     "sample": sample_command,
     "report": report_command,
+    "compare": compare_command,
     "convert": convert_command,
 }
 

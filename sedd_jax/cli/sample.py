@@ -183,6 +183,11 @@ def explained(model: Any, named: dict[str, Any], options: argparse.Namespace) ->
     from sedd_jax.evaluation.likelihood import price_of_calls, price_table
 
     sampling = model.chosen(**named)
+    if options.revise is not None:
+        strength, start = _start(model, options, sampling)
+    if model.objective.is_causal:
+        calls = f"at most {sampling.nfe} a sample"
+        return f"from left to right: a network call for each token that is not known, {calls}"
     steps = "the denoiser alone" if sampling.nfe == 1 else f"{sampling.steps} steps and a denoiser"
     most = "at most " if sampling.trait("is_adaptive") else ""
     calls = f"{most}{sampling.nfe} network calls a sample"
@@ -191,7 +196,6 @@ def explained(model: Any, named: dict[str, Any], options: argparse.Namespace) ->
         f"{steps}: {calls}, the denoiser's at t = {sampling.t_min:.3g}",
     ]
     if options.revise is not None:
-        strength, start = _start(model, options, sampling)
         lines.append(
             f"a revision of strength {strength:g} begins at t = {start.time:.3g}: {start.nfe} calls"
         )

@@ -26,7 +26,8 @@ class Bound(NamedTuple):
     """Unbiased estimates of the bound's parts; nats per sequence, float32 [B] but for the last two.
 
     normalised is the diffusion part of the scores rescaled to their true total (a valid bound
-    from the same weights, never looser; None where the graph fixes no total). The variances are of
+    from the same weights, never looser; None where the graph fixes no total, or the scores have it
+    by themselves). The variances are of
     the estimates' noise, with the noise levels of a sequence taken as drawn apart from those of
     the others and, below 6 passes, with how their means differ counted in: overestimates, a little
     from 16 passes on, several times at 2 and 4.
@@ -105,7 +106,8 @@ def bound(
     reconstruction = _reconstruction(key_reconstruction, reconstruction_passes, examples, *process)
     prior = graph.prior(schedule.sigma(jnp.ones(len(x0)))) * is_token.sum(axis=-1)  # [B]
 
-    has_total = normalised is not None
+    has_curve = copies is not None
+    has_total = normalised is not None and not graph.predicts_clean  # else it is the bound again
     variance = pairs_variance(reconstruction)
     return Bound(
         diffusion=diffusion.mean(axis=0),
@@ -114,8 +116,8 @@ def bound(
         reconstruction=reconstruction.mean(axis=0),
         variance=pairs_variance(diffusion) + variance,
         normalised_variance=pairs_variance(normalised) + variance if has_total else None,
-        share=copies[0].T if has_total else None,
-        cross_entropy=copies[1].T if has_total else None,
+        share=copies[0].T if has_curve else None,
+        cross_entropy=copies[1].T if has_curve else None,
     )
 
 

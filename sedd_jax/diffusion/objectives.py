@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion import gaussian, likelihood, losses
+from sedd_jax.diffusion import autoregressive, gaussian, likelihood, losses
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.diffusion.losses import Loss, at_random_times, independent_times
@@ -26,10 +26,12 @@ class Objective(abc.ABC):
 
     graph: ClassVar[str | None] = None  # the only one that it is for
     predicts_clean: ClassVar[bool] = False  # see Graph.predicts_clean
+    is_causal: ClassVar[bool] = False  # of the network; the bound is then -log p itself
     # Tokens are noised as embeddings: graph and schedule are not read, and score_fn is a
     # gaussian.EmbeddingDiffusion.
     is_continuous: ClassVar[bool] = False
     t_min: ClassVar[float | None] = None  # times are drawn from [t_min, 1]; None: no such interval
+    title: ClassVar[str]  # of the models that it trains, for tables
 
     @abc.abstractmethod
     def loss(
@@ -80,6 +82,7 @@ class _OverTimes(Objective):
 class Dwdse(_OverTimes):
     """The paper's: diffusion-weighted denoising score entropy."""
 
+    title = "SEDD"
     loss_at = staticmethod(losses.dwdse_at)
 
 
@@ -88,6 +91,7 @@ class Normalised(_OverTimes):
 
     graph = "absorbing"
     predicts_clean = True
+    title = "normalised"
     loss_at = staticmethod(losses.normalised_at)
 
 
@@ -96,12 +100,14 @@ class Unweighted(_OverTimes):
 
     graph = "absorbing"
     predicts_clean = True
+    title = "unweighted"
     loss_at = staticmethod(losses.unweighted_at)
 
 
 class ConcreteScoreMatching(_OverTimes):
     """The paper's ablation; its bound is that of the scores that it learns."""
 
+    title = "CSM"
     loss_at = staticmethod(losses.concrete_score_matching_at)
 
 
@@ -113,6 +119,7 @@ class D3PM(Objective):
     times: Callable[[jax.Array, int, float], jax.Array] = independent_times
 
     predicts_clean = True
+    title = "D3PM"
 
     def loss(self, *args: Any, **padding: Any) -> Loss:
         def discrete_times(key, batch_size, t_min):
@@ -127,6 +134,20 @@ class D3PM(Objective):
 
 
 @dataclasses.dataclass(frozen=True)
+class Autoregressive(Objective):
+    """-log p itself: each token given those before it; no noise."""
+
+    graph = "absorbing"  # whose MASK begins a text
+    is_causal = True
+
+    def loss(self, key, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+        return autoregressive.loss(x0, score_fn, graph.mask, is_token=is_token)
+
+    def bound(self, key, x0, index, score_fn, graph, schedule, *, passes, is_token=None) -> Bound:
+        return autoregressive.exact(x0, score_fn, graph.mask, is_token=is_token)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plaid(Objective):
     """Gaussian diffusion of learned embeddings of the tokens."""
 
@@ -134,6 +155,7 @@ class Plaid(Objective):
     times: Callable[[jax.Array, int, float], jax.Array] = independent_times
 
     is_continuous = True
+    title = "PLAID"
 
     def loss(self, key, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
         return gaussian.loss(key, x0, score_fn, times=self.times, is_token=is_token)
@@ -148,5 +170,6 @@ OBJECTIVES = {
     "unweighted": Unweighted,
     "concrete_score_matching": ConcreteScoreMatching,
     "d3pm": D3PM,
+    "autoregressive": Autoregressive,
     "plaid": Plaid,
 }

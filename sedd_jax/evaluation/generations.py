@@ -182,11 +182,11 @@ def _measures(
 
 
 def _compile(model: SEDD, num_samples: int, *, batch_size: int, **options: Any) -> None:
-    """Samples one step at each batch shape of sample_tokens, so that no compiling is timed."""
-    options |= {"batch_size": batch_size, "steps": 1}
-    model.sample_tokens(min(num_samples, max(batch_size, 1)), **options)
+    """Draws nothing at each batch shape of sample_tokens, so that no compiling is timed."""
+    options |= {"batch_size": batch_size}
+    next(model.stream(None, min(num_samples, max(batch_size, 1)), **options))
     if last := num_samples % batch_size:
-        model.sample_tokens(last, **options)
+        next(model.stream(None, last, **options))
 
 
 def conditional_mauve(

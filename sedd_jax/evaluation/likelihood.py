@@ -6,6 +6,7 @@ Every result holds the same units, so that two of them can stand in one table.
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import scipy.sparse
 
@@ -17,13 +18,14 @@ from sedd_jax.inference.curve import Curve, prices
 from sedd_jax.inference.model import SEDD
 
 ROWS = {
-    "bound": "SEDD, bound",
-    "normalised": "SEDD, normalised bound",
-    "paper_protocol": "SEDD, the paper's protocol (no boundary terms)",
+    "bound": "{model}, bound",
+    "normalised": "{model}, normalised bound",
+    "paper_protocol": "the paper's protocol (no boundary terms)",
     "gpt2": "GPT-2",
     "bigram": "interpolated bigram, same text",
     "unigram": "unigram, same text",
 }
+EXACT = {"bound": "autoregressive, exact likelihood"}  # of a model whose bound is -log p itself
 CALLS = (8, 16, 32, 64, 128)  # network calls a sample whose price is printed
 
 
@@ -70,11 +72,14 @@ def evaluate_split(
             "target_reached": error <= target_standard_error,
         }
     return {
+        "model": model.objective.title,
         "step": model.step,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "split": split,
         "blocks": len(heldout.tokens),
         **sizes,
         "passes": total.passes,
+        "is_exact": model.objective.is_causal,
         **target,
         "seed": seed,
         "data": _provenance(records, split),
@@ -179,7 +184,9 @@ def likelihood_table(result: dict[str, Any]) -> str:
     bits, nats = result["bits_per_character"], result["nats_per_token"]
     perplexity, per_word = result["perplexity_per_token"], result["perplexity_per_word"]
     source = result["data"]["source"]["corpus"]
-    levels = f"; {result['passes']} noise levels a block" if "passes" in result else ""
+    is_exact = result.get("is_exact", False)
+    has_levels = "passes" in result and not is_exact
+    levels = f"; {result['passes']} noise levels a block" if has_levels else ""
     lines = [
         (
             f"{source} {result['split']}: {result['blocks']} blocks, {result['tokens']:,} tokens, "
@@ -187,16 +194,17 @@ def likelihood_table(result: dict[str, Any]) -> str:
         ),
         f"{'':48}{'bits/character':>18}{'nats/token':>18}{'PPL/token':>12}{'PPL/word':>12}",
     ]
-    for key, name in ROWS.items():
+    for key, name in (ROWS | (EXACT if is_exact else {})).items():
         if bits.get(key) is None:
             continue
         cells = []
         for unit in (bits, nats):
-            error = unit.get(f"{key}_standard_error")
+            error = None if is_exact else unit.get(f"{key}_standard_error")
             cells.append(f"{unit[key]:.3f}" + ("" if error is None else f" +- {error:.3f}"))
         exponentials = f"{perplexity[key]:>12.2f}{per_word[key]:>12.4g}"
+        name = name.format(model=result.get("model"))
         lines.append(f"{name:48}{cells[0]:>18}{cells[1]:>18}{exponentials}")
-    if "diffusion" not in bits:
+    if "diffusion" not in bits or is_exact:
         return "\n".join(lines)
     parts = ", ".join(f"{part} {bits[part]:.4f}" for part in ("diffusion", "tail", "prior"))
     lines.append(f"the bound's parts, bits/character: {parts}")

@@ -1,6 +1,10 @@
-"""Results of evaluations of samples as aligned text; errors are standard errors over samples."""
+"""Results of evaluations of samples as aligned text, and tables as Markdown and LaTeX.
+
+Errors are standard errors over samples.
+"""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,12 +49,12 @@ def perplexity_table(rows: list[Row]) -> str:
         )
     groups = [
         ("", _made_columns(made)),
-        _perplexity_columns(measured),
-        *_statistics_columns(measured),
+        perplexity_columns(measured),
+        *statistics_columns(measured),
         *_distance_columns(measured),
-        ("seconds", [_column("a sample", (_number(r.get("seconds_a_sample")) for r in made))]),
+        ("seconds", [column("a sample", (_number(r.get("seconds_a_sample")) for r in made))]),
     ]
-    return "\n".join([about, *_aligned(groups)])
+    return "\n".join([about, *aligned(groups)])
 
 
 def describe_mauve(result: Row) -> str:
@@ -65,10 +69,10 @@ def describe_mauve(result: Row) -> str:
             f"{result['draw']}, seed {result['seed']}; features of {result['scorer']} in "
             f"{result['scorer_dtype']}; entropy and n-grams of {result['statistics_of']}"
         ),
-        *_aligned(
+        *aligned(
             [
                 ("", [["", "completions", "references"]]),
-                *_statistics_columns([result, result["reference_measures"]]),
+                *statistics_columns([result, result["reference_measures"]]),
             ]
         ),
     ]
@@ -83,41 +87,41 @@ def describe_mauve(result: Row) -> str:
 
 def _made_columns(rows: list[Row]) -> list[list[str]]:
     """Predictor, temperature where one is not the default, steps and calls."""
-    columns = [_column("predictor", (row["predictor"] for row in rows))]
+    columns = [column("predictor", (row["predictor"] for row in rows))]
     default = _DEFAULTS.get("temperature")
     if any(row.get("temperature", default) != default for row in rows):
-        columns.append(_column("temp.", (_number(row.get("temperature")) for row in rows)))
+        columns.append(column("temp.", (_number(row.get("temperature")) for row in rows)))
     return [
         *columns,
-        _column("steps", (str(row.get("steps", "")) for row in rows)),
-        _column("NFE", (f"{row['nfe']:.5g}" if "nfe" in row else "" for row in rows)),
+        column("steps", (str(row.get("steps", "")) for row in rows)),
+        column("NFE", (f"{row['nfe']:.5g}" if "nfe" in row else "" for row in rows)),
     ]
 
 
-def _perplexity_columns(rows: list[Row]) -> Group:
+def perplexity_columns(rows: list[Row]) -> Group:
     values = [row["generative_perplexity"] for row in rows]
     names = {"mean_of_exp": "mean of exp", "token_mean": "token mean"}
     return "gen. perplexity", [
-        _column(name, (_with_error(v[key], v[f"{key}_standard_error"], 2) for v in values))
+        column(name, (with_error(v[key], v[f"{key}_standard_error"], 2) for v in values))
         for key, name in names.items()
     ]
 
 
-def _statistics_columns(rows: list[Row]) -> list[Group]:
+def statistics_columns(rows: list[Row]) -> list[Group]:
     """What statistics.sample_statistics has; the share of repeated n-grams in per cent."""
 
     def entropy(row):
-        return _with_error(row["unigram_entropy"], row["unigram_entropy_standard_error"], 3)
+        return with_error(row["unigram_entropy"], row["unigram_entropy_standard_error"], 3)
 
     def repeated(row, n):
         error = row["repetition_standard_error"][n]
-        return _with_error(100 * row["repetition"][n], error and 100 * error, 1)
+        return with_error(100 * row["repetition"][n], error and 100 * error, 1)
 
     repeats, kinds = map(str, REPETITION_N), map(str, DISTINCT_N)
     return [
-        ("entropy", [_column("(nats)", map(entropy, rows))]),
-        ("% rep-n", [_column(n, (repeated(row, n) for row in rows)) for n in repeats]),
-        ("distinct-n", [_column(n, (f"{row['distinct'][n]:.3f}" for row in rows)) for n in kinds]),
+        ("entropy", [column("(nats)", map(entropy, rows))]),
+        ("% rep-n", [column(n, (repeated(row, n) for row in rows)) for n in repeats]),
+        ("distinct-n", [column(n, (f"{row['distinct'][n]:.3f}" for row in rows)) for n in kinds]),
     ]
 
 
@@ -129,12 +133,12 @@ def _distance_columns(rows: list[Row]) -> list[Group]:
     def distance(row):
         if "energy_distance" not in row:
             return ""
-        return _with_error(row["energy_distance"], row["energy_distance_standard_error"], 3)
+        return with_error(row["energy_distance"], row["energy_distance_standard_error"], 3)
 
-    return [("energy", [_column("distance", map(distance, rows))])]
+    return [("energy", [column("distance", map(distance, rows))])]
 
 
-def _column(name: str, cells: Iterable[str]) -> list[str]:
+def column(name: str, cells: Iterable[str]) -> list[str]:
     return [name, *cells]
 
 
@@ -142,12 +146,12 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
-def _with_error(value: float, error: float | None, digits: int) -> str:
+def with_error(value: float, error: float | None, digits: int) -> str:
     """As "5.31±0.02"; the value alone where a single sample leaves the error unknown."""
     return f"{value:.{digits}f}" + ("" if error is None else f"±{error:.{digits}f}")
 
 
-def _aligned(groups: list[Group]) -> list[str]:
+def aligned(groups: list[Group]) -> list[str]:
     """A line of titles, one of names and one for each row; everything is flush right."""
     lines = [""] * (1 + len(groups[0][1][0]))
     for title, columns in groups:
@@ -158,3 +162,47 @@ def _aligned(groups: list[Group]) -> list[str]:
             for number, cell in enumerate(column, start=1):
                 lines[number] += cell.rjust(width)
     return [line.rstrip() for line in lines]
+
+
+def markdown(groups: list[Group]) -> list[str]:
+    """The table of `aligned` in GitHub's Markdown."""
+    names, *rows = ([markdown_text(cell) for cell in row] for row in _flat(groups))
+    rules = ["---"] + ["---:"] * (len(names) - 1)
+    return [f"| {' | '.join(row)} |" for row in (names, rules, *rows)]
+
+
+def markdown_text(text: str) -> str:
+    """The text with what Markdown would act on escaped."""
+    return re.sub(r"([\\`*_<>|\[\]$~])", r"\\\1", text)
+
+
+_LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "±": r"$\pm$",
+    "≤": r"$\le$",
+}
+
+
+def latex(groups: list[Group]) -> list[str]:
+    """The table of `aligned` as LaTeX's tabular, which needs no package."""
+    names, *rows = (rf"{' & '.join(map(latex_text, row))} \\" for row in _flat(groups))
+    columns = "l" + "r" * (sum(len(columns) for _, columns in groups) - 1)
+    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
+    return [begin, r"\hline", names, r"\hline", *rows, r"\hline", end]
+
+
+def latex_text(text: str) -> str:
+    """The text with what LaTeX would act on escaped."""
+    return text.translate(str.maketrans(_LATEX))
+
+
+def _flat(groups: list[Group]) -> list[list[str]]:
+    """A list of names, each with its group's title, and one of cells for each row."""
+    columns = [
+        [f"{title} {name}".strip(), *cells] for title, group in groups for name, *cells in group
+    ]
+    return [list(row) for row in zip(*columns, strict=True)]

@@ -36,7 +36,7 @@ from sedd_jax.inference.sampling import (
     known_at_positions,
     known_rows,
 )
-from sedd_jax.inference.states import states_of
+from sedd_jax.inference.states import sampler_of, states_of
 from sedd_jax.inference.trajectory import State
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
@@ -76,7 +76,8 @@ class SEDD:
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         trained = "" if self.step is None else f", step {self.step}"
         return (
-            f"SEDD({count:,} parameters, {self.dtype}, {self.graph}, {self.schedule}, "
+            f"{self.objective.title}({count:,} parameters, {self.dtype}, {self.graph}, "
+            f"{self.schedule}, "
             f"tokenizer {self.tokenizer.name!r}, length {self.length}{trained})"
         )
 
@@ -186,6 +187,7 @@ class SEDD:
             known, length = self._parse(template, length), None
         sizes = {"max_length": self.length, "vocab_size": self.graph.vocab_size}
         known = known_rows(known, num_samples, length, **sizes)
+        sampler_of(self).check_known(known)
         texts = Texts(known, np.full(num_samples, known.tokens.shape[1]))
         return states_of(self, texts, updates, sampling, seed, batch_size, progress)
 
@@ -246,7 +248,7 @@ class SEDD:
         t_min of the grid "fitted" is the last of its times. ValueError for options that cannot be
         meant, and for that grid without a curve: `bound(blocks).curve` is one.
         """
-        sampling = self.sampling.replaced(**options).checked_for(self.graph)
+        sampling = sampler_of(self).chosen(**options)
         times = self.times_of(sampling)
         if times is None:
             return sampling

@@ -19,6 +19,7 @@ from sedd_jax.diffusion.predictors import Options, trait
 from sedd_jax.diffusion.reverse import shaped
 from sedd_jax.diffusion.samplers import Chain, Known
 from sedd_jax.models.head import make_score_fn
+from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel.sharding import path_name
 
 # Parameters that only matmuls in the network's dtype read.
@@ -26,7 +27,9 @@ MATMUL_WEIGHTS = re.compile(r"(^|/)(blocks/(qkv|out|up|down)/kernel|head_weight)
 
 FITTED = "fitted"  # the grid whose times are the model's
 GRIDS = collections.ChainMap({FITTED: grids.fitted_grid}, grids.GRIDS)
-TABLES = {"predictor": predictors.PREDICTORS, "draw": samplers.DRAWS, "grid": GRIDS}
+LEFT_TO_RIGHT = "left_to_right"  # the predictor of autoregressive models: no reverse step
+PREDICTORS = collections.ChainMap({LEFT_TO_RIGHT: None}, predictors.PREDICTORS)
+TABLES = {"predictor": PREDICTORS, "draw": samplers.DRAWS, "grid": GRIDS}
 
 
 def cast_weights(params: Any, dtype: Any) -> Any:
@@ -41,15 +44,24 @@ def cast_weights(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _cut_blocks(params: Any) -> list[Any]:
+def params_in_loop(network: Transformer, params: Any) -> Callable[[], Any]:
+    """params for network calls in a loop, as they are read fastest: call it inside the loop."""
+    if network.placement.platform != "cpu":  # whose loops slice bfloat16 as float32
+        params = cast_weights(params, network.dtype)
+    if not network.is_unrolled:
+        return lambda: params
+    cut = cut_blocks(params["blocks"])
+    return lambda: params | {"blocks": joined_blocks(cut)}
+
+
+def cut_blocks(stacks: Any) -> list[Any]:
     """The parameters of each block, cut out of their stacks before a loop, in which each network
     call would copy them out."""
-    stacks = params["blocks"]
     count = jax.tree.leaves(stacks)[0].shape[0]
     return [jax.tree.map(lambda a, i=i: a[i], stacks) for i in range(count)]
 
 
-def _joined_blocks(cut: list[Any]) -> Any:
+def joined_blocks(cut: list[Any]) -> Any:
     """The stacks again, of which XLA makes no copy where only the blocks are read."""
     return jax.tree.map(lambda *blocks: jnp.stack(blocks), *cut)
 
@@ -122,6 +134,8 @@ class Sampling:
     @property
     def nfe(self) -> int:
         """Network calls of a sample, of an adaptive predictor the most: the denoiser's is one."""
+        if self.predictor == LEFT_TO_RIGHT:
+            return self.steps
         return 1 if self._predictor is None else self.steps * self.trait("calls") + 1
 
     def trait(self, name: str) -> Any:
@@ -176,6 +190,11 @@ class Sampling:
     def checked_for(self, graph: Graph) -> "Sampling":
         """These options; ValueError for what makes no sense with a model's noise."""
         name, is_absorbing = self.predictor, hasattr(graph, "mask")
+        if name == LEFT_TO_RIGHT:
+            raise ValueError(
+                f"predictor {name!r} is of autoregressive models, and this one takes reverse "
+                "steps; take tweedie"
+            )
         if not is_absorbing and self.trait("graph") == "absorbing":
             table = TABLES["predictor"].items()
             others = ", ".join(key for key, one in table if trait(one, "graph") is None)
@@ -230,13 +249,10 @@ def reverse_steps(
     sampling holds functions, not their names. begin == 0 starts from noise; end == steps ends with
     the denoiser. Equal networks share what is compiled, whatever their parameters.
     """
-    if network.placement.platform != "cpu":  # whose loops slice bfloat16 as float32
-        params = cast_weights(params, network.dtype)
-    cut = _cut_blocks(params) if network.is_unrolled else None
+    weights = params_in_loop(network, params)
 
     def score_fn(xt, sigma):
-        whole = params if cut is None else params | {"blocks": _joined_blocks(cut)}
-        return make_score_fn(network, whole, graph, is_token=rows.is_token)(xt, sigma)
+        return make_score_fn(network, weights(), graph, is_token=rows.is_token)(xt, sigma)
 
     return samplers.sample(
         key,

@@ -1,19 +1,83 @@
 """The states of sampling, batch by batch: what every call that samples yields."""
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 from tqdm.auto import tqdm
 
 from sedd_jax.diffusion.draws import make_key
+from sedd_jax.diffusion.objectives import Autoregressive
+from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.inference import batches, revision
+from sedd_jax.inference.autoregressive import AutoregressiveSampler
 from sedd_jax.inference.batches import Texts
-from sedd_jax.inference.sampling import Sampling, reverse_steps
+from sedd_jax.inference.sampling import Rows, Sampling, reverse_steps
 from sedd_jax.inference.trajectory import State
 from sedd_jax.parallel import processes
+
+
+class Sampler(Protocol):
+    """How the texts of a model are drawn: in steps, of which any part can be taken at a time."""
+
+    def chosen(self, **options: Any) -> Sampling:
+        """The model's options with these in their place; ValueError for what has no meaning."""
+
+    def check_known(self, known: Known) -> None:
+        """ValueError for tokens that a sample cannot keep; numpy [N, L]."""
+
+    def steps(self, texts: Texts, sampling: Sampling) -> int:
+        """How many steps a sample takes."""
+
+    def start(self, key: jax.Array, rows: Rows, texts: Texts) -> Rows:
+        """Rows before their first step."""
+
+    def advance(
+        self, key: jax.Array, rows: Rows, begin: np.int32, end: np.int32, sampling: Sampling
+    ) -> Rows:
+        """The rows after the steps begin <= i < end; sampling holds functions, not their names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionSampler:
+    """Reverse steps and a denoiser."""
+
+    model: Any  # a SEDD
+
+    def chosen(self, **options: Any) -> Sampling:
+        return self.model.sampling.replaced(**options).checked_for(self.model.graph)
+
+    def check_known(self, known: Known) -> None:
+        pass  # any token may be kept
+
+    def steps(self, texts: Texts, sampling: Sampling) -> int:
+        return sampling.steps
+
+    def start(self, key: jax.Array, rows: Rows, texts: Texts) -> Rows:
+        if texts.begin == 0:
+            return rows
+        process = {"graph": self.model.graph, "schedule": self.model.schedule}
+        return revision.noised(key, rows, texts.time, **process)
+
+    def advance(
+        self, key: jax.Array, rows: Rows, begin: np.int32, end: np.int32, sampling: Sampling
+    ) -> Rows:
+        model = self.model
+        how = {"network": model.network, "graph": model.graph, "schedule": model.schedule}
+        chain = reverse_steps(model.params, key, rows, begin, end, sampling, **how)
+        return rows._replace(chain=chain)
+
+
+SAMPLERS = {Autoregressive: AutoregressiveSampler}  # by objective; of all others reverse steps
+
+
+def sampler_of(model: Any) -> Sampler:
+    """The sampler of a SEDD."""
+    return SAMPLERS.get(type(model.objective), DiffusionSampler)(model)
 
 
 def states_of(
@@ -30,9 +94,10 @@ def states_of(
     model is a SEDD. A generator, so its callers refuse bad input at the call and not at the first
     state.
     """
-    key, steps, left = make_key(seed), sampling.steps, sampling.steps - texts.begin
+    key, sampler = make_key(seed), sampler_of(model)
+    steps = sampler.steps(texts, sampling)
+    left = steps - texts.begin
     functions = sampling.functions(model.times_of(sampling))
-    process = {"graph": model.graph, "schedule": model.schedule}
     if left < 0:  # nothing is noised
         yield State(steps, steps, *texts.known, model.tokenizer, texts.lengths)
         return
@@ -41,14 +106,10 @@ def states_of(
     with tqdm(desc="sample", unit=" steps", total=total, disable=not progress) as bar:
         for part in texts.parts(batch_size):
             shape = batches.shape(part.lengths, batch_size, model.length, model.mesh)
-            rows = model.put(part.rows(shape))
-            if part.begin > 0:
-                rows = revision.noised(key, rows, part.time, **process)
+            rows = sampler.start(key, model.put(part.rows(shape)), part)
             for begin, end in pairwise([part.begin, *ends]):
-                span, how = (np.int32(begin), np.int32(end)), {"network": model.network, **process}
-                chain = reverse_steps(model.params, key, rows, *span, functions, **how)
-                rows = rows._replace(chain=chain)
-                xt, calls = processes.fetch((chain.tokens, chain.calls))
+                rows = sampler.advance(key, rows, np.int32(begin), np.int32(end), functions)
+                xt, calls = processes.fetch((rows.chain.tokens, rows.chain.calls))
                 tokens, count = part.tokens(xt), len(part.lengths)
                 if (tokens < 0).any():
                     raise NotFiniteError(f"by step {end} of {steps}")

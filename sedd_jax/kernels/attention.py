@@ -37,7 +37,8 @@ def attention(
     are arbitrary. The softmax is taken in float32 whatever the dtype of q.
 
     implementation is cudnn (a GPU's flash attention), splash (a TPU's) or xla, which loops over
-    tiles of heads; none saves an [L, L] array for the backward pass. None or auto: the platform's
+    tiles of heads; none saves an [L, L] array for the backward pass. xla alone takes a q of fewer
+    positions than k has, without is_causal and without a gradient. None or auto: the platform's
     default if it takes these arrays, else xla. platform is the devices', jax.default_backend() by
     default. It works on whole arrays: over several devices, shard_map it over rows and heads.
     ValueError if the named one does not take the arrays.
@@ -74,7 +75,7 @@ def _softmax_forward(is_causal, tile, platform, q, k, v, lengths):
     """Does not save the weights [N, L, L], as autodiff would: the backward pass recomputes them."""
 
     def of_tile(q, k, v, lengths):
-        position = jnp.arange(q.shape[1])
+        position = jnp.arange(k.shape[1])
         seen = _seen(position[:, None], position, is_causal, lengths)
         scores = jnp.where(seen, einsum("nlk,nmk->nlm", q, k), UNSEEN)
         scale = q.shape[-1] ** -0.5

@@ -81,11 +81,16 @@ def sigma_embedding(sigma: jax.Array) -> jax.Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def rotate(x: jax.Array) -> jax.Array:
-    """Rotary position embedding of [B, L, H, K], halves not interleaved, computed in float32."""
+def rotate(x: jax.Array, first: jax.Array | None = None) -> jax.Array:
+    """Rotary position embedding of [B, L, H, K], halves not interleaved, computed in float32.
+
+    first, int32 [], is the position of the first token, 0 by default.
+    """
     length, size = x.shape[1], x.shape[-1]
     inverse = ROTARY_BASE ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angles = (jnp.arange(length, dtype=jnp.float32)[:, None] * inverse)[:, None, :]  # [L, 1, K/2]
+    position = jnp.arange(length, dtype=jnp.float32)
+    position = position if first is None else first + position
+    angles = (position[:, None] * inverse)[:, None, :]  # [L, 1, K/2]
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)
     sin = jnp.stack([-sin, sin], axis=-2)
     halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, size // 2)
@@ -160,9 +165,10 @@ class Block(nn.Module):
     deterministic: bool
     placement: Placement
     attention: str
+    is_causal: bool
 
     @nn.compact
-    def __call__(self, x, conditioning, lengths):
+    def __call__(self, x, conditioning, lengths, position):
         x = self.placement.rows(x)
         size, stream = x.shape[-1], x.dtype
         linear = functools.partial(Linear, dtype=self.dtype, placement=self.placement)
@@ -173,15 +179,17 @@ class Block(nn.Module):
         dropout_1, dropout_2 = self.dropouts(x.shape)
 
         def mix(heads, lengths):
-            how = {"implementation": self.attention, "platform": self.placement.platform}
-            return attention(*heads, lengths=lengths, **how)
+            how = {"implementation": self.attention, "is_causal": self.is_causal}
+            if position is not None:  # one query: lengths end the keys at it
+                how = {"implementation": "xla"}
+            return attention(*heads, lengths=lengths, platform=self.placement.platform, **how)
 
         def attend(x):
             qkv = linear((3, self.heads, size // self.heads), name="qkv")(x)
             q, k, v = (a[:, :, 0] for a in jnp.split(qkv, 3, axis=2))  # [B, L, H, K]
-            heads = rotate(q), rotate(k), v
+            heads = rotate(q, position), rotate(k, position), v
             heads = tuple(cpu.save(a, "heads", self.placement.platform) for a in heads)
-            mixed = self.placement.over_heads(mix, heads, lengths)
+            mixed = self.placement.over_heads(mix, self.with_cache(*heads, position), lengths)
             return linear((size,), axes=2, name="out")(mixed)
 
         def mlp(x):
@@ -194,6 +202,20 @@ class Block(nn.Module):
         x, normed = norm_2(x, shift_2, scale_2)
         x = x + gate_2 * dropout_2(mlp(normed))
         return self.placement.rows(x.astype(stream)), None
+
+    def with_cache(self, q, k, v, position):
+        """q, and k and v of all positions: the collection "cache", where a call may write it, holds
+        them from call to call."""
+        if not self.is_mutable_collection("cache"):
+            return q, k, v
+        cached = []
+        for name, part in (("keys", k), ("values", v)):
+            whole = self.variable("cache", name, lambda part=part: part)
+            if position is not None:
+                part = jax.lax.dynamic_update_slice_in_dim(whole.value, part, position, axis=1)
+            whole.value = part
+            cached.append(part)
+        return q, *cached
 
     def dropouts(self, shape):
         """The dropout of each of the two branches, float32 out."""
@@ -210,9 +232,13 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """(tokens [B, L], sigma [B, 1]) -> Output for `dim` states.
 
-    Or vectors, float [B, L, C], in place of tokens and their embeddings.
+    Vectors, float [B, L, C], may stand in place of tokens and their embeddings.
     is_token, bool [B, L], is False at the padding, which is at the end of a row: no position
     attends to it. None: no padding.
+
+    A causal network can be called a token at a time. A call with mutable="cache" also returns the
+    keys and values of its L positions; one with that cache, tokens [B, 1] and their position,
+    int32 [], gives what a call with all tokens up to it would, and puts theirs into the cache.
     """
 
     dim: int
@@ -226,6 +252,7 @@ class Transformer(nn.Module):
     residual_dtype: jnp.dtype = jnp.float32
     remat: str = "none"  # of SAVED
     attention: str = "auto"  # of kernels.attention
+    is_causal: bool = False  # positions attend to themselves and those before
     placement: Placement = Placement()
 
     def example(self, length: int) -> tuple[jax.Array, ...]:
@@ -245,6 +272,7 @@ class Transformer(nn.Module):
         *,
         deterministic: bool,
         is_token: jax.Array | None = None,
+        position: jax.Array | None = None,
     ) -> Output:
         rows = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=1, out_axis=0)
         zeros = nn.initializers.zeros_init()
@@ -275,13 +303,15 @@ class Transformer(nn.Module):
         block = nn.remat(Block, prevent_cse=self.is_unrolled, policy=saving(SAVED[self.remat]))
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=self.blocks,
             unroll=self.blocks if self.is_unrolled else 1,
         )
         lengths = None if is_token is None else is_token.sum(axis=-1, dtype=jnp.int32)
+        if position is not None:
+            lengths = jnp.broadcast_to(position + 1, tokens.shape[:1])
         x, _ = scanned(
             self.heads,
             self.dropout,
@@ -289,8 +319,9 @@ class Transformer(nn.Module):
             deterministic,
             self.placement,
             self.attention,
+            self.is_causal,
             name="blocks",
-        )(x, conditioning, lengths)
+        )(x, conditioning, lengths, position)
 
         shift, scale = Modulation(2, self.hidden_size, self.placement, name="modulation")(
             conditioning
