@@ -139,6 +139,7 @@ class Autoregressive(Objective):
 
     graph = "absorbing"  # whose MASK begins a text
     is_causal = True
+    title = "autoregressive"
 
     def loss(self, key, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
         return autoregressive.loss(x0, score_fn, graph.mask, is_token=is_token)
