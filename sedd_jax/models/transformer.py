@@ -206,7 +206,7 @@ class Block(nn.Module):
     def with_cache(self, q, k, v, position):
         """q, and k and v of all positions: the collection "cache", where a call may write it, holds
         them from call to call."""
-        if not self.is_mutable_collection("cache"):
+        if self.is_initializing() or not self.is_mutable_collection("cache"):
             return q, k, v
         cached = []
         for name, part in (("keys", k), ("values", v)):
