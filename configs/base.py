@@ -45,11 +45,12 @@ def get_config():
 
     config.objective = ml_collections.ConfigDict()
     # dwdse (the paper's score entropy), or a rival: normalised (MDLM, MD4, RADD), unweighted,
-    # concrete_score_matching, d3pm, autoregressive
+    # concrete_score_matching, d3pm, autoregressive, plaid
     config.objective.name = "dwdse"
     config.objective.t_min = 1e-3  # times are drawn from [t_min, 1]
     config.objective.times = "independent"  # independent (the paper) or stratified over the batch
     config.objective.discrete_steps = 1000  # d3pm: noise levels
+    config.objective.embedding_dim = 16  # plaid: of the tokens' embeddings, which it noises
 
     config.model = ml_collections.ConfigDict()
     config.model.hidden_size = 768

@@ -102,6 +102,7 @@ KEYS: dict[str, Constraint] = {
     "objective.t_min": _INSIDE,
     "objective.times": _one_of(TIMES),
     "objective.discrete_steps": _whole(1, 2**20),
+    "objective.embedding_dim": _whole(1),
     "model.hidden_size": _whole(1),
     "model.blocks": _whole(1),
     "model.heads": _whole(1),
@@ -169,6 +170,7 @@ AS_BEFORE = (
     "model.residual_dtype",
     "model.time_conditioning",
     "objective.discrete_steps",
+    "objective.embedding_dim",
 )
 # Keys that saved configs may still hold, and why they went.
 RETIRED = {"model.head": "a Triton kernel for the head was slower on a GPU than plain JAX"}

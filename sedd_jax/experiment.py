@@ -28,6 +28,7 @@ from sedd_jax.diffusion.objectives import OBJECTIVES, Objective
 from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.models.head import make_score_fn
+from sedd_jax.models.plaid import Plaid
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import sharding
 from sedd_jax.parallel.sharding import Placement
@@ -86,7 +87,7 @@ class Experiment:
     @functools.cached_property
     def evaluated(self) -> float:
         """Expected fraction of positions whose scores the loss evaluates."""
-        if self.objective.is_causal:
+        if self.objective.is_causal or self.objective.is_continuous:
             return 1.0
         return evaluated_fraction(self.graph, self.schedule, self.objective.t_min or 0.0)
 
@@ -231,15 +232,18 @@ def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Tr
     check_settings()
     fields = config.model.to_dict()
     fields |= {key: DTYPES[fields[key]] for key in ("dtype", "residual_dtype")}
-    fields["is_causal"] = OBJECTIVES[config.objective.name].is_causal
+    objective = make_objective(config)
+    fields["is_causal"] = objective.is_causal
+    if objective.is_continuous:
+        sizes = {"dim": graph.vocab_size, "embedding_dim": objective.embedding_dim}
+        return Plaid(**sizes, placement=Placement(mesh), **fields)
     return Transformer(dim=graph.dim, placement=Placement(mesh), **fields)
 
 
 def init_params(config: ConfigDict, model: Transformer, key: jax.Array) -> Any:
     """Fresh float32 parameters."""
-    tokens = jnp.zeros((1, config.data.length), jnp.int32)
     model = model.clone(placement=Placement())  # one row is not split
-    return model.init(key, tokens, jnp.zeros((1, 1)), deterministic=True)["params"]
+    return model.init(key, *model.example(config.data.length), deterministic=True)["params"]
 
 
 def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:

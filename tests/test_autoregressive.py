@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import says
+from conftest import command_line, says
 from scipy.stats import chisquare
 
+from sedd_jax.cli import eval_command, sample_command, train_command
 from sedd_jax.data.tokenizers import Ids
 from sedd_jax.diffusion import autoregressive
 from sedd_jax.diffusion.draws import categorical, make_key
@@ -18,10 +20,14 @@ from sedd_jax.diffusion.graphs import Absorbing
 from sedd_jax.diffusion.objectives import Autoregressive, Dwdse
 from sedd_jax.diffusion.reverse import shaped
 from sedd_jax.diffusion.schedules import LogLinear
+from sedd_jax.evaluation import generations
+from sedd_jax.evaluation.scorer import load_scorer
 from sedd_jax.inference import autoregressive as sampling
 from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.pretrained import load
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
+from sedd_jax.parallel.sharding import Placement, make_mesh, tree_shardings
 
 VOCAB, LENGTH = 7, 5
 
@@ -317,3 +323,74 @@ def test_scores_that_are_not_finite_are_an_error():
     params = model.params | {"head_bias": model.params["head_bias"].at[2].set(jnp.nan)}
     with pytest.raises(ValueError, match="not finite by step"):
         model.with_params(params).sample_tokens(2)
+
+
+@pytest.mark.devices(8)
+def test_a_mesh_draws_and_scores_as_one_device():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    model = a_model()
+    spread = dataclasses.replace(
+        model,
+        network=model.network.clone(placement=Placement(mesh)),
+        params=jax.device_put(model.params, tree_shardings(model.params, mesh)),
+        mesh=mesh,
+    )
+    how = {"known": prefixes(texts(), [0, 1, 4, 5]), "seed": 3}
+    expected = model.sample_tokens(4, **how)
+    np.testing.assert_array_equal(spread.sample_tokens(4, **how), expected)
+    np.testing.assert_allclose(spread.bound(expected).bound, model.bound(expected).bound, rtol=1e-5)
+
+
+def test_bfloat16_draws_and_scores():
+    model = a_model(dtype=jnp.bfloat16)
+    tokens = model.sample_tokens(4, known=prefixes(texts(), 2))
+    assert ((tokens >= 0) & (tokens < VOCAB)).all()
+    exact = a_model().bound(tokens).bound
+    assert model.bound(tokens).bound == pytest.approx(exact, rel=0.02)
+
+
+# --- the commands
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run that has sampled while it was trained."""
+    workdir = tmp_path_factory.mktemp("runs") / "ar"
+    named = {"objective.name": "autoregressive", "sample.every": 8, "sample.count": 2}
+    assert train_command(command_line(workdir, **named)) == 0
+    return workdir
+
+
+def test_training_samples_and_the_evaluation_says_that_it_is_exact(run, capsys):
+    assert (run / "samples" / "8.txt").read_text().strip()
+    assert eval_command(["likelihood", f"--workdir={run}", "--blocks=4"]) == 0
+    table = capsys.readouterr().out
+    assert "autoregressive, exact likelihood" in table
+    assert "+-" not in table and "noise levels" not in table and "tail" not in table
+
+
+def test_a_command_completes_a_prefix_and_refuses_a_suffix_and_a_draft(run, capsys, tmp_path):
+    assert sample_command([f"--workdir={run}", "--prefix=The ", "--format=jsonl"]) == 0
+    sample = json.loads(capsys.readouterr().out)
+    assert sample["text"].startswith("The ") and len(sample["tokens"]) == 32
+    assert sample["nfe"] == 28 and sample["predictor"] == "left_to_right"
+    assert sample_command([f"--workdir={run}", "--explain"]) == 0
+    assert "at most 32 a sample" in capsys.readouterr().out
+    (tmp_path / "draft.txt").write_text("A draft")
+    refused = {
+        "suffix=end": "prefix",
+        f"revise={tmp_path / 'draft.txt'}": "revise",
+        "steps=8": "32",
+    }
+    for flag, word in refused.items():
+        assert sample_command([f"--workdir={run}", f"--{flag}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "left to right" in line and word in line
+
+
+def test_generative_perplexity_of_its_samples(run, scorer_folder):
+    model, scorer = load(run), load_scorer(str(scorer_folder))
+    how = {"num_samples": 3, "batch_size": 2, "temperature": 0.8}
+    result = generations.generative_perplexity(model, scorer, **how)
+    assert result["nfe"] == 32 and result["predictor"] == "left_to_right"
+    assert result["samples"] == model.sample(3, batch_size=2, temperature=0.8)

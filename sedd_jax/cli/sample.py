@@ -191,6 +191,8 @@ def explained(model: Any, named: dict[str, Any], options: argparse.Namespace) ->
     steps = "the denoiser alone" if sampling.nfe == 1 else f"{sampling.steps} steps and a denoiser"
     most = "at most " if sampling.trait("is_adaptive") else ""
     calls = f"{most}{sampling.nfe} network calls a sample"
+    if model.objective.is_continuous:
+        return f"reverse steps of embeddings, {steps}: {calls}"
     lines = [
         f"predictor {sampling.predictor}, grid {sampling.grid}, draw {sampling.draw}",
         f"{steps}: {calls}, the denoiser's at t = {sampling.t_min:.3g}",

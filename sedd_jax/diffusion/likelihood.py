@@ -108,14 +108,14 @@ def bound(
 
     has_curve = copies is not None
     has_total = normalised is not None and not graph.predicts_clean  # else it is the bound again
-    variance = _pairs_variance(reconstruction)
+    variance = pairs_variance(reconstruction)
     return Bound(
         diffusion=diffusion.mean(axis=0),
         normalised=normalised.mean(axis=0) if has_total else None,
         prior=prior,
         reconstruction=reconstruction.mean(axis=0),
-        variance=_pairs_variance(diffusion) + variance,
-        normalised_variance=_pairs_variance(normalised) + variance if has_total else None,
+        variance=pairs_variance(diffusion) + variance,
+        normalised_variance=pairs_variance(normalised) + variance if has_total else None,
         share=copies[0].T if has_curve else None,
         cross_entropy=copies[1].T if has_curve else None,
     )
@@ -159,7 +159,7 @@ def discrete_bound(
         normalised=None,
         prior=graph.prior(schedule.sigma(jnp.ones(len(x0)))) * is_token.sum(axis=-1),
         reconstruction=jnp.zeros(len(x0)),
-        variance=_pairs_variance(diffusion),
+        variance=pairs_variance(diffusion),
         normalised_variance=None,
     )
 
@@ -244,7 +244,7 @@ def check_passes(passes: int, name: str = "passes") -> None:
         raise ValueError(f"{name} {passes} must be an even number of at least 2")
 
 
-def _pairs_variance(values: jax.Array) -> jax.Array:
+def pairs_variance(values: jax.Array) -> jax.Array:
     """Variance of the mean over axis 0 from the differences within pairs of neighbours, [B].
 
     The slope of the pairs' means along axis 0 is subtracted; what else the entries' means differ

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion import autoregressive, likelihood, losses
+from sedd_jax.diffusion import autoregressive, gaussian, likelihood, losses
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.diffusion.losses import Loss, at_random_times, independent_times
@@ -27,6 +27,9 @@ class Objective(abc.ABC):
     graph: ClassVar[str | None] = None  # the only one that it is for
     predicts_clean: ClassVar[bool] = False  # see Graph.predicts_clean
     is_causal: ClassVar[bool] = False  # of the network; the bound is then -log p itself
+    # Tokens are noised as embeddings: graph and schedule are not read, and score_fn is a
+    # gaussian.EmbeddingDiffusion.
+    is_continuous: ClassVar[bool] = False
     t_min: ClassVar[float | None] = None  # times are drawn from [t_min, 1]; None: no such interval
     title: ClassVar[str]  # of the models that it trains, for tables
 
@@ -145,6 +148,23 @@ class Autoregressive(Objective):
         return autoregressive.exact(x0, score_fn, graph.mask, is_token=is_token)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plaid(Objective):
+    """Gaussian diffusion of learned embeddings of the tokens."""
+
+    embedding_dim: int = 16
+    times: Callable[[jax.Array, int, float], jax.Array] = independent_times
+
+    is_continuous = True
+    title = "PLAID"
+
+    def loss(self, key, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+        return gaussian.loss(key, x0, score_fn, times=self.times, is_token=is_token)
+
+    def bound(self, key, x0, index, score_fn, graph, schedule, **how: Any) -> Bound:
+        return gaussian.bound(key, x0, index, score_fn, **how)
+
+
 OBJECTIVES = {
     "dwdse": Dwdse,
     "normalised": Normalised,
@@ -152,4 +172,5 @@ OBJECTIVES = {
     "concrete_score_matching": ConcreteScoreMatching,
     "d3pm": D3PM,
     "autoregressive": Autoregressive,
+    "plaid": Plaid,
 }

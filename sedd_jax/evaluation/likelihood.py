@@ -25,7 +25,7 @@ ROWS = {
     "bigram": "interpolated bigram, same text",
     "unigram": "unigram, same text",
 }
-EXACT = {"bound": "autoregressive, exact likelihood"}  # of a model whose bound is -log p itself
+EXACT = {"bound": "{model}, exact likelihood"}  # of a model whose bound is -log p itself
 CALLS = (8, 16, 32, 64, 128)  # network calls a sample whose price is printed
 
 

@@ -19,7 +19,7 @@ from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.inference.batches import Texts, encoded
-from sedd_jax.inference.sampling import FITTED, LEFT_TO_RIGHT, Rows, Sampling
+from sedd_jax.inference.sampling import FITTED, GAUSSIAN, LEFT_TO_RIGHT, Rows, Sampling
 
 STRENGTH = 0.5  # by default
 
@@ -46,6 +46,11 @@ def start_of(strength: float, sampling: Sampling, fitted: np.ndarray | None = No
         raise ValueError(
             "an autoregressive model writes from left to right and cannot revise a draft; use an "
             "absorbing or uniform model"
+        )
+    if sampling.predictor == GAUSSIAN:
+        raise ValueError(
+            "a PLAID model samples whole texts and cannot revise a draft; use an absorbing or "
+            "uniform model"
         )
     if sampling.trait("has_own_times"):
         raise ValueError(

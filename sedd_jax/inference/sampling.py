@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd_jax.diffusion import grids, predictors, samplers
+from sedd_jax.diffusion import gaussian, grids, predictors, samplers
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.predictors import Options, trait
 from sedd_jax.diffusion.reverse import shaped
@@ -28,7 +28,11 @@ MATMUL_WEIGHTS = re.compile(r"(^|/)(blocks/(qkv|out|up|down)/kernel|head_weight)
 FITTED = "fitted"  # the grid whose times are the model's
 GRIDS = collections.ChainMap({FITTED: grids.fitted_grid}, grids.GRIDS)
 LEFT_TO_RIGHT = "left_to_right"  # the predictor of autoregressive models: no reverse step
-PREDICTORS = collections.ChainMap({LEFT_TO_RIGHT: None}, predictors.PREDICTORS)
+GAUSSIAN = "gaussian"  # that of PLAID models: reverse steps of embeddings
+OF_OTHERS = {LEFT_TO_RIGHT: "autoregressive", GAUSSIAN: "PLAID"}  # models that noise no tokens
+PREDICTORS = collections.ChainMap(
+    {LEFT_TO_RIGHT: None, GAUSSIAN: gaussian.posterior}, predictors.PREDICTORS
+)
 TABLES = {"predictor": PREDICTORS, "draw": samplers.DRAWS, "grid": GRIDS}
 
 
@@ -190,10 +194,10 @@ class Sampling:
     def checked_for(self, graph: Graph) -> "Sampling":
         """These options; ValueError for what makes no sense with a model's noise."""
         name, is_absorbing = self.predictor, hasattr(graph, "mask")
-        if name == LEFT_TO_RIGHT:
+        if name in OF_OTHERS:
             raise ValueError(
-                f"predictor {name!r} is of autoregressive models, and this one takes reverse "
-                "steps; take tweedie"
+                f"predictor {name!r} is of {OF_OTHERS[name]} models, and this one takes reverse "
+                "steps of tokens; take tweedie"
             )
         if not is_absorbing and self.trait("graph") == "absorbing":
             table = TABLES["predictor"].items()

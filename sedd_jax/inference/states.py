@@ -10,12 +10,13 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sedd_jax.diffusion.draws import make_key
-from sedd_jax.diffusion.objectives import Autoregressive
+from sedd_jax.diffusion.objectives import Autoregressive, Plaid
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.inference import batches, revision
 from sedd_jax.inference.autoregressive import AutoregressiveSampler
 from sedd_jax.inference.batches import Texts
+from sedd_jax.inference.plaid import PlaidSampler
 from sedd_jax.inference.sampling import Rows, Sampling, reverse_steps
 from sedd_jax.inference.trajectory import State
 from sedd_jax.parallel import processes
@@ -72,7 +73,8 @@ class DiffusionSampler:
         return rows._replace(chain=chain)
 
 
-SAMPLERS = {Autoregressive: AutoregressiveSampler}  # by objective; of all others reverse steps
+# By objective; of all others reverse steps of tokens.
+SAMPLERS = {Autoregressive: AutoregressiveSampler, Plaid: PlaidSampler}
 
 
 def sampler_of(model: Any) -> Sampler:

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.draws import categorical
+from sedd_jax.diffusion.gaussian import EmbeddingDiffusion
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.scores import Needed, ScoreFn, Sigma, Tokens, Weights
 from sedd_jax.kernels import vocab_reduce
+from sedd_jax.models.plaid import Plaid, make_embedding_diffusion
 from sedd_jax.models.transformer import Output
 from sedd_jax.parallel.sharding import Placement
 
@@ -125,11 +127,15 @@ def make_score_fn(
     *,
     dropout_key: jax.Array | None = None,
     is_token: jax.Array | None = None,
-) -> ScoreFn:
+) -> ScoreFn | EmbeddingDiffusion:
     """The network with these parameters as a score function; dropout acts if it gets a key.
 
-    is_token, bool [B, L], marks what is not padding in the rows that it will be called with.
+    is_token, bool [B, L], marks what is not padding in the rows that it will be called with. Of
+    PLAID's network, what stands in its place: an EmbeddingDiffusion.
     """
+    if isinstance(model, Plaid):
+        how = {"dropout_key": dropout_key, "is_token": is_token}
+        return make_embedding_diffusion(model, params, **how)
     logits_fn = make_logits_fn(model, params, graph, dropout_key=dropout_key, is_token=is_token)
 
     def score_fn(xt, sigma):

@@ -232,6 +232,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """(tokens [B, L], sigma [B, 1]) -> Output for `dim` states.
 
+    Vectors, float [B, L, C], may stand in place of tokens and their embeddings.
     is_token, bool [B, L], is False at the padding, which is at the end of a row: no position
     attends to it. None: no padding.
 
@@ -254,6 +255,10 @@ class Transformer(nn.Module):
     is_causal: bool = False  # positions attend to themselves and those before
     placement: Placement = Placement()
 
+    def example(self, length: int) -> tuple[jax.Array, ...]:
+        """What it may be called with: one row of `length` positions."""
+        return jnp.zeros((1, length), jnp.int32), jnp.zeros((1, 1))
+
     @property
     def is_unrolled(self) -> bool:
         """Whether the blocks are compiled one by one."""
@@ -273,8 +278,10 @@ class Transformer(nn.Module):
         zeros = nn.initializers.zeros_init()
         table = (self.dim, self.hidden_size)
 
-        embedding = self.param("embedding", rows, table)
-        x = self.placement.rows(self.placement.whole(embedding)[tokens].astype(self.residual_dtype))
+        if jnp.issubdtype(tokens.dtype, jnp.integer):
+            embedding = self.param("embedding", rows, table)
+            tokens = self.placement.whole(embedding)[tokens]
+        x = self.placement.rows(tokens.astype(self.residual_dtype))
 
         def embedded(name, fan_in):
             bias_init = _torch_bias(fan_in)

@@ -32,6 +32,8 @@ RULES = (
     (r"sigma_[12]/kernel$", P()),
     (r"(norm|norm_[12])/scale$", P()),
     (r"head_bias$", P()),
+    (r"(input|self_conditioning)/kernel$", P(None, "fsdp")),
+    (r"(embeddings|gamma_0|gamma_log_range|gamma_log_weights)$", P()),
     (r"(^|/)(step|count|ema_updates|skipped|skipped_in_a_row)$", P()),
 )
 
