@@ -231,6 +231,20 @@ def test_numbers_are_means_over_seeds_with_their_spread(by_hand):
     assert comparison_table.terminal(by_hand).count("csm (1 of 2)") == 2  # both tables
 
 
+def test_a_scorer_adds_its_table(by_hand):
+    names = ("mean_of_exp", "token_mean")
+    for run, value in zip(by_hand[:2], (30.0, 40.0), strict=True):
+        perplexity = {name: value for name in names}
+        perplexity |= {f"{name}_standard_error": 1.0 for name in names}
+        run.write("perplexity", {"part_seconds": 1.0, "generative_perplexity": perplexity})
+    lines = comparison_table.terminal(by_hand).split("\n\n")[2].splitlines()
+    assert [line.split()[-1] for line in lines[2:]] == ["30.00±1.00", "40.00±1.00"]
+    with_scorer = SCORING._replace(scorer="gpt2")
+    assert with_scorer.parts == [*SCORING.parts, "perplexity"]
+    command = comparison.command_of(by_hand[0], "perplexity", with_scorer, by_hand[0].out)
+    assert command[:2] == ["eval", "generative_perplexity"] and "--scorer=gpt2" in command
+
+
 def test_a_run_that_diverged_is_a_row_with_its_reason_and_is_not_tried_again(by_hand, monkeypatch):
     started = []
     monkeypatch.setattr(

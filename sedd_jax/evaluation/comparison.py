@@ -266,7 +266,7 @@ def ngrams(all_runs: Sequence[Run]) -> Result | None:
 
 
 def time_left(all_runs: Sequence[Run], left: Sequence[str]) -> str:
-    """ ", about 12 min left" for these parts, if one of each kind has been finished."""
+    """How long these parts will take, as ", about 12 min left"; "" before one of each is done."""
     total = 0.0
     for part in set(left):
         results = (run.read(part) for run in all_runs)
