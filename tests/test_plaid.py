@@ -1,19 +1,33 @@
 """PLAID against what a tiny space allows to enumerate and to integrate."""
 
+import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 import scipy.stats
+from conftest import command_line, says
 
+from sedd_jax.cli import eval_command, sample_command, train_command
+from sedd_jax.configs import rivals
+from sedd_jax.data.tokenizers import Characters
 from sedd_jax.diffusion import gaussian
 from sedd_jax.diffusion.gaussian import DenseClean, EmbeddingDiffusion, LearnedSchedule
+from sedd_jax.diffusion.graphs import Absorbing
 from sedd_jax.diffusion.losses import stratified_times
+from sedd_jax.diffusion.objectives import Dwdse
+from sedd_jax.diffusion.objectives import Plaid as Objective
+from sedd_jax.diffusion.schedules import LogLinear
+from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.pretrained import load
 from sedd_jax.models import plaid
 from sedd_jax.models.plaid import Plaid, make_embedding_diffusion
+from sedd_jax.parallel.sharding import Placement, make_mesh, tree_shardings
 
 LINEAR = LearnedSchedule(jnp.float32(-3.0), jnp.log(jnp.float32(9.0)), jnp.zeros(gaussian.BINS))
 # Two tokens and one position: z is a number, and every expectation an integral over a line. At
@@ -512,3 +526,100 @@ def test_bfloat16_is_inside_the_transformer_alone():
     assert mean.dtype == log_p.dtype == clean.prior.dtype == jnp.float32
     exact_mean = make_embedding_diffusion(NETWORK, params).denoise(z, gamma).mean()
     np.testing.assert_allclose(mean, exact_mean, atol=0.05)
+
+
+# --- a model of it, and the commands
+
+LETTERS = "abcdefg"
+
+
+@functools.cache
+def a_model():
+    network = NETWORK.clone(dim=len(LETTERS), blocks=2)
+    init = jax.jit(functools.partial(network.init, deterministic=True))
+    params = init(jax.random.key(0), *network.example(5))["params"]
+    params["head_weight"] = jax.random.normal(jax.random.key(1), params["head_weight"].shape)
+    modulation = params["modulation"]["linear"]
+    modulation["kernel"] = jax.random.normal(jax.random.key(2), modulation["kernel"].shape)
+    process = Absorbing(len(LETTERS)), LogLinear(), Characters(LETTERS)
+    return SEDD(network, params, *process, 5, objective=Objective(embedding_dim=2))
+
+
+@pytest.mark.devices(8)
+def test_a_mesh_draws_and_scores_as_one_device():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    model = a_model()
+    spread = dataclasses.replace(
+        model,
+        network=model.network.clone(placement=Placement(mesh)),
+        params=jax.device_put(model.params, tree_shardings(model.params, mesh)),
+        mesh=mesh,
+    )
+    tokens = model.sample_tokens(4, seed=3, steps=6)
+    np.testing.assert_array_equal(spread.sample_tokens(4, seed=3, steps=6), tokens)
+    bound = model.bound(tokens, passes=4).bound
+    np.testing.assert_allclose(spread.bound(tokens, passes=4).bound, bound, rtol=1e-5)
+
+
+def test_the_first_of_four_samples_is_the_first_of_one_and_a_text_is_bounded_by_itself():
+    model = a_model()
+    four = model.sample(4, steps=6, seed=2)
+    assert model.sample(1, steps=6, seed=2) == four[:1]
+    assert len(set(four)) == 4
+    alone = model.log_likelihood(["abc"], passes=2)
+    both = model.log_likelihood(["abc", "defga"], passes=2)
+    np.testing.assert_allclose(alone.total[0], both.total[0], rtol=1e-5)
+
+
+def test_the_states_end_with_the_samples():
+    model = a_model()
+    states = list(model.stream(num_samples=2, updates=3, steps=6, seed=4))
+    assert [state.step for state in states] == [0, 2, 4, 6]
+    assert [int(state.calls[0]) for state in states] == [0, 2, 4, 7]
+    np.testing.assert_array_equal(states[-1].tokens, model.sample_tokens(2, steps=6, seed=4))
+
+
+def test_what_a_plaid_model_cannot_do_is_refused(tmp_path):
+    model = a_model()
+    with says("predictor 'tweedie'", "embeddings", "steps and greedy"):
+        model.sample(predictor="tweedie")
+    with says("temperature 0.5", "leave it out"):
+        model.sample(temperature=0.5)
+    with says("cannot keep known tokens", "infill"):
+        model.infill("ab[MASK:2]")
+    with says("cannot revise a draft"):
+        model.revise("abc", steps=4, strength=0.5)
+    with says("objective 'plaid'", "load it from its run's"):
+        values = dataclasses.replace(model, experiment=rivals.get_config("plaid").to_dict())
+        values.save_pretrained(tmp_path / "exported")
+    discrete = dataclasses.replace(model, objective=Dwdse())
+    with says("predictor 'gaussian' is of PLAID models"):
+        discrete.sample(predictor="gaussian")
+    params = model.params | {"head_bias": model.params["head_bias"].at[2].set(jnp.nan)}
+    with says("not finite by step"):
+        model.with_params(params).sample(steps=4)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A tiny run that has sampled while it was trained."""
+    workdir = tmp_path_factory.mktemp("runs") / "plaid"
+    named = {"objective.name": "plaid", "sample.every": 8, "sample.count": 2, "sample.steps": 4}
+    assert train_command(command_line(workdir, **named)) == 0
+    return workdir
+
+
+def test_the_commands_train_score_and_sample(run, capsys):
+    assert (run / "samples" / "8.txt").read_text().strip()
+    assert eval_command(["likelihood", f"--workdir={run}", "--blocks=4", "--passes=2"]) == 0
+    table = capsys.readouterr().out
+    assert "PLAID, bound" in table and "prior" in table and "protocol" not in table
+    assert sample_command([f"--workdir={run}", "--steps=3", "--format=jsonl", "--greedy"]) == 0
+    sample = json.loads(capsys.readouterr().out)
+    assert sample["nfe"] == 4 and sample["predictor"] == "gaussian" and sample["greedy"]
+    assert sample["text"] == load(run).sample(steps=3, greedy=True)[0]
+    assert sample_command([f"--workdir={run}", "--explain"]) == 0
+    assert "4 steps and a denoiser: 5 network calls" in capsys.readouterr().out
+    assert sample_command([f"--workdir={run}", "--prefix=The "]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "PLAID" in line and "infill" in line

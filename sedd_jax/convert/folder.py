@@ -20,6 +20,7 @@ from sedd_jax.convert import names, original_config, torch_files, weights
 from sedd_jax.convert.card import model_card
 from sedd_jax.convert.weights import INDEX, WEIGHTS
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
+from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.files import appearing, check_new, load_json, local_path, refuse_pointer_file
 
 log = logging.getLogger(__name__)
@@ -175,6 +176,11 @@ def write_folder(
     folder = local_path(folder)
     check_target(folder, replace)
     config, vocab_size, tokenizer = ConfigDict(model.config), model.vocab_size, model.tokenizer
+    if OBJECTIVES[config.objective.name].is_continuous:
+        raise ValueError(
+            f"a model of objective {config.objective.name!r} has another network than the "
+            "original's and cannot be written as its folder; load it from its run's"
+        )
     name = name or os.path.basename(os.path.abspath(folder))
     tensors = names.to_original(model.params)
     shapes = {name: array.shape for name, array in tensors.items()}
