@@ -17,6 +17,14 @@ from sedd_jax.runs.checkpoint import Checkpoints
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 # The paper's own are what the other tests are about.
 NAMES = [name for name in RIVALS if not name.startswith("sedd_")]
+
+
+def chosen(*names):
+    """All rivals, those that are not named with -m long: they differ in the loss alone, and
+    test_objectives.py has that."""
+    return [n if n in names else pytest.param(n, marks=pytest.mark.long) for n in NAMES]
+
+
 KEY = jax.random.key(7)
 
 
@@ -39,7 +47,7 @@ def after(made, batch, state, steps):
     return state, losses
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", chosen("normalised_time_free", "d3pm_absorb", "ar", "plaid"))
 def test_a_rival_resumes_bit_for_bit_and_is_scored_and_sampled(name, tiny_config, tmp_path):
     made, batch = prepared(tiny_config, name, devices=jax.devices()[:1])
     whole, losses = after(made, batch, made.start(), 6)
@@ -63,14 +71,7 @@ def test_a_rival_resumes_bit_for_bit_and_is_scored_and_sampled(name, tiny_config
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize(
-    "name",
-    # The others have the network of one of these and differ after its last sum over devices.
-    [
-        n if n in ("d3pm_absorb", "ar", "plaid") else pytest.param(n, marks=pytest.mark.long)
-        for n in NAMES
-    ],
-)
+@pytest.mark.parametrize("name", chosen("ar", "plaid"))
 def test_eight_devices_give_a_rivals_losses_of_one(name, tiny_config):
     tiny_config.train.batch_size = 16
     meshes = [({"data": 1, "fsdp": 1, "tensor": 1}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)]
