@@ -13,6 +13,7 @@ from sedd_jax.data.tokenizers import Characters
 from sedd_jax.inference.model import SEDD
 from sedd_jax.parallel import sharding
 from sedd_jax.runs.checkpoint import Checkpoints
+from sedd_jax.training.dry_run import dry_run
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 # The paper's own are what the other tests are about.
@@ -68,6 +69,15 @@ def test_a_rival_resumes_bit_for_bit_and_is_scored_and_sampled(name, tiny_config
     tokens = model.sample_tokens(2, seed=1, **how)
     assert tokens.shape == (2, length)
     assert 0 <= tokens.min() and tokens.max() < len(LETTERS)
+
+
+@pytest.mark.parametrize("name", chosen("ar", "plaid"))
+def test_a_rival_has_a_dry_run(name, tiny_config):
+    estimate = dry_run(with_values(tiny_config, RIVALS[name]), "cpu:8", vocab_size=len(LETTERS))
+    made, _ = prepared(tiny_config, name, devices=jax.devices()[:1])
+    assert estimate.is_compiled and estimate.flops == made.flops
+    names = {row.name for row in estimate.parameters}
+    assert len(names) == len(jax.tree.leaves(made.shape.params))
 
 
 @pytest.mark.devices(8)
