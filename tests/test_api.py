@@ -150,6 +150,18 @@ def test_the_log_likelihood_of_texts_is_a_bound_for_each(model):
     np.testing.assert_allclose(model.log_likelihood("if", seed=5).total, found.total[:1], rtol=1e-5)
 
 
+def test_a_text_is_bounded_given_another(model):
+    texts, prompts = ["else", "of", "is"], ["if then ", "in front ", ""]
+    found = model.log_likelihood(texts, given=prompts, seed=5)
+    assert found.total.shape == (3,) and (found.total > 0).all()
+    alone = model.log_likelihood(texts, seed=5)
+    np.testing.assert_allclose(found.total[2], alone.total[2], rtol=1e-5)  # after nothing
+    assert (found.prior == alone.prior).all()  # what is given costs nothing
+    assert found.total[0] != alone.total[0]
+    both = model.log_likelihood(texts[:2], given="if then ", seed=5)
+    np.testing.assert_allclose(both.total[0], found.total[0], rtol=1e-5)
+
+
 @pytest.mark.devices(8)
 def test_a_mesh_shares_the_batch_and_changes_nothing_else(model, tiny_run):
     from sedd_jax.parallel.sharding import make_mesh
@@ -262,6 +274,14 @@ def test_padding_changes_no_sample(model, predictor):
         (lambda m: m.log_likelihood([""]), "text 0 has 0 tokens, not 1 to 32"),
         (lambda m: m.log_likelihood(["if", "x" * 33]), "text 1 has 33 tokens, not 1 to 32"),
         (lambda m: m.log_likelihood("if", passes=3), "passes 3 must be an even number"),
+        (
+            lambda m: m.log_likelihood("if", given=["a", "b"]),
+            "2 prompts are given for 1 texts; give one for all, or one each",
+        ),
+        (
+            lambda m: m.log_likelihood("if", given="x" * 31),
+            "text 0 has 2 tokens after 31 that are given, more than 32",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(model, call, words):

@@ -113,6 +113,13 @@ def test_the_likelihoods_of_all_texts_sum_to_one():
     assert p.std() > 0.3 * p.mean()
 
 
+def test_a_text_given_another_has_the_quotient_of_their_likelihoods():
+    model = a_model()
+    found = model.log_likelihood(["3 0", "5"], given="1 2").total
+    whole = model.log_likelihood(["1 2 3 0", "1 2 5"]).total
+    np.testing.assert_allclose(found, whole - model.log_likelihood("1 2").total, rtol=1e-5)
+
+
 def test_no_probability_depends_on_the_token_itself_or_on_later_ones():
     model, x0 = a_model(), texts()
     for l in range(LENGTH):

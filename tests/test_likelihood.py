@@ -1,5 +1,6 @@
 """The bound against the truth that a tiny space allows to enumerate."""
 
+import dataclasses
 import functools
 import math
 
@@ -127,6 +128,42 @@ def test_wrong_scores_bound_a_law_from_above(name, wrong_by, seed):
         assert (parts["normalised"] < parts["value"]).all()
         entropy = -(LAW * np.log(LAW)).sum()
         assert LAW.ravel() @ (parts["normalised"] + rest) > entropy
+
+
+@graphs
+def test_a_bound_given_some_tokens_is_on_the_others_and_tight_for_absorbing_noise(name):
+    graph, schedule, copies = GRAPHS[name](3), LogLinear(), 1600
+    everything = dense.sequences(3, 2)
+    x0 = jnp.asarray(np.repeat(everything, copies, axis=0))
+    is_scored = jnp.broadcast_to(jnp.array([False, True]), x0.shape)
+    exact = dense.exact_score_fn(graph, LAW)
+
+    def score_fn(xt, sigma):
+        scores = exact(xt, sigma)
+        is_clean = xt[:, :1] == x0[:, :1]  # what is given is never noised
+        table = jnp.where(is_clean[..., None], scores.table, jnp.nan)
+        return dataclasses.replace(scores, table=table)
+
+    @jax.jit
+    def run(key):
+        how = {"passes": 32, "t_min": 0.02, "is_token": is_scored}
+        return bound(key, x0, jnp.arange(len(x0)), score_fn, graph, schedule, **how)
+
+    total = np.asarray(run(jax.random.key(0)).total, np.float64).reshape(-1, copies)
+    conditional = LAW / LAW.sum(axis=1, keepdims=True)
+    sigma = float(schedule.sigma(1.0))
+    gap = [
+        dense.given(graph, x[1:], sigma)
+        @ (np.log(dense.marginal(graph, conditional[x[0]], sigma)) - log_base(graph, schedule))
+        for x in everything
+    ]
+    error = total.std(axis=1) / copies**0.5
+    excess = total.mean(axis=1) + np.log(conditional.ravel()) - gap
+    assert error.max() < 0.05
+    if name == "absorbing":
+        assert (np.abs(excess) < 4 * error).all()
+    else:  # exact where all tokens are noised: on average over the texts it costs
+        assert LAW.ravel() @ excess > 3 * (error**2).sum() ** 0.5
 
 
 @pytest.mark.parametrize("wrong_by", [0.0, 0.01, 1.0])

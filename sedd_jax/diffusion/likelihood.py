@@ -16,7 +16,7 @@ from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.losses import d3pm_at
 from sedd_jax.diffusion.samplers import denoise
 from sedd_jax.diffusion.schedules import Schedule
-from sedd_jax.diffusion.scores import ScoreFn, Tokens
+from sedd_jax.diffusion.scores import ScoreFn, Sigma, Tokens
 
 # Fractional part of the golden ratio: its multiples fill [0, 1) evenly at every count.
 GOLDEN = 0.6180339887498949
@@ -59,7 +59,7 @@ class Examples(NamedTuple):
 
     x0: Tokens  # int32 [B, L]
     index: jax.Array  # int32 [B]: positions in the corpus
-    is_token: jax.Array  # bool [B, L]: False at the padding
+    is_token: jax.Array  # bool [B, L]: what is noised and scored; not padding, nor a condition
 
     def each(self, fn: Callable, key: jax.Array, *rows: jax.Array) -> Any:
         """fn(key, *rows of one example [1, ...]) for every example, each with a key of its own."""
@@ -69,6 +69,11 @@ class Examples(NamedTuple):
             return jax.tree.map(lambda a: a[0], fn(key, *(row[None] for row in rows)))
 
         return jax.vmap(one)(keys, *rows)
+
+    def noised(self, key: jax.Array, graph: Graph, sigma: Sigma) -> Tokens:
+        """xt of every example at its noise level."""
+        xt = self.each(graph.perturb, key, self.x0, sigma)
+        return jnp.where(self.is_token, xt, self.x0)
 
 
 def bound(
@@ -88,7 +93,9 @@ def bound(
 
     x0 is int32 [B, L], index int32 [B] the examples' positions in the corpus: times and noise
     depend on (key, index) alone, not on how the corpus is cut into batches. is_token, bool [B, L],
-    leaves padding out. Both numbers of passes must be even, for the error estimate.
+    says which tokens are noised and scored; the others are padding, which score_fn must know, or a
+    clean condition: then the bound is on -log p(the former | the latter). Both numbers of passes
+    must be even, for the error estimate.
 
     Three things make it need fewer calls than independent times would, and leave it unbiased: the
     noise levels are stratified over passes and corpus; `graph.probe` draws copies whose weights
@@ -148,7 +155,7 @@ def discrete_bound(
         last = jnp.floor(u[:, None] * discrete_steps)
         t = jnp.minimum(last + 1.0, discrete_steps) / discrete_steps  # u may round to 1
         key = jax.random.fold_in(key_noise, k)
-        xt = examples.each(graph.perturb, key, x0, schedule.sigma(t))
+        xt = examples.noised(key, graph, schedule.sigma(t))
         process = (score_fn, graph, schedule)
         return d3pm_at(t, xt, x0, *process, discrete_steps=discrete_steps, is_token=is_token).nats
 
@@ -172,7 +179,8 @@ def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
     x0, _, is_token = examples
 
     def probe(key, x0, u, is_token):
-        return graph.probe(key, x0, u, is_token, schedule, t_min)
+        copy = graph.probe(key, x0, u, is_token, schedule, t_min)
+        return copy._replace(xt=jnp.where(is_token, copy.xt, x0))
 
     def one_pass(k_and_u):
         k, u = k_and_u
@@ -218,7 +226,7 @@ def _reconstruction(key, passes, examples, score_fn, graph, schedule, t_min):
     t = jnp.full((len(x0), 1), t_min)
 
     def one_pass(k):
-        xt = examples.each(graph.perturb, jax.random.fold_in(key, k), x0, schedule.sigma(t))
+        xt = examples.noised(jax.random.fold_in(key, k), graph, schedule.sigma(t))
         log_p = denoise(xt, t, score_fn, graph, schedule).log_probability(x0)
         return -jnp.sum(log_p, axis=-1, where=examples.is_token)
 

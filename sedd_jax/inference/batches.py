@@ -108,6 +108,26 @@ def encoded(
     return rows
 
 
+def after(
+    given: str | Sequence[str], rows: list[np.ndarray], tokenizer: Tokenizer, max_length: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The rows after the tokens of given, a text for all or one for each, and where each begins."""
+    prompts = [given] * len(rows) if isinstance(given, str) else list(given)
+    if len(prompts) != len(rows):
+        raise ValueError(
+            f"{len(prompts)} prompts are given for {len(rows)} texts; give one for all, or one each"
+        )
+    tokens = [np.asarray(tokenizer.encode(prompt), np.int32) for prompt in prompts]
+    for number, (prompt, row) in enumerate(zip(tokens, rows, strict=True)):
+        if len(prompt) + len(row) > max_length:
+            raise ValueError(
+                f"text {number} has {len(row)} tokens after {len(prompt)} that are given, more "
+                f"than {max_length}, the model's length; cut what is given"
+            )
+    whole = [np.concatenate(pair) for pair in zip(tokens, rows, strict=True)]
+    return whole, np.array([len(prompt) for prompt in tokens])
+
+
 def _power_of_two(low: int) -> int:
     """The smallest power of two that is at least low."""
     return 1 << (low - 1).bit_length()

@@ -24,7 +24,8 @@ from sedd_jax.parallel import processes, sharding
 
 log = logging.getLogger(__name__)
 
-BoundFn = Callable[..., Bound]  # (params, key, Blocks, index int32 [B], *, passes)
+# (params, key, Blocks, index int32 [B], is_scored bool [B, L] or None for all tokens, *, passes)
+BoundFn = Callable[..., Bound]
 
 
 class CorpusBound(NamedTuple):
@@ -56,7 +57,9 @@ class CorpusBound(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("network", "graph", "schedule", "objective", "passes"))
-def _block_bounds(params, key, blocks, index, *, network, graph, schedule, objective, passes):
+def _block_bounds(
+    params, key, blocks, index, is_scored=None, *, network, graph, schedule, objective, passes
+):
     return objective.bound(
         key,
         blocks.tokens,
@@ -65,14 +68,14 @@ def _block_bounds(params, key, blocks, index, *, network, graph, schedule, objec
         graph,
         schedule,
         passes=passes,
-        is_token=blocks.is_token,
+        is_token=blocks.is_token if is_scored is None else is_scored,
     )
 
 
 def make_bound_fn(
     network: Transformer, graph: Graph, schedule: Schedule, objective: Objective
 ) -> BoundFn:
-    """Jitted (params, key, Blocks, index, *, passes) -> Bound.
+    """Jitted (params, key, Blocks, index, is_scored=None, *, passes) -> Bound.
 
     Equal networks share what is compiled, whoever makes the function.
     """

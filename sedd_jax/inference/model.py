@@ -274,20 +274,41 @@ class SEDD:
     # --- likelihood
 
     def log_likelihood(
-        self, texts: str | Sequence[str], *, passes: int = 16, batch_size: int = 16, seed: int = 0
+        self,
+        texts: str | Sequence[str],
+        *,
+        given: str | Sequence[str] | None = None,
+        passes: int = 16,
+        batch_size: int = 16,
+        seed: int = 0,
     ) -> Bound:
         """An upper bound on -log p of each text, nats: a Bound of float32 [N] arrays.
 
         `.total` is the bound and `.standard_error` its error from the noise drawn; passes, even,
         and 2 more network calls a text. Nothing is added to a text, before or after. A text's
         times and noise depend on the seed and its number alone.
+
+        given: what comes before the texts, one for all or one for each; then the bound is on
+        -log p(text | given), and given stays clean. Both are encoded by themselves. With uniform
+        noise, whose scores are not told which tokens are clean, it is looser.
         """
         self._check(1, batch_size, seed)
         check_passes(passes)
         remedy = "cut it, or prepare records and use bound"
         rows = batches.encoded("text", texts, self.tokenizer, self.length, remedy)
+        starts = None
+        if given is not None:
+            if self.objective.is_continuous:
+                raise ValueError(
+                    "a PLAID model bounds whole texts and keeps no token clean; leave given out"
+                )
+            rows, starts = batches.after(given, rows, self.tokenizer, self.length)
         key, numbers, results = make_key(seed), [], []
         for part, batch in batches.by_bucket(rows, batch_size, self.length, self.mesh):
+            if starts is not None:
+                blocks, index = batch
+                positions = np.arange(blocks.tokens.shape[1])
+                batch = (*batch, blocks.is_token & (positions >= starts[index][:, None]))
             bound = self.bound_fn(self.params, key, *self.put(batch), passes=passes)
             bound = processes.fetch(bound)
             bounds.check_finite(bound, batch[1], "text")
