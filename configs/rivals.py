@@ -33,6 +33,8 @@ RIVALS = {
     # Austin et al. 2021, mean prediction; the masked share grows linearly, as theirs
     "d3pm_absorb": {**_SEDD, "objective.name": "d3pm"},
     "d3pm_uniform": {**_SEDD, **_UNIFORM, "objective.name": "d3pm"},
+    # Gulrajani and Hashimoto 2023: Gaussian noise on embeddings; graph and schedule are not read
+    "plaid": {**_SEDD, "objective.name": "plaid"},
     # Left to right, on the same network; MASK begins a text
     "ar": {**_SEDD, "objective.name": "autoregressive", "model.time_conditioning": False},
     # Gulrajani and Hashimoto 2023; embeddings are noised, and the schedule is its own
