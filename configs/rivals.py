@@ -37,8 +37,6 @@ RIVALS = {
     "plaid": {**_SEDD, "objective.name": "plaid"},
     # Left to right, on the same network; MASK begins a text
     "ar": {**_SEDD, "objective.name": "autoregressive", "model.time_conditioning": False},
-    # Gulrajani and Hashimoto 2023; embeddings are noised, and the schedule is its own
-    "plaid": {**_SEDD, "objective.name": "plaid"},
 }
 
 
