@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 from sedd_jax import experiment
 from sedd_jax.configs import openwebtext_small
 from sedd_jax.diffusion.draws import make_key
-from sedd_jax.diffusion.samplers import Known
+from sedd_jax.diffusion.samplers import Chain, Known
 from sedd_jax.inference.sampling import Rows, Sampling, cast_weights, reverse_steps
 from sedd_jax.training.dry_run import parse_target
 from sedd_jax.training.dry_run.hlo import parse
@@ -32,7 +32,9 @@ def lowered(config, vocab_size, batch_size, mesh):
 
     rows = Rows(
         index=array(shape[:1], jnp.int32),
-        xt=array(shape, jnp.int32),
+        chain=Chain(
+            array(shape, jnp.int32), array(shape[:1], jnp.int32), array(shape, jnp.float32)
+        ),
         known=Known(array(shape, jnp.int32), array(shape, jnp.bool_)),
         is_token=array(shape, jnp.bool_),
     )

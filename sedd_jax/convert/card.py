@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from sedd_jax.config import Constraint
 from sedd_jax.convert.original_config import TEXT
 from sedd_jax.data import Tokenizer
+from sedd_jax.diffusion.objectives import OBJECTIVES
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def model_card(
         "parameters": f"{parameters:,}",
         "hidden size, blocks, heads": f"{sizes.hidden_size}, {sizes.blocks}, {sizes.heads}",
         "length": f"{config.data.length} tokens",
+        "objective": config.objective.name,
         "graph": config.graph.name,
         "schedule": noise,
         "trained on": {"text": "a text of its own"}.get(corpus, corpus),
@@ -61,14 +63,13 @@ def model_card(
     lines = [
         f"# {_plain(name)}",
         "",
-        f"A Score Entropy Discrete Diffusion (SEDD) language model ([paper]({PAPER})).",
-        "The original PyTorch code's `SEDD.from_pretrained` reads this folder too.",
+        *_introduction(config.objective.name),
         "",
         "```python",
         "import sedd_jax",
         "",
         f"model = sedd_jax.load({json.dumps(name)})",
-        "print(model.sample(1, steps=128, seed=0)[0])",
+        "print(model.sample(1, seed=0)[0])",
         "```",
         "",
         *_table(("", ""), facts.items()),
@@ -84,6 +85,16 @@ def model_card(
     )
     text = "\n".join(lines)
     return str(ModelCard(f"---\n{front.to_yaml()}\n---\n\n{text}\n"))
+
+
+def _introduction(objective: str) -> list[str]:
+    if objective == "dwdse":
+        return [
+            f"A Score Entropy Discrete Diffusion (SEDD) language model ([paper]({PAPER})).",
+            "The original PyTorch code's `SEDD.from_pretrained` reads this folder too.",
+        ]
+    title = OBJECTIVES[objective].title
+    return [f"A language model of the network of SEDD ([paper]({PAPER})), its objective: {title}."]
 
 
 def _checked(about: dict[str, Any]) -> dict[str, Any]:

@@ -301,10 +301,9 @@ class Progress:
         values = {**nats.sums, "passes": nats.passes}
         self._write("heldout", step, {k: v for k, v in values.items() if v is not None})
         if self._writes:
-            self._bar.write(
-                f"step {step}: held-out bound {nats.bound:.3f} +- {nats.bound_standard_error:.3f} "
-                "nats/token"
-            )
+            error = nats.bound_standard_error  # none: of an autoregressive model it is exact
+            kind, spread = ("bound", f" +- {error:.3f}") if error else ("-log p", "")
+            self._bar.write(f"step {step}: held-out {kind} {nats.bound:.3f}{spread} nats/token")
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Write the texts to samples/STEP.txt and to the events."""
