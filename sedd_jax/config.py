@@ -101,7 +101,7 @@ KEYS: dict[str, Constraint] = {
     "objective.name": _one_of(OBJECTIVES),
     "objective.t_min": _INSIDE,
     "objective.times": _one_of(TIMES),
-    "objective.discrete_steps": _whole(1, 2**20),
+    "objective.discrete_steps": _whole(1, 2**16),  # float32 tells no closer noise levels apart
     "objective.embedding_dim": _whole(1),
     "model.hidden_size": _whole(1),
     "model.blocks": _whole(1),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -223,12 +224,38 @@ def statistics(entropy):
 def test_numbers_are_means_over_seeds_with_their_spread(by_hand):
     sedd, csm = comparison_table.method_rows(by_hand)
     assert sedd["nats_per_token"] == pytest.approx(2.25)
-    assert sedd["nats_per_token_standard_error"] == pytest.approx(0.3 / np.sqrt(2))
+    # The same noise scores both, so two are no surer than one.
+    assert sedd["nats_per_token_standard_error"] == pytest.approx(0.3)
     assert sedd["seeds_standard_deviation"] == pytest.approx(0.5 / np.sqrt(2))
     assert sedd["samples"]["unigram_entropy"] == pytest.approx(2.25)
     assert (csm["runs"], csm["runs_failed"]) == (2, 1)
     assert csm["nats_per_token"] == 3.0 and csm["seeds_standard_deviation"] is None
     assert comparison_table.terminal(by_hand).count("csm (1 of 2)") == 2  # both tables
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
+def test_a_command_ends_with_a_comparison_that_is_killed(tmp_path):
+    command = ["train", "--config=quickstart", f"--workdir={tmp_path}/run"]
+    code = f"""
+import pathlib
+from sedd_jax.evaluation.comparison import Commands
+with Commands() as commands:
+    commands.run({command}, pathlib.Path("{tmp_path}/log"))
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    wait_until(lambda: children.exists() and children.read_text())
+    child = Path(f"/proc/{children.read_text().split()[0]}/cmdline")
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not child.exists() or not child.read_bytes())  # gone, or not yet reaped
+
+
+def wait_until(happened):
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_scorer_adds_its_table(by_hand):

@@ -61,8 +61,8 @@ class Graph(abc.ABC):
     """The forward process of a token; a graph defines the abstract methods, the rest follows."""
 
     vocab_size: int
-    # Whether a network's logits are those of the clean token's distribution given xt, and not
-    # log-scores: what D3PM calls mean prediction.
+    # Whether a network's logits are those of the clean token's distribution and not log-scores:
+    # see scores_of_clean.
     predicts_clean: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self):
@@ -180,11 +180,14 @@ class Graph(abc.ABC):
 
     @abc.abstractmethod
     def scores_of_clean(self, logits: Scores, xt: Tokens, sigma: Sigma) -> Scores:
-        """The scores that p(x0 | xt) = softmax(logits) means: with x a token of xt,
+        """The scores that softmax(logits) means, as a distribution f of each clean token given the
+        other noised ones alone. With x a token of xt,
 
-        s_y = sum over x0 of p(x0) p_sigma(y | x0) / p_sigma(x | x0)
+        s_y = sum over x0 of f(x0) p_sigma(y | x0) / sum over x0 of f(x0) p_sigma(x | x0)
 
-        logits answers for all clean tokens, with none left out at any position.
+        so the reverse steps are D3PM's, in proportion to the sum of f(x0) q(x_s, x_t | x0) over x0
+        (equation 4 of 2107.03006). logits answers for all clean tokens, with none left out at any
+        position.
         """
 
     # --- a batch: a reverse step

@@ -303,27 +303,24 @@ class Uniform(Graph):
 
         def token(score, x, x0, sigma_t, sigma_s):
             delta_sigma = sigma_t - sigma_s
-            forward = (
-                self._noised(self._at(x), delta_sigma) / self._noised(self._at(x), sigma_t)[x0]
-            )
-            q = self._noised(self._at(x0), sigma_s) * forward
+            q = self.ancestral_probabilities(self._at(x0), x, sigma_t, sigma_s, 1.0)
             # Scores of a clean token's distribution: the ancestral step is Tweedie's.
             p = self.tweedie_probabilities(score, x, delta_sigma)
             p = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
-            return (jax.scipy.special.xlogy(q, q) - jax.scipy.special.xlogy(q, p)).sum()
+            # Both sum to 1, and this way no term is below 0.
+            terms = jax.scipy.special.xlogy(q, q) - jax.scipy.special.xlogy(q, p) - q + p
+            return terms.sum()
 
         return lift(token, jnp.exp(scores.log_score()), xt, x0, sigma_t, sigma_s)
 
     def scores_of_clean(self, logits: Scores, xt: Tokens, sigma: Sigma) -> Scores:
-        """V p(y) / odds + (1 - p(x)) + p(x) odds / (odds + V), by the table of states."""
+        """alpha f(y) + (1 - alpha) / V over the same at x, for f = softmax(logits): by the table of
+        states."""
 
         def token(logits, x, sigma):
-            log_p, odds = jax.nn.log_softmax(logits), jnp.expm1(sigma)
-            is_here = jnp.arange(self.vocab_size) == x
-            log_others = jax.nn.logsumexp(jnp.where(is_here, -jnp.inf, log_p))
-            log_here = log_p[x] + jnp.log(odds) - jnp.log(odds + self.vocab_size)
-            log_all = jnp.logaddexp(log_others, log_here)  # of every y
-            return jnp.logaddexp(log_p + jnp.log(self.vocab_size) - jnp.log(odds), log_all)
+            log_noise = jnp.log(-jnp.expm1(-sigma)) - jnp.log(self.vocab_size)
+            log_noised = jnp.logaddexp(jax.nn.log_softmax(logits) - sigma, log_noise)
+            return log_noised - log_noised[x]
 
         table = lift(token, logits.log_score(), xt, sigma)
         return DenseScores(table, xt, self.vocab_size)

@@ -127,8 +127,9 @@ def d3pm_at(t, xt, x0, score_fn, graph, schedule, *, discrete_steps, is_token=No
 
         KL(q(x_s | x_t, x0) || p(x_s | x_t)),    p = sum over x0 of q(x_s | x_t, x0) p(x0 | x_t)
 
-    where t [B, 1] is a multiple of 1 / discrete_steps and s the one before it; at s = 0, the clean
-    tokens, that is -log p(x0 | x_t).
+    with p(x0 | x_t) in proportion to f(x0) q(x_t | x0) for the network's f, see
+    Graph.scores_of_clean. t [B, 1] is a multiple of 1 / discrete_steps and s the one before it; at
+    s = 0, the clean tokens, that is -log p(x0 | x_t).
     """
     s = t - 1.0 / discrete_steps
     is_first = s < 0.5 / discrete_steps

@@ -32,6 +32,8 @@ class Objective(abc.ABC):
     is_continuous: ClassVar[bool] = False
     t_min: ClassVar[float | None] = None  # times are drawn from [t_min, 1]; None: no such interval
     title: ClassVar[str]  # of the models that it trains, for tables
+    # Whether its bound measures the cross entropy by mask share, if the noise masks.
+    has_curve: ClassVar[bool] = False
 
     @abc.abstractmethod
     def loss(
@@ -70,6 +72,7 @@ class _OverTimes(Objective):
     times: Callable[[jax.Array, int, float], jax.Array] = independent_times  # of losses.TIMES
 
     loss_at: ClassVar[Callable[..., Loss]]  # of losses
+    has_curve = True
 
     def loss(self, *args: Any, **padding: Any) -> Loss:
         how = {"t_min": self.t_min, "times": self.times}

@@ -10,6 +10,8 @@ OUT/METHOD/seed_N/     run/ of sedd-train; PART.json for each finished part, or 
                        samples.jsonl; log.txt, what the commands printed
 """
 
+import contextlib
+import ctypes
 import json
 import logging
 import re
@@ -287,6 +289,12 @@ def failure_line(run: Run, failure: Result) -> str:
     )
 
 
+def _end_with_parent() -> None:
+    """In a child, on Linux: a parent that is killed takes it along."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 class Commands:
     """Runs commands one at a time; while entered, signals go to the command that runs.
 
@@ -333,6 +341,7 @@ class Commands:
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 process_group=0,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 (this process has no other thread)
             )
             try:
                 if self.received is not None:  # while it was started

@@ -120,27 +120,35 @@ def _spread(results: Sequence[dict[str, float]]) -> Row:
     if not results:
         return {}
     nats = [result["nats_per_token"] for result in results]
-    mean = _mean(results)
+    mean = _mean(results, has_one_noise=True)  # the scoring's seed is one
     return mean | {
         "perplexity_per_token": math.exp(min(mean["nats_per_token"], 700.0)),
         "seeds_standard_deviation": float(np.std(nats, ddof=1)) if len(nats) > 1 else None,
     }
 
 
-def _mean(results: Sequence[Row], is_error: bool = False) -> Any:
-    """The mean of results of the same keys, within them too; errors are those of the means."""
+def _mean(results: Sequence[Row], is_error: bool = False, has_one_noise: bool = False) -> Any:
+    """The mean of results of the same keys, within them too; errors are those of the means.
+
+    has_one_noise: the results were measured with the same noise, so a mean of several has an error
+    no smaller than theirs.
+    """
     if not results:
         return {}
     if isinstance(results[0], dict):
         keys = [key for key in results[0] if all(key in result for result in results)]
         return {
-            key: _mean([r[key] for r in results], is_error or key.endswith("standard_error"))
+            key: _mean(
+                [r[key] for r in results],
+                is_error or key.endswith("standard_error"),
+                has_one_noise,
+            )
             for key in keys
         }
     if any(value is None for value in results):
         return None
     values = np.asarray(results, float)
-    if is_error:
+    if is_error and not has_one_noise:
         return float(np.sqrt((values**2).sum())) / len(values)
     return float(values.mean())
 

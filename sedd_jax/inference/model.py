@@ -88,7 +88,15 @@ class SEDD:
 
     @property
     def score_fn(self) -> ScoreFn:
-        """(xt [B, L], sigma [B, 1]) -> Scores: the seam that losses and samplers take."""
+        """(xt [B, L], sigma [B, 1]) -> Scores: the seam that losses and samplers take.
+
+        ValueError for an autoregressive or a PLAID model, which has no scores.
+        """
+        if self.objective.is_causal or self.objective.is_continuous:
+            raise ValueError(
+                f"a model of {self.objective.title} has no scores of noised tokens; use "
+                "log_likelihood, bound and sample"
+            )
         return make_score_fn(self.network, self.params, self.graph)
 
     def with_params(self, params: Any) -> "SEDD":
@@ -258,6 +266,11 @@ class SEDD:
         """The times of the grid "fitted"; None with another, or where nothing steps over it."""
         if sampling.grid != FITTED or sampling.predictor == "none":
             return None
+        if not self.objective.has_curve:
+            raise ValueError(
+                f"grid 'fitted' needs the curve of cross entropy, which the bound of "
+                f"{self.objective.title} does not measure; choose uniform or cosine"
+            )
         curve = checked_curve(self.curve, self.graph, self.workdir)
         return fitted_times(curve, sampling.steps, self.schedule)
 

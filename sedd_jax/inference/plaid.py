@@ -38,8 +38,8 @@ class PlaidSampler:
     def check_known(self, known: Known) -> None:
         if known.is_known.any():
             raise ValueError(
-                "a PLAID model samples whole texts and cannot keep known tokens; leave prefix, "
-                f"suffix and template out, or use {CAN} to infill"
+                "a PLAID model samples whole texts and cannot keep known tokens, of a prefix, "
+                f"suffix or template; use {CAN} to infill"
             )
 
     def steps(self, texts: Texts, sampling: Sampling) -> int:
