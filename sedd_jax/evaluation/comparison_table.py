@@ -301,7 +301,7 @@ def draw_picture(path: Path, all_runs: Sequence[Run]) -> None:
     right.set(xlabel="seconds of training")
     if tops:
         left.set_ylim(0, 1.05 * max(tops))
-    left.legend(frameon=False)
+    right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
