@@ -64,9 +64,14 @@ def shape(
 
 
 def by_bucket(
-    rows: Sequence[np.ndarray], batch_size: int, max_length: int, mesh: Mesh | None
-) -> Iterator[tuple[np.ndarray, tuple[Blocks, np.ndarray]]]:
-    """Batches of rows of about one length: (their numbers, (blocks, numbers of all its rows)).
+    rows: Sequence[np.ndarray],
+    batch_size: int,
+    max_length: int,
+    mesh: Mesh | None,
+    starts: np.ndarray | None = None,
+) -> Iterator[tuple[np.ndarray, tuple[Blocks, np.ndarray, np.ndarray | None]]]:
+    """Batches of rows of about one length: (their numbers, (blocks, numbers of all its rows,
+    is_scored)), the last bool [B, L], False before starts [N]; None without starts.
 
     A batch is filled up to its shape with its last row.
     """
@@ -79,7 +84,11 @@ def by_bucket(
             count, length = shape(lengths[part], batch_size, max_length, mesh)
             index = np.pad(part, (0, count - len(part)), mode="edge").astype(np.int32)
             tokens = np.concatenate([filled(rows[n][None], 1, length) for n in index])
-            yield part, (Blocks(tokens, is_token(lengths[index], length)), index)
+            blocks = Blocks(tokens, is_token(lengths[index], length))
+            is_scored = None
+            if starts is not None:
+                is_scored = blocks.is_token & ~is_token(starts[index], length)
+            yield part, (blocks, index, is_scored)
 
 
 def filled(a: np.ndarray, rows: int, length: int) -> np.ndarray:

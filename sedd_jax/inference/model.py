@@ -61,8 +61,7 @@ class SEDD:
     tokenizer: Tokenizer
     length: int  # tokens of the blocks it was trained on
     sampling: Sampling = dataclasses.field(default_factory=Sampling)  # default options
-    # What it was trained for, which has its bound.
-    objective: Objective = dataclasses.field(default_factory=Dwdse)
+    objective: Objective = dataclasses.field(default_factory=Dwdse)  # which has its bound
     step: int | None = None  # of training, where it is known
     mesh: Mesh | None = None  # the devices that share a batch and the weights; None: one device
     curve: Curve | None = None  # of cross entropy by mask share, which the grid "fitted" needs
@@ -88,10 +87,8 @@ class SEDD:
 
     @property
     def score_fn(self) -> ScoreFn:
-        """(xt [B, L], sigma [B, 1]) -> Scores: the seam that losses and samplers take.
-
-        ValueError for an autoregressive or a PLAID model, which has no scores.
-        """
+        """(xt [B, L], sigma [B, 1]) -> Scores: the seam that losses and samplers take; ValueError
+        for an autoregressive or a PLAID model."""
         if self.objective.is_causal or self.objective.is_continuous:
             raise ValueError(
                 f"a model of {self.objective.title} has no scores of noised tokens; use "
@@ -312,16 +309,10 @@ class SEDD:
         starts = None
         if given is not None:
             if self.objective.is_continuous:
-                raise ValueError(
-                    "a PLAID model bounds whole texts and keeps no token clean; leave given out"
-                )
+                raise ValueError("a PLAID model bounds whole texts alone; leave given out")
             rows, starts = batches.after(given, rows, self.tokenizer, self.length)
         key, numbers, results = make_key(seed), [], []
-        for part, batch in batches.by_bucket(rows, batch_size, self.length, self.mesh):
-            if starts is not None:
-                blocks, index = batch
-                positions = np.arange(blocks.tokens.shape[1])
-                batch = (*batch, blocks.is_token & (positions >= starts[index][:, None]))
+        for part, batch in batches.by_bucket(rows, batch_size, self.length, self.mesh, starts):
             bound = self.bound_fn(self.params, key, *self.put(batch), passes=passes)
             bound = processes.fetch(bound)
             bounds.check_finite(bound, batch[1], "text")
