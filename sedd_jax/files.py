@@ -19,6 +19,7 @@ from typing import IO, Any
 log = logging.getLogger(__name__)
 
 HEARTBEAT, PATIENCE = 5.0, 20.0  # seconds between signs of life; without one before it is dead
+MOMENT = 10.0  # seconds, more than the removal of a file takes
 # Of gs://bucket/run; Path() makes one slash of two.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 MAX_NAME, MAX_PATH = 255, 4095  # bytes, of what Linux's file systems and macOS's allow
@@ -232,16 +233,39 @@ def _living_holder(file: Path) -> str | None:
         is_alive = _beats(file, seen, name)
     if is_alive:
         return name
-    # Two may see a dead holder: the one whose rename comes second must not remove the first's.
-    aside = file.with_name(f"{file.name}.{os.getpid()}.dead")
-    with contextlib.suppress(FileNotFoundError):
-        file.rename(aside)
-        now = aside.stat()  # an inode's number is used again, so its time counts too
-        if os.path.samestat(now, seen) and now.st_mtime_ns == seen.st_mtime_ns:
-            aside.unlink()
-        else:
-            aside.rename(file)
+    # Two may see a dead holder: the second must not remove the claim of who came after the first.
+    with _alone(file.with_name(f"{file.name}.removing")), contextlib.suppress(FileNotFoundError):
+        if _identity(file.stat()) == _identity(seen):
+            file.unlink()
     return None
+
+
+@contextlib.contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """While entered, for a moment, no other process is. A lock that is the same for MOMENT seconds
+    is of a process that was killed in it, and is removed."""
+    seen, end = None, 0.0
+    while True:
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            break
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                now = _identity(lock.stat())
+                if now != seen:
+                    seen, end = now, time.monotonic() + MOMENT
+                elif time.monotonic() > end:
+                    lock.unlink()
+            time.sleep(0.01)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """Of a file: an inode's number is used again, so its time counts too."""
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _beats(file: Path, seen: os.stat_result, name: str) -> bool:

@@ -348,6 +348,7 @@ def test_a_mesh_draws_and_scores_as_one_device():
     np.testing.assert_allclose(spread.bound(expected).bound, model.bound(expected).bound, rtol=1e-5)
 
 
+@pytest.mark.long
 def test_bfloat16_draws_and_scores():
     model = a_model(dtype=jnp.bfloat16)
     tokens = model.sample_tokens(4, known=prefixes(texts(), 2))

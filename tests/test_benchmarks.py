@@ -116,6 +116,7 @@ def test_flops_of_a_step_are_those_of_the_formula(measure, steps):
     assert training_flops(measure.Size(**results["size"])) == pytest.approx(counted, rel=0.1)
 
 
+@pytest.mark.long
 def test_whole_samples_are_drawn_without_compiling_again(tmp_path):
     results, printed = run(tmp_path, "sample", "--repeats=2", "--steps=3", "--dtype=bfloat16")
     (ours,) = results["sides"]
@@ -125,6 +126,7 @@ def test_whole_samples_are_drawn_without_compiling_again(tmp_path):
     assert "ours bf16" in printed and "steps/s" in printed
 
 
+@pytest.mark.long
 def test_the_peak_of_memory_holds_the_state(tmp_path):
     results, printed = run(tmp_path, "memory", "--steps=1")
     train, sample = results["sides"]
@@ -184,6 +186,7 @@ def test_the_original_samples_without_torchscript_and_trains_with_it(measure):
     assert ours.doing("sample") == ours
 
 
+@pytest.mark.long
 def test_a_row_that_fails_ends_nothing_and_every_row_is_kept(measure, monkeypatch, tmp_path):
     """The original's folder is empty, so each row of it fails."""
     device, file = importlib.import_module("device"), tmp_path / "device.json"

@@ -179,6 +179,17 @@ def test_of_many_that_see_a_dead_holder_one_enters_at_a_time(tmp_path):
     assert seen == [1] * 8
 
 
+def test_who_was_killed_while_it_removed_a_dead_claim_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MOMENT", 0.2)
+    file = tmp_path / "in_use"
+    mine = {**files._machine(), "pid": 2**22 - 1, "started": "1", "work": ""}
+    file.write_text(json.dumps(mine))
+    (tmp_path / "in_use.removing").touch()
+    with files.claimed(file, "trains"):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_on_a_read_only_mount_is_said(tmp_path, monkeypatch):
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")

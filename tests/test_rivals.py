@@ -48,7 +48,7 @@ def after(made, batch, state, steps):
     return state, losses
 
 
-@pytest.mark.parametrize("name", chosen("normalised_time_free", "d3pm_absorb", "ar", "plaid"))
+@pytest.mark.parametrize("name", chosen("d3pm_absorb", "ar", "plaid"))
 def test_a_rival_resumes_bit_for_bit_and_is_scored_and_sampled(name, tiny_config, tmp_path):
     made, batch = prepared(tiny_config, name, devices=jax.devices()[:1])
     whole, losses = after(made, batch, made.start(), 6)
@@ -71,7 +71,7 @@ def test_a_rival_resumes_bit_for_bit_and_is_scored_and_sampled(name, tiny_config
     assert 0 <= tokens.min() and tokens.max() < len(LETTERS)
 
 
-@pytest.mark.parametrize("name", chosen("ar", "plaid"))
+@pytest.mark.parametrize("name", chosen("plaid"))
 def test_a_rival_has_a_dry_run(name, tiny_config):
     estimate = dry_run(with_values(tiny_config, RIVALS[name]), "cpu:8", vocab_size=len(LETTERS))
     made, _ = prepared(tiny_config, name, devices=jax.devices()[:1])
@@ -81,7 +81,7 @@ def test_a_rival_has_a_dry_run(name, tiny_config):
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize("name", chosen("ar", "plaid"))
+@pytest.mark.parametrize("name", chosen("ar"))
 def test_eight_devices_give_a_rivals_losses_of_one(name, tiny_config):
     tiny_config.train.batch_size = 16
     meshes = [({"data": 1, "fsdp": 1, "tensor": 1}, 1), ({"data": 2, "fsdp": 2, "tensor": 2}, 8)]

@@ -492,7 +492,14 @@ def test_metrics_of_steps_that_a_kill_undid_are_dropped_and_a_torn_line_too(tmp_
 
 
 def test_an_interrupted_start_leaves_a_workdir_that_can_be_started(tmp_path, tiny_config):
-    for name in ("data.json", "tokenizer.json", "config.json.part", "in_use", "in_use.7.dead"):
+    for name in (
+        "data.json",
+        "tokenizer.json",
+        "config.json.part",
+        "in_use",
+        "in_use.removing",
+        "in_use.7.dead",
+    ):
         (tmp_path / name).write_text("{}")
     (tmp_path / ".records.parts").mkdir()
     check_workdir(tiny_config, tmp_path)

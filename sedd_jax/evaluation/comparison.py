@@ -104,7 +104,7 @@ def check_settings(out: Path, settings: Result) -> Result:
     file = out / SETTINGS
     if not file.is_file():
         # A start that was interrupted leaves these, and nothing else.
-        ours = re.compile(rf"{runs.IN_USE}(\.\d+\.dead)?|\.?{runs.RECORDS}(\..+)?")
+        ours = re.compile(rf"{runs.IN_USE}(\.removing|\.\d+\.dead)?|\.?{runs.RECORDS}(\..+)?")
         is_free = out.is_dir() and all(ours.fullmatch(path.name) for path in out.iterdir())
         if out.exists() and not is_free:
             raise ValueError(

@@ -58,7 +58,9 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     elif workdir.exists():
         # A start that was interrupted leaves these, and nothing else.
         names = "|".join(map(re.escape, (RECORDS, CONFIG, DATA, TOKENIZER, IN_USE)))
-        ours = re.compile(rf"({names})(\.part|\.\d+\.dead)?|\.({names})\.\S+|\.seen-by-all-\S+")
+        ours = re.compile(
+            rf"({names})(\.part|\.removing|\.\d+\.dead)?|\.({names})\.\S+|\.seen-by-all-\S+"
+        )
         if not workdir.is_dir() or not all(ours.fullmatch(p.name) for p in workdir.iterdir()):
             raise ValueError(
                 f"workdir {str(workdir)!r} is not empty and holds no run; choose a new folder"
