@@ -545,6 +545,7 @@ def a_model():
     return SEDD(network, params, *process, 5, objective=Objective(embedding_dim=2))
 
 
+@pytest.mark.long
 @pytest.mark.devices(8)
 def test_a_mesh_draws_and_scores_as_one_device():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
