@@ -136,6 +136,14 @@ def test_no_flipped_bit_is_restored_wrong(folder):
     assert counts[4] > 150, counts
 
 
+def test_a_reader_whose_checkpoints_were_deleted_takes_a_newer_one(folder, tmp_path):
+    newer = (folder / "8").rename(tmp_path / "8")
+    with Checkpoints(folder, read_only=True) as reader:
+        newer.rename(folder / "8")  # a run saves it,
+        shutil.rmtree(folder / "4")  # and deletes the one that the reader saw
+        assert reader.newest() == 8
+
+
 def test_damage_to_the_average_alone_is_seen_by_who_reads_it_alone(folder):
     flip(largest(folder / "8/train"))
     with Checkpoints(folder, read_only=True) as reader:
