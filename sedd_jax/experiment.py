@@ -87,7 +87,7 @@ class Experiment:
     @functools.cached_property
     def evaluated(self) -> float:
         """Expected fraction of positions whose scores the loss evaluates."""
-        if self.objective.is_causal or self.objective.is_continuous:
+        if not self.objective.has_scores:
             return 1.0
         return evaluated_fraction(self.graph, self.schedule, self.objective.t_min or 0.0)
 

@@ -88,6 +88,23 @@ def corpus_of(train: list[str], validation: list[str], **source):
     return Corpus({"train": lambda: iter(train), "validation": lambda: iter(validation)}, source)
 
 
+def over_eight_devices(model):
+    """The same model, its batch and its weights over a mesh of 2 x 2 x 2 devices."""
+    import dataclasses
+
+    import jax
+
+    from sedd_jax.parallel import sharding
+
+    mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    return dataclasses.replace(
+        model,
+        network=model.network.clone(placement=sharding.Placement(mesh)),
+        params=jax.device_put(model.params, sharding.tree_shardings(model.params, mesh)),
+        mesh=mesh,
+    )
+
+
 # A model and a corpus for seconds, as differences from configs/quickstart.py.
 TINY = {
     "data.length": 32,

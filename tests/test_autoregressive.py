@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import command_line, says
+from conftest import command_line, over_eight_devices, says
 from scipy.stats import chisquare
 
 from sedd_jax.cli import eval_command, sample_command, train_command
@@ -27,7 +27,6 @@ from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.pretrained import load
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
-from sedd_jax.parallel.sharding import Placement, make_mesh, tree_shardings
 
 VOCAB, LENGTH = 7, 5
 
@@ -334,14 +333,8 @@ def test_scores_that_are_not_finite_are_an_error():
 
 @pytest.mark.devices(8)
 def test_a_mesh_draws_and_scores_as_one_device():
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     model = a_model()
-    spread = dataclasses.replace(
-        model,
-        network=model.network.clone(placement=Placement(mesh)),
-        params=jax.device_put(model.params, tree_shardings(model.params, mesh)),
-        mesh=mesh,
-    )
+    spread = over_eight_devices(model)
     how = {"known": prefixes(texts(), [0, 1, 4, 5]), "seed": 3}
     expected = model.sample_tokens(4, **how)
     np.testing.assert_array_equal(spread.sample_tokens(4, **how), expected)

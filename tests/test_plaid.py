@@ -11,7 +11,7 @@ import optax
 import pytest
 import scipy.special
 import scipy.stats
-from conftest import command_line, says
+from conftest import command_line, over_eight_devices, says
 
 from sedd_jax.cli import eval_command, sample_command, train_command
 from sedd_jax.configs import rivals
@@ -27,7 +27,6 @@ from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.pretrained import load
 from sedd_jax.models import plaid
 from sedd_jax.models.plaid import Plaid, make_embedding_diffusion
-from sedd_jax.parallel.sharding import Placement, make_mesh, tree_shardings
 
 LINEAR = LearnedSchedule(jnp.float32(-3.0), jnp.log(jnp.float32(9.0)), jnp.zeros(gaussian.BINS))
 # Two tokens and one position: z is a number, and every expectation an integral over a line. At
@@ -548,14 +547,8 @@ def a_model():
 @pytest.mark.long
 @pytest.mark.devices(8)
 def test_a_mesh_draws_and_scores_as_one_device():
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     model = a_model()
-    spread = dataclasses.replace(
-        model,
-        network=model.network.clone(placement=Placement(mesh)),
-        params=jax.device_put(model.params, tree_shardings(model.params, mesh)),
-        mesh=mesh,
-    )
+    spread = over_eight_devices(model)
     tokens = model.sample_tokens(4, seed=3, steps=6)
     np.testing.assert_array_equal(spread.sample_tokens(4, seed=3, steps=6), tokens)
     bound = model.bound(tokens, passes=4).bound

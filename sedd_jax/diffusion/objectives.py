@@ -30,6 +30,7 @@ class Objective(abc.ABC):
     # Tokens are noised as embeddings: graph and schedule are not read, and score_fn is a
     # gaussian.EmbeddingDiffusion.
     is_continuous: ClassVar[bool] = False
+    has_scores: ClassVar[bool] = True  # of noised tokens
     t_min: ClassVar[float | None] = None  # times are drawn from [t_min, 1]; None: no such interval
     title: ClassVar[str]  # of the models that it trains, for tables
     # Whether its bound measures the cross entropy by mask share, if the noise masks.
@@ -142,6 +143,7 @@ class Autoregressive(Objective):
 
     graph = "absorbing"  # whose MASK begins a text
     is_causal = True
+    has_scores = False
     title = "autoregressive"
 
     def loss(self, key, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
@@ -159,6 +161,7 @@ class Plaid(Objective):
     times: Callable[[jax.Array, int, float], jax.Array] = independent_times
 
     is_continuous = True
+    has_scores = False
     title = "PLAID"
 
     def loss(self, key, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:

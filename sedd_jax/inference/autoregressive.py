@@ -22,7 +22,7 @@ from sedd_jax.inference.sampling import (
     joined_blocks,
     params_in_loop,
 )
-from sedd_jax.models.head import HeadScores
+from sedd_jax.models.head import clean_logits
 
 CAN = "an absorbing or uniform model"  # what does what an autoregressive model cannot
 
@@ -110,8 +110,7 @@ def write(
         sigma = autoregressive.no_noise(tokens)
         how = {"deterministic": True, "position": position, "mutable": ["cache"]}
         output, new = network.apply(variables, tokens, sigma, **how)
-        nothing, no_scale = jnp.full_like(tokens, -1), jnp.zeros_like(sigma)
-        scores = HeadScores(output, nothing, no_scale, graph.vocab_size, network.placement)
+        scores = clean_logits(output, graph.vocab_size, network.placement)
         return scores, cut_blocks(new["cache"]["blocks"])
 
     return autoregressive.sample(

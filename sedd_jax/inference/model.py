@@ -89,7 +89,7 @@ class SEDD:
     def score_fn(self) -> ScoreFn:
         """(xt [B, L], sigma [B, 1]) -> Scores: the seam that losses and samplers take; ValueError
         for an autoregressive or a PLAID model."""
-        if self.objective.is_causal or self.objective.is_continuous:
+        if not self.objective.has_scores:
             raise ValueError(
                 f"a model of {self.objective.title} has no scores of noised tokens; use "
                 "log_likelihood, bound and sample"

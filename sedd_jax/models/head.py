@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from sedd_jax.diffusion.draws import categorical
 from sedd_jax.diffusion.gaussian import EmbeddingDiffusion
 from sedd_jax.diffusion.graph import Graph
-from sedd_jax.diffusion.scores import Needed, ScoreFn, Sigma, Tokens, Weights
+from sedd_jax.diffusion.scores import Needed, ScoreFn, Tokens, Weights
 from sedd_jax.kernels import vocab_reduce
 from sedd_jax.models.plaid import Plaid, make_embedding_diffusion
 from sedd_jax.models.transformer import Output
@@ -136,10 +136,13 @@ def make_score_fn(
     if isinstance(model, Plaid):
         how = {"dropout_key": dropout_key, "is_token": is_token}
         return make_embedding_diffusion(model, params, **how)
-    logits_fn = make_logits_fn(model, params, graph, dropout_key=dropout_key, is_token=is_token)
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
 
     def score_fn(xt, sigma):
-        logits = logits_fn(xt, sigma)
+        output = model.apply(
+            {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
+        )
+        logits = clean_logits(output, graph.vocab_size, model.placement)
         if graph.predicts_clean:
             return graph.scores_of_clean(logits, xt, sigma)
         return dataclasses.replace(logits, xt=xt, log_scale=graph.log_scale(sigma))
@@ -147,23 +150,8 @@ def make_score_fn(
     return score_fn
 
 
-def make_logits_fn(
-    model: nn.Module,
-    params,
-    graph: Graph,
-    *,
-    dropout_key: jax.Array | None = None,
-    is_token: jax.Array | None = None,
-) -> Callable[[Tokens, Sigma], HeadScores]:
-    """The same, answering for its logits of the clean tokens: none is left out, none rescaled."""
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-
-    def logits_fn(xt, sigma):
-        output = model.apply(
-            {"params": params}, xt, sigma, is_token=is_token, deterministic=not rngs, rngs=rngs
-        )
-        nothing = jnp.full_like(xt, -1)  # an id that excludes nothing
-        no_scale = jnp.zeros_like(sigma)
-        return HeadScores(output, nothing, no_scale, graph.vocab_size, model.placement)
-
-    return logits_fn
+def clean_logits(output: Output, vocab_size: int, placement: Placement) -> HeadScores:
+    """The output answering for its logits of the clean tokens: none left out, none rescaled."""
+    batch, length, _ = output.hidden.shape
+    nothing = jnp.full((batch, length), -1, jnp.int32)  # an id that excludes nothing
+    return HeadScores(output, nothing, jnp.zeros((batch, 1)), vocab_size, placement)
