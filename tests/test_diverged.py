@@ -107,13 +107,12 @@ def test_a_bound_that_is_not_finite_is_refused(diverged_model):
 
 
 def test_the_text_whose_bound_is_not_finite_is_named():
-    def part(*values):
-        return np.array(values, np.float32)
-
-    bound = Bound(part(1, 2, 3), None, part(0, 0, 0), part(1, 1, 1), part(1, np.inf, np.nan), None)
+    passes = np.array([[1, 2], [1, np.inf], [np.nan, 1]], np.float32)
+    index = np.array([5, 7, 9])
+    bound = Bound(passes, np.ones((3, 2), np.float32), np.zeros(3, np.float32))
     with says("on text 7"):
-        bounds.check_finite(bound, np.array([5, 7, 9]), "text")
-    bounds.check_finite(bound._replace(variance=part(1, 1, 1)), np.array([5, 7, 9]), "text")
+        bounds.check_finite(bound, index, "text")
+    bounds.check_finite(bound._replace(diffusion_passes=np.ones_like(passes)), index, "text")
 
 
 @pytest.mark.parametrize(

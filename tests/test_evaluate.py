@@ -23,12 +23,12 @@ def test_rounds_go_on_until_the_error_is_small_enough():
     def one_round(r):
         return bounds.CorpusBound(100.0 + r, 6.0, 90.0, 4.0, 6.0, 80.0, 3.0, 91.0, passes=8)
 
-    total = bounds.bound_until(one_round, target=3.1, max_rounds=100)
+    total = bounds.bound_until(one_round, target=3.1, max_rounds=100, tokens=1)
     assert (total.passes, total.bound, total.normalised) == (4 * 8, 101.5, 80.0)
     assert total.bound_standard_error == pytest.approx(3.0)
     assert total.normalised_standard_error == pytest.approx(1.5)
-    assert bounds.bound_until(one_round, target=0.1, max_rounds=3).passes == 3 * 8
-    assert bounds.bound_until(one_round, target=9.0, max_rounds=3).passes == 8
+    assert bounds.bound_until(one_round, target=0.1, max_rounds=3, tokens=1).passes == 3 * 8
+    assert bounds.bound_until(one_round, target=9.0, max_rounds=3, tokens=1).passes == 8
     assert bounds.bound_until(one_round, target=0.31, max_rounds=100, tokens=10).passes == 4 * 8
 
 

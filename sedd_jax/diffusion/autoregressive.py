@@ -47,16 +47,11 @@ def loss(x0: Tokens, score_fn: ScoreFn, mask: int, *, is_token: jax.Array | None
 
 def exact(x0: Tokens, score_fn: ScoreFn, mask: int, *, is_token: jax.Array | None = None) -> Bound:
     """-log p(x0) itself, as a Bound without an error."""
-    nats = loss(x0, score_fn, mask, is_token=is_token).nats
-    zero = jnp.zeros_like(nats)
-    return Bound(
-        nats,
-        normalised=None,
-        prior=zero,
-        reconstruction=zero,
-        variance=zero,
-        normalised_variance=None,
-    )
+    nats = token_nats(score_fn, x0, mask)
+    nats = nats if is_token is None else jnp.where(is_token, nats, 0.0)
+    total = nats.sum(axis=-1)
+    zero = jnp.zeros_like(total)
+    return Bound(total[:, None], zero[:, None], zero, by_token=nats)
 
 
 # (tokens int32 [B, 1], their position int32 [], cache) -> scores of the token after each, of which

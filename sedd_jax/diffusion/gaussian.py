@@ -22,7 +22,6 @@ from sedd_jax.diffusion.likelihood import (
     Bound,
     Examples,
     check_passes,
-    pairs_variance,
     stratified,
 )
 from sedd_jax.diffusion.losses import Loss, Mean, independent_times
@@ -258,24 +257,23 @@ def bound(
         k, t = k_and_t
         gamma, slope, _ = diffusion.schedule.at(t[:, None])
         mean = diffusion.denoise_twice(noised(key_diffusion, k, gamma), gamma).mean()
-        return jnp.sum(diffusion_cost(clean, mean, gamma, slope), axis=-1, where=is_token)
+        return jnp.where(is_token, diffusion_cost(clean, mean, gamma, slope), 0.0)
 
     def reconstruction_pass(k):
         gamma = jnp.broadcast_to(diffusion.schedule.gamma_0, (len(x0), 1))
         z = noised(key_reconstruction, k, gamma)
         _, log_p = diffusion.denoise_twice(z, gamma).mean_and_log_p(x0)
-        return -jnp.sum(log_p, axis=-1, where=is_token)
+        return jnp.where(is_token, -log_p, 0.0)
 
     t = stratified(key_levels, index, passes)  # [passes, B]
     costs = jax.lax.map(diffusion_pass, (jnp.arange(passes), t))
     reconstruction = jax.lax.map(reconstruction_pass, jnp.arange(reconstruction_passes))
+    prior = jnp.where(is_token, diffusion.prior(clean), 0.0)
     return Bound(
-        diffusion=costs.mean(axis=0),
-        normalised=None,
-        prior=jnp.sum(diffusion.prior(clean), axis=-1, where=is_token),
-        reconstruction=reconstruction.mean(axis=0),
-        variance=pairs_variance(costs) + pairs_variance(reconstruction),
-        normalised_variance=None,
+        diffusion_passes=costs.sum(axis=-1).T,
+        reconstruction_passes=reconstruction.sum(axis=-1).T,
+        prior=prior.sum(axis=-1),
+        by_token=costs.mean(axis=0) + reconstruction.mean(axis=0) + prior,
     )
 
 

@@ -6,14 +6,15 @@ Lou et al. 2024, Theorem 3.6, with the two boundary terms that its tables leave 
 """
 
 import math
+import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graph import Graph
-from sedd_jax.diffusion.losses import d3pm_at
+from sedd_jax.diffusion.losses import d3pm_token_nats
 from sedd_jax.diffusion.samplers import denoise
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Sigma, Tokens
@@ -23,35 +24,67 @@ GOLDEN = 0.6180339887498949
 
 
 class Bound(NamedTuple):
-    """Unbiased estimates of the bound's parts; nats per sequence, float32 [B] but for the last two.
+    """Unbiased estimates of the bound's parts, from each pass; nats per sequence, float32.
 
-    normalised is the diffusion part of the scores rescaled to their true total (a valid bound
-    from the same weights, never looser; None where the graph fixes no total, or the scores have it
-    by themselves). The variances are of
-    the estimates' noise, with the noise levels of a sequence taken as drawn apart from those of
-    the others and, below 6 passes, with how their means differ counted in: overestimates, a little
-    from 16 passes on, several times at 2 and 4.
+    Arrays of jax or of numpy. normalised is the diffusion part of the scores rescaled to their true
+    total (a valid bound from the same weights, never looser; None where the graph fixes no total,
+    or the scores have it by themselves). The variances are of the estimates' noise, with the noise
+    levels of a sequence taken as drawn apart from those of the others and, below 6 passes, with how
+    their means differ counted in: overestimates, a little from 16 passes on, several times at 2
+    and 4. What has a single pass is exact.
     """
 
-    diffusion: jax.Array
-    normalised: jax.Array | None
-    prior: jax.Array
-    reconstruction: jax.Array  # -log of the denoiser that sampling ends with, at t_min
-    variance: jax.Array  # of diffusion + reconstruction
-    normalised_variance: jax.Array | None  # of normalised + reconstruction
-    # Of each noised copy of a sequence, float32 [B, passes]; None where no token is masked.
+    diffusion_passes: jax.Array  # [B, passes]
+    reconstruction_passes: jax.Array  # [B, their own number]
+    prior: jax.Array  # [B]
+    normalised_passes: jax.Array | None = None  # [B, passes]
+    by_token: jax.Array | None = None  # [B, L]: the share of each token in total; None: not known
+    # Of each noised copy of a sequence, [B, passes]; None where no token is masked.
     share: jax.Array | None = None  # the probability that a token is masked
     cross_entropy: jax.Array | None = None  # nats of a masked token, by its normalised scores
 
     @property
+    def diffusion(self) -> jax.Array:
+        """The integral over [t_min, 1], [B]."""
+        return self.diffusion_passes.mean(axis=-1)
+
+    @property
+    def normalised(self) -> jax.Array | None:
+        """The same of the normalised scores, [B]."""
+        return None if self.normalised_passes is None else self.normalised_passes.mean(axis=-1)
+
+    @property
+    def reconstruction(self) -> jax.Array:
+        """-log of the denoiser that sampling ends with, at t_min, [B]."""
+        return self.reconstruction_passes.mean(axis=-1)
+
+    @property
     def total(self) -> jax.Array:
-        """The bound on -log p(x0)."""
+        """The bound on -log p(x0), [B]."""
         return self.diffusion + self.reconstruction + self.prior
 
     @property
+    def variance(self) -> jax.Array:
+        """Of total, [B]."""
+        return pairs_variance(self.diffusion_passes) + pairs_variance(self.reconstruction_passes)
+
+    @property
+    def normalised_variance(self) -> jax.Array | None:
+        """Of normalised + reconstruction, [B]."""
+        if self.normalised_passes is None:
+            return None
+        return pairs_variance(self.normalised_passes) + pairs_variance(self.reconstruction_passes)
+
+    @property
     def standard_error(self) -> jax.Array:
-        """Of total, from the noise drawn."""
+        """Of total, from the noise drawn, [B]."""
         return self.variance**0.5
+
+    def minus(self, other: Self) -> Self:
+        """The difference of two bounds, pass by pass: noise that both share cancels, and
+        standard_error says what is left. Of its parts; by_token and the curve are left out."""
+        parts = jax.tree.map(operator.sub, self[:4], other[:4])
+        return type(self)(*parts)
 
 
 class Examples(NamedTuple):
@@ -109,20 +142,18 @@ def bound(
     process = score_fn, graph, schedule, t_min
 
     u = stratified(key_levels, index, passes)  # [passes, B]
-    diffusion, normalised, copies = _diffusion(key_diffusion, u, examples, *process)  # [passes, B]
+    diffusion, normalised, copies = _diffusion(key_diffusion, u, examples, *process)
     reconstruction = _reconstruction(key_reconstruction, reconstruction_passes, examples, *process)
-    prior = graph.prior(schedule.sigma(jnp.ones(len(x0)))) * is_token.sum(axis=-1)  # [B]
+    prior = graph.prior(schedule.sigma(jnp.ones((len(x0), 1)))) * is_token  # [B, L]
 
     has_curve = copies is not None
     has_total = normalised is not None and not graph.predicts_clean  # else it is the bound again
-    variance = pairs_variance(reconstruction)
     return Bound(
-        diffusion=diffusion.mean(axis=0),
-        normalised=normalised.mean(axis=0) if has_total else None,
-        prior=prior,
-        reconstruction=reconstruction.mean(axis=0),
-        variance=pairs_variance(diffusion) + variance,
-        normalised_variance=pairs_variance(normalised) + variance if has_total else None,
+        diffusion_passes=diffusion.sum(axis=-1).T,
+        reconstruction_passes=reconstruction.sum(axis=-1).T,
+        prior=prior.sum(axis=-1),
+        normalised_passes=normalised.sum(axis=-1).T if has_total else None,
+        by_token=diffusion.mean(axis=0) + reconstruction.mean(axis=0) + prior,
         share=copies[0].T if has_curve else None,
         cross_entropy=copies[1].T if has_curve else None,
     )
@@ -157,24 +188,24 @@ def discrete_bound(
         key = jax.random.fold_in(key_noise, k)
         xt = examples.noised(key, graph, schedule.sigma(t))
         process = (score_fn, graph, schedule)
-        return d3pm_at(t, xt, x0, *process, discrete_steps=discrete_steps, is_token=is_token).nats
+        nats = d3pm_token_nats(t, xt, x0, *process, discrete_steps=discrete_steps)
+        return jnp.where(is_token, nats, 0.0)
 
     u = stratified(key_levels, index, passes)
-    diffusion = jax.lax.map(one_pass, (jnp.arange(passes), u))  # [passes, B]
+    diffusion = jax.lax.map(one_pass, (jnp.arange(passes), u))  # [passes, B, L]
+    prior = graph.prior(schedule.sigma(jnp.ones((len(x0), 1)))) * is_token
     return Bound(
-        diffusion=diffusion.mean(axis=0),
-        normalised=None,
-        prior=graph.prior(schedule.sigma(jnp.ones(len(x0)))) * is_token.sum(axis=-1),
-        reconstruction=jnp.zeros(len(x0)),
-        variance=pairs_variance(diffusion),
-        normalised_variance=None,
+        diffusion_passes=diffusion.sum(axis=-1).T,
+        reconstruction_passes=jnp.zeros((len(x0), 1)),
+        prior=prior.sum(axis=-1),
+        by_token=diffusion.mean(axis=0) + prior,
     )
 
 
 def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
-    """The integral of dsigma/dt * score entropy over [t_min, 1], that of the normalised one, and
-    (mask share, nats of a masked token) of each copy: from each pass, at the noise levels u
-    [passes, B]; [passes, B] each, the second and third or None.
+    """The integral of dsigma/dt * score entropy over [t_min, 1] and that of the normalised one, by
+    token, [passes, B, L], and (mask share, nats of a masked token) of each copy, [passes, B]: from
+    each pass, at the noise levels u [passes, B]; the second and third or None.
     """
     x0, _, is_token = examples
 
@@ -194,7 +225,7 @@ def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
 
     def estimate(cost):
         controlled = weight * cost - control_variate(cost, weight, mean_weight)
-        return jnp.sum(controlled, axis=-1, where=is_token)
+        return jnp.where(is_token, controlled, 0.0)
 
     if cost.normalised is None:
         return estimate(cost.value), None, None
@@ -203,7 +234,7 @@ def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
     penalty = jnp.maximum(cost.value - cost.normalised, 0.0)
     # The masked tokens have one weight; their mean cost is an unbiased estimate at that share.
     cross_entropy = (weight * cost.normalised).sum(axis=-1) / weight.sum(axis=-1)
-    value = normalised + jnp.sum(weight * penalty, axis=-1, where=is_token)
+    value = normalised + jnp.where(is_token, weight * penalty, 0.0)
     return value, normalised, (share, cross_entropy)
 
 
@@ -221,14 +252,14 @@ def control_variate(cost: jax.Array, weight: jax.Array, mean_weight: jax.Array) 
 
 
 def _reconstruction(key, passes, examples, score_fn, graph, schedule, t_min):
-    """-log of the denoiser's probability of x0 at t_min, from each pass, [passes, B]."""
+    """-log of the denoiser's probability of x0 at t_min, from each pass, [passes, B, L]."""
     x0 = examples.x0
     t = jnp.full((len(x0), 1), t_min)
 
     def one_pass(k):
         xt = examples.noised(jax.random.fold_in(key, k), graph, schedule.sigma(t))
         log_p = denoise(xt, t, score_fn, graph, schedule).log_probability(x0)
-        return -jnp.sum(log_p, axis=-1, where=examples.is_token)
+        return jnp.where(examples.is_token, -log_p, 0.0)
 
     return jax.lax.map(one_pass, jnp.arange(passes))
 
@@ -253,20 +284,26 @@ def check_passes(passes: int, name: str = "passes") -> None:
 
 
 def pairs_variance(values: jax.Array) -> jax.Array:
-    """Variance of the mean over axis 0 from the differences within pairs of neighbours, [B].
+    """Variance of the mean of values [..., passes] from the differences within pairs of neighbours,
+    [...]; 0 for a single pass, which is exact.
 
-    The slope of the pairs' means along axis 0 is subtracted; what else the entries' means differ
-    by counts as noise.
+    The slope of the pairs' means along the passes is subtracted; what else the entries' means
+    differ by counts as noise.
     """
-    pairs = values.reshape(-1, 2, *values.shape[1:])
-    differences = pairs[:, 1] - pairs[:, 0]
-    if len(pairs) > 2:
-        middle = pairs.mean(axis=1)
+    passes = values.shape[-1]
+    if passes == 1:
+        return 0.0 * values[..., 0]
+    pairs = values.reshape(*values.shape[:-1], passes // 2, 2)
+    differences = pairs[..., 1] - pairs[..., 0]
+    if passes > 4:
+        middle = pairs.mean(axis=-1)
         # Neighbouring pairs are two entries apart. A pair's own noise stays out of its slope.
-        slope = (middle[2:] - middle[:-2]) / 4.0
-        first, last = (middle[2] - middle[1]) / 2.0, (middle[-2] - middle[-3]) / 2.0
-        differences -= jnp.concatenate([first[None], slope, last[None]])
-    return jnp.sum(differences**2, axis=0) / values.shape[0] ** 2
+        slope = (middle[..., 2:] - middle[..., :-2]) / 4.0
+        first = (middle[..., 2:3] - middle[..., 1:2]) / 2.0
+        last = (middle[..., -2:-1] - middle[..., -3:-2]) / 2.0
+        concat = values.__array_namespace__().concat  # of jax or of numpy
+        differences = differences - concat([first, slope, last], axis=-1)
+    return (differences**2).sum(axis=-1) / passes**2
 
 
 def perplexity(nats_per_token: float) -> float:

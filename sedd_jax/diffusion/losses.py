@@ -131,12 +131,18 @@ def d3pm_at(t, xt, x0, score_fn, graph, schedule, *, discrete_steps, is_token=No
     Graph.scores_of_clean. t [B, 1] is a multiple of 1 / discrete_steps and s the one before it; at
     s = 0, the clean tokens, that is -log p(x0 | x_t).
     """
+    nats = d3pm_token_nats(t, xt, x0, score_fn, graph, schedule, discrete_steps=discrete_steps)
+    return Loss(_summed(nats, is_token), {})
+
+
+def d3pm_token_nats(t, xt, x0, score_fn, graph, schedule, *, discrete_steps) -> jax.Array:
+    """The same for each token, [B, L]."""
     s = t - 1.0 / discrete_steps
     is_first = s < 0.5 / discrete_steps
     sigma_t = schedule.sigma(t)
     sigma_s = jnp.where(is_first, 0.0, schedule.sigma(jnp.where(is_first, t, s)))
     kl = graph.posterior_kl(score_fn(xt, sigma_t), xt, x0, sigma_t, sigma_s)
-    return Loss(_summed(discrete_steps * kl, is_token), {})
+    return discrete_steps * kl
 
 
 def _summed(per_token: jax.Array, is_token: jax.Array | None) -> jax.Array:

@@ -63,32 +63,39 @@ def shape(
     return rows, min(max(MIN_LENGTH, _power_of_two(int(lengths.max()))), max_length)
 
 
+class TextRows(NamedTuple):
+    """The tokens of N texts, those of what is given before them included."""
+
+    tokens: list[np.ndarray]  # int32 [n] each
+    starts: np.ndarray | None = None  # int [N]: where the texts begin; None: nothing is given
+
+
 def by_bucket(
-    rows: Sequence[np.ndarray],
+    rows: TextRows,
+    index: np.ndarray,
     batch_size: int,
     max_length: int,
     mesh: Mesh | None,
-    starts: np.ndarray | None = None,
 ) -> Iterator[tuple[np.ndarray, tuple[Blocks, np.ndarray, np.ndarray | None]]]:
-    """Batches of rows of about one length: (their numbers, (blocks, numbers of all its rows,
-    is_scored)), the last bool [B, L], False before starts [N]; None without starts.
+    """Batches of texts of about one length: (their numbers, (blocks, index of all its rows,
+    is_scored)), the last bool [B, L], False at what is given; None if nothing is.
 
-    A batch is filled up to its shape with its last row.
+    index, int32 [N], keys the texts' noise. A batch is filled up to its shape with its last row.
     """
-    lengths = np.array([len(row) for row in rows])
+    lengths = np.array([len(row) for row in rows.tokens])
     buckets = np.array([shape(one, 1, max_length, None)[1] for one in lengths[:, None]])
     for bucket in np.unique(buckets):
         members = np.flatnonzero(buckets == bucket)
         for start in range(0, len(members), batch_size):
             part = members[start : start + batch_size]
             count, length = shape(lengths[part], batch_size, max_length, mesh)
-            index = np.pad(part, (0, count - len(part)), mode="edge").astype(np.int32)
-            tokens = np.concatenate([filled(rows[n][None], 1, length) for n in index])
-            blocks = Blocks(tokens, is_token(lengths[index], length))
+            numbers = np.pad(part, (0, count - len(part)), mode="edge")
+            tokens = np.concatenate([filled(rows.tokens[n][None], 1, length) for n in numbers])
+            blocks = Blocks(tokens, is_token(lengths[numbers], length))
             is_scored = None
-            if starts is not None:
-                is_scored = blocks.is_token & ~is_token(starts[index], length)
-            yield part, (blocks, index, is_scored)
+            if rows.starts is not None:
+                is_scored = blocks.is_token & ~is_token(rows.starts[numbers], length)
+            yield part, (blocks, index[numbers], is_scored)
 
 
 def filled(a: np.ndarray, rows: int, length: int) -> np.ndarray:
@@ -117,10 +124,17 @@ def encoded(
     return rows
 
 
-def after(
-    given: str | Sequence[str], rows: list[np.ndarray], tokenizer: Tokenizer, max_length: int
-) -> tuple[list[np.ndarray], np.ndarray]:
-    """The rows after the tokens of given, a text for all or one for each, and where each begins."""
+def texts_after(
+    given: str | Sequence[str] | None,
+    texts: str | Sequence[str],
+    tokenizer: Tokenizer,
+    max_length: int,
+) -> TextRows:
+    """The texts, each after what is given: a text for all or one for each, encoded by itself."""
+    remedy = "cut it, or prepare records and use bound"
+    rows = encoded("text", texts, tokenizer, max_length, remedy)
+    if given is None:
+        return TextRows(rows)
     prompts = [given] * len(rows) if isinstance(given, str) else list(given)
     if len(prompts) != len(rows):
         raise ValueError(
@@ -134,7 +148,18 @@ def after(
                 f"than {max_length}, the model's length; cut what is given"
             )
     whole = [np.concatenate(pair) for pair in zip(tokens, rows, strict=True)]
-    return whole, np.array([len(prompt) for prompt in tokens])
+    return TextRows(whole, np.array([len(prompt) for prompt in tokens]))
+
+
+def check_index(index: Sequence[int] | None, count: int) -> np.ndarray:
+    """The numbers that key the noise of count texts, int32 [N]: their own by default."""
+    if index is None:
+        return np.arange(count, dtype=np.int32)
+    numbers = np.asarray(index)
+    is_whole = numbers.shape == (count,) and np.issubdtype(numbers.dtype, np.integer)
+    if not is_whole or (count and not 0 <= numbers.min() <= numbers.max() < 2**31):
+        raise ValueError(f"index is not {count} whole numbers in [0, 2**31), one for each text")
+    return numbers.astype(np.int32)
 
 
 def _power_of_two(low: int) -> int:

@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -17,12 +17,39 @@ from sedd_jax.diffusion.likelihood import Bound, bits_per_character, perplexity
 from sedd_jax.diffusion.objectives import Objective
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError
+from sedd_jax.inference.batches import filled
 from sedd_jax.inference.curve import Curve
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import processes, sharding
 
 log = logging.getLogger(__name__)
+
+
+class LogRatio(NamedTuple):
+    """The estimate of log p(a) / p(b) for N pairs by the difference of their bounds, nats, [N].
+
+    Neither a lower nor an upper bound: it is off by the difference of how loose the two are. The
+    standard errors are of the noise drawn. normalised is by the scores rescaled to their true
+    total; None where the model has no such bound.
+    """
+
+    value: np.ndarray
+    standard_error: np.ndarray
+    normalised: np.ndarray | None
+    normalised_standard_error: np.ndarray | None
+
+    @classmethod
+    def of_halves(cls, bound: Bound) -> Self:
+        """From the bounds on -log p of all a, and after them of all b."""
+        half = len(bound.prior) // 2
+        a, b = (jax.tree.map(lambda v, n=n: v[n : n + half], bound) for n in (0, half))
+        less = b.minus(a)
+        if less.normalised is None:
+            return cls(less.total, less.standard_error, None, None)
+        normalised = less.normalised + less.reconstruction + less.prior
+        return cls(less.total, less.standard_error, normalised, less.normalised_variance**0.5)
+
 
 # (params, key, Blocks, index int32 [B], is_scored bool [B, L] or None for all tokens, *, passes)
 BoundFn = Callable[..., Bound]
@@ -42,12 +69,13 @@ class CorpusBound(NamedTuple):
     paper_protocol: float | None
     passes: int  # noise levels a block that it was estimated from
     curve: Curve | None = None  # cross entropy by mask share; None for noise without a mask
+    by_token: np.ndarray | None = None  # float32 [N, L], the bound of each token; if it was kept
 
     @property
     def sums(self) -> dict[str, float | None]:
-        """The fields that are nats."""
-        fields = self._asdict().items()
-        return {name: value for name, value in fields if name not in ("passes", "curve")}
+        """The fields that are sums of nats."""
+        others = ("passes", "curve", "by_token")
+        return {name: value for name, value in self._asdict().items() if name not in others}
 
     def per(self, count: float) -> Self:
         """Each sum divided by count."""
@@ -94,13 +122,14 @@ def corpus_bound(
     batch_size: int,
     t_min: float | None,
     mesh: Mesh | None = None,
+    by_token: bool = False,
     progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> CorpusBound | None:
     """The bound on all blocks together; None if should_stop() became true before the end.
 
     A call of bound_fn takes batch_size blocks, rounded up to the devices of the mesh that share a
-    batch. t_min is the objective's.
+    batch. t_min is the objective's. by_token keeps the bound of each token.
     """
     parts = 1 if mesh is None else sharding.batch_parts(mesh)
     count = len(blocks.tokens)
@@ -111,29 +140,54 @@ def corpus_bound(
         batch = (jax.tree.map(lambda a, rows=rows: a[rows], blocks), rows)
         if mesh is not None:
             batch = sharding.put_whole(batch, mesh)
-        results.append(processes.fetch(bound_fn(params, key, *batch, passes=passes)))
+        bound = bound_fn(params, key, *batch, passes=passes)
+        results.append(processes.fetch(bound if by_token else bound._replace(by_token=None)))
         check_finite(results[-1], rows, "block")
     whole = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
     curve = None
     if whole.share is not None:
         curve = Curve.of(whole.share.ravel(), whole.cross_entropy.ravel())
-    total = jax.tree.map(lambda values: float(values.sum(dtype=np.float64)), whole)
-    ends = total.reconstruction + total.prior
-    normalised = total.normalised
+
+    def total(nats: np.ndarray) -> float:
+        return float(nats.sum(dtype=np.float64))
+
+    diffusion, tail, prior = map(total, (whole.diffusion, whole.reconstruction, whole.prior))
+    normalised = whole.normalised
     return CorpusBound(
-        bound=total.diffusion + ends,
-        bound_standard_error=math.sqrt(total.variance),
-        diffusion=total.diffusion,
-        tail=total.reconstruction,
-        prior=total.prior,
-        normalised=None if normalised is None else normalised + ends,
+        bound=diffusion + tail + prior,
+        bound_standard_error=math.sqrt(total(whole.variance)),
+        diffusion=diffusion,
+        tail=tail,
+        prior=prior,
+        normalised=None if normalised is None else total(normalised) + tail + prior,
         normalised_standard_error=(
-            None if normalised is None else math.sqrt(total.normalised_variance)
+            None if normalised is None else math.sqrt(total(whole.normalised_variance))
         ),
-        paper_protocol=None if t_min is None else total.diffusion / (1.0 - t_min),
+        paper_protocol=None if t_min is None else diffusion / (1.0 - t_min),
         passes=passes,
         curve=curve,
+        by_token=whole.by_token,
     )
+
+
+def text_bounds(
+    bound_of: Callable[[tuple], Bound], batches: Iterable[tuple[np.ndarray, tuple]]
+) -> Bound:
+    """bound_of each batch of `batches.by_bucket` as one Bound of numpy arrays, in the order of the
+    texts; by_token is as long as the longest batch, 0 beyond a text's end."""
+    numbers, results = [], []
+    for part, batch in batches:
+        bound = processes.fetch(bound_of(batch))
+        results.append(jax.tree.map(lambda a, part=part: a[: len(part)], bound))
+        check_finite(results[-1], part, "text")
+        numbers.extend(part)
+    longest = max(bound.by_token.shape[1] for bound in results)
+    results = [
+        bound._replace(by_token=filled(bound.by_token, len(bound.by_token), longest))
+        for bound in results
+    ]
+    order = np.argsort(numbers)
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *results)
 
 
 def check_finite(bound: Bound, index: np.ndarray, kind: str) -> None:
@@ -158,13 +212,17 @@ def batches(
 
 
 def bound_until(
-    one_round: Callable[[int], CorpusBound], target: float, max_rounds: int, *, tokens: int = 1
+    one_round: Callable[[int], CorpusBound], target: float | None, max_rounds: int, tokens: int
 ) -> CorpusBound:
-    """The mean of independent rounds, as many as bring its standard error to target.
+    """The mean of independent rounds, as many as bring its standard error to target; one for None.
 
     target is in nats per token, of which the text has `tokens`. one_round(r) is round r, r = 0, 1,
     ...; after max_rounds the error may still be above target. Each round is a line of log.
     """
+    if target is None:
+        return one_round(0)
+    if not target > 0.0:
+        raise ValueError(f"target_standard_error {target} is not above 0; give nats per token")
     rounds: list[CorpusBound] = []
     while True:
         rounds.append(one_round(len(rounds)))
@@ -194,7 +252,9 @@ def _mean(rounds: list[CorpusBound]) -> CorpusBound:
     means = {name: mean(name, values) for name, values in columns.items()}
     curves = [r.curve for r in rounds if r.curve is not None]
     curve = Curve.mean(curves) if curves else None
-    return CorpusBound(**means, passes=sum(r.passes for r in rounds), curve=curve)
+    by_token = None if rounds[0].by_token is None else sum(r.by_token for r in rounds) / len(rounds)
+    passes = sum(r.passes for r in rounds)
+    return CorpusBound(**means, passes=passes, curve=curve, by_token=by_token)
 
 
 def in_units(

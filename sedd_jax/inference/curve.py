@@ -21,6 +21,7 @@ from scipy.optimize import nnls
 from scipy.special import bdtrc
 
 from sedd_jax.diffusion.graph import Graph
+from sedd_jax.diffusion.objectives import Objective
 from sedd_jax.diffusion.schedules import Schedule
 
 BINS = 64  # of mask share, at most
@@ -169,11 +170,18 @@ def fitted_shares(curve: Curve, calls: int) -> np.ndarray:
     return np.interp(k, np.arange(few + 1), np.append(shares, 0.0))
 
 
-def checked_curve(curve: Curve | None, graph: Graph, workdir: str | None) -> Curve:
+def checked_curve(
+    curve: Curve | None, graph: Graph, objective: Objective, workdir: str | None
+) -> Curve:
     """The curve that a fitted grid needs; ValueError without one, or for noise that has none.
 
     workdir is the folder of the model's run, for the message; None for an exported model.
     """
+    if not objective.has_curve:
+        raise ValueError(
+            f"grid 'fitted' needs the curve of cross entropy, which the bound of {objective.title} "
+            "does not measure; choose uniform or cosine"
+        )
     if graph.dim == graph.vocab_size:
         raise ValueError(
             "grid 'fitted' is for absorbing noise, whose masked tokens it counts; choose uniform "

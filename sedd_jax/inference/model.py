@@ -40,7 +40,7 @@ from sedd_jax.inference.states import sampler_of, states_of
 from sedd_jax.inference.trajectory import State
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
-from sedd_jax.parallel import processes, sharding
+from sedd_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -255,20 +255,13 @@ class SEDD:
         """
         sampling = sampler_of(self).chosen(**options)
         times = self.times_of(sampling)
-        if times is None:
-            return sampling
-        return dataclasses.replace(sampling, t_min=float(times[-1]))
+        return sampling if times is None else dataclasses.replace(sampling, t_min=float(times[-1]))
 
     def times_of(self, sampling: Sampling) -> np.ndarray | None:
         """The times of the grid "fitted"; None with another, or where nothing steps over it."""
         if sampling.grid != FITTED or sampling.predictor == "none":
             return None
-        if not self.objective.has_curve:
-            raise ValueError(
-                f"grid 'fitted' needs the curve of cross entropy, which the bound of "
-                f"{self.objective.title} does not measure; choose uniform or cosine"
-            )
-        curve = checked_curve(self.curve, self.graph, self.workdir)
+        curve = checked_curve(self.curve, self.graph, self.objective, self.workdir)
         return fitted_times(curve, sampling.steps, self.schedule)
 
     def _check(self, num_samples: int, batch_size: int, seed: int) -> None:
@@ -288,15 +281,18 @@ class SEDD:
         texts: str | Sequence[str],
         *,
         given: str | Sequence[str] | None = None,
+        index: Sequence[int] | None = None,
         passes: int = 16,
         batch_size: int = 16,
         seed: int = 0,
     ) -> Bound:
         """An upper bound on -log p of each text, nats: a Bound of float32 [N] arrays.
 
-        `.total` is the bound and `.standard_error` its error from the noise drawn; passes, even,
-        and 2 more network calls a text. Nothing is added to a text, before or after. A text's
-        times and noise depend on the seed and its number alone.
+        `.total` is the bound, `.standard_error` its error from the noise drawn and `.by_token` what
+        each token has of it; passes, even, and 2 more network calls a text. Nothing is added to a
+        text, before or after. A text's times and noise depend on the seed and its number alone, or
+        the number in index: texts of one number have the same times, and are masked at the same
+        positions.
 
         given: what comes before the texts, one for all or one for each; then the bound is on
         -log p(text | given), and given stays clean. Both are encoded by themselves. With uniform
@@ -304,22 +300,36 @@ class SEDD:
         """
         self._check(1, batch_size, seed)
         check_passes(passes)
-        remedy = "cut it, or prepare records and use bound"
-        rows = batches.encoded("text", texts, self.tokenizer, self.length, remedy)
-        starts = None
-        if given is not None:
-            if self.objective.is_continuous:
-                raise ValueError("a PLAID model bounds whole texts alone; leave given out")
-            rows, starts = batches.after(given, rows, self.tokenizer, self.length)
-        key, numbers, results = make_key(seed), [], []
-        for part, batch in batches.by_bucket(rows, batch_size, self.length, self.mesh, starts):
-            bound = self.bound_fn(self.params, key, *self.put(batch), passes=passes)
-            bound = processes.fetch(bound)
-            bounds.check_finite(bound, batch[1], "text")
-            results.append(jax.tree.map(lambda a, part=part: a[: len(part)], bound))
-            numbers.extend(part)
-        order = np.argsort(numbers)
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *results)
+        if given is not None and self.objective.is_continuous:
+            raise ValueError("a PLAID model bounds whole texts alone; leave given out")
+        rows = batches.texts_after(given, texts, self.tokenizer, self.length)
+        index = batches.check_index(index, len(rows.tokens))
+        key = make_key(seed)
+        return bounds.text_bounds(
+            lambda batch: self.bound_fn(self.params, key, *self.put(batch), passes=passes),
+            batches.by_bucket(rows, index, batch_size, self.length, self.mesh),
+        )
+
+    def log_likelihood_ratio(
+        self,
+        a: str | Sequence[str],
+        b: str | Sequence[str],
+        *,
+        given: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> bounds.LogRatio:
+        """log p(a) / p(b) for each pair of texts, nats, estimated from the bounds of both.
+
+        Both are noised at the same times and masked at the same positions, so the noise of what
+        they share cancels in the difference; most of it where they differ in a word of as many
+        tokens. given and options as in `log_likelihood`.
+        """
+        a, b = ([texts] if isinstance(texts, str) else list(texts) for texts in (a, b))
+        if len(a) != len(b):
+            raise ValueError(f"{len(a)} texts are compared with {len(b)}; give as many of both")
+        given = given if given is None or isinstance(given, str) else [*given, *given]
+        both = self.log_likelihood(a + b, given=given, index=[*range(len(a))] * 2, **options)
+        return bounds.LogRatio.of_halves(both)
 
     def bound(
         self,
@@ -330,6 +340,7 @@ class SEDD:
         seed: int = 0,
         target_standard_error: float | None = None,
         max_passes: int = 1024,
+        by_token: bool = False,
         progress: bool = False,
     ) -> bounds.CorpusBound:
         """Upper bound on -log p of int32 [N, L] together, nats: passes + 2 network calls a block.
@@ -337,14 +348,10 @@ class SEDD:
         passes is even; a call takes batch_size blocks. Times and noise depend on seed and a
         block's number alone. With target_standard_error, nats per token, the blocks are bounded
         round after round, each with new noise, until the mean's error is that small or the next
-        round would take more than max_passes.
+        round would take more than max_passes. by_token keeps the bound of each token, [N, L].
         """
-        check_whole("seed", seed, 0, 2**32 - 1)
+        self._check(1, batch_size, seed)
         check_passes(passes)
-        if target_standard_error is not None and not target_standard_error > 0.0:
-            raise ValueError(
-                f"target_standard_error {target_standard_error} is not above 0; give nats per token"
-            )
         blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(blocks)
         key = make_key(seed)
 
@@ -358,13 +365,12 @@ class SEDD:
                 batch_size=batch_size,
                 t_min=self.objective.t_min,
                 mesh=self.mesh,
+                by_token=by_token,
                 progress=progress,
             )
 
-        if target_standard_error is None:
-            return one_round(0)
         max_rounds = max(1, max_passes // passes)
-        return bounds.bound_until(one_round, target_standard_error, max_rounds, tokens=blocks.count)
+        return bounds.bound_until(one_round, target_standard_error, max_rounds, blocks.count)
 
     @property
     def bound_fn(self) -> bounds.BoundFn:
