@@ -171,6 +171,47 @@ def test_a_bound_given_some_tokens_is_on_the_others_and_tight_with_the_exact_sco
     assert (np.abs(excess) < 4 * error).all()
 
 
+def markov_law(length, stay):
+    """[2] * length: a chain of two states that stays where it is with this chance."""
+    step, p = np.array([[stay, 1 - stay], [1 - stay, stay]]), np.array([0.6, 0.4])
+    for _ in range(length - 1):
+        p = p[..., None] * step
+    return p
+
+
+@graphs
+def test_a_difference_of_coupled_bounds_is_unbiased_and_varies_less(name):
+    graph, law, copies = GRAPHS[name](2), markov_law(5, 0.6), 2000
+    score_fn = dense.exact_score_fn(graph, law)
+    one, other = np.array([0, 1, 1, 0, 1]), np.array([0, 1, 0, 1, 1])
+    rows = jnp.asarray(np.repeat([one, other], copies, axis=0))
+
+    @jax.jit
+    def run(key, index):
+        how = {"passes": 32, "t_min": 0.02}
+        return bound(key, rows, index, score_fn, graph, LogLinear(), **how)
+
+    def halves(index):
+        part = run(jax.random.key(0), index)
+        return (jax.tree.map(lambda a, h=h: a.reshape(2, copies, *a.shape[1:])[h], part)
+                for h in (0, 1))  # fmt: skip
+
+    numbers = jnp.arange(copies)
+    a, b = halves(jnp.concatenate([numbers, numbers]))
+    less = b.minus(a)
+    difference = np.asarray(less.total, np.float64)
+    np.testing.assert_allclose(difference, b.total - a.total, atol=1e-4)
+    error = difference.std() / copies**0.5
+    truth = np.log(law[tuple(one)] / law[tuple(other)])
+    # The base distribution's gap and two tokens that are both still noised at 0.02: 0.01 nats.
+    assert abs(difference.mean() - truth) < 4 * error + 0.01
+    assert np.asarray(less.variance).mean() == pytest.approx(difference.var(), rel=0.25)
+    a, b = halves(jnp.arange(2 * copies))  # each with noise of its own
+    independent = np.asarray(b.total - a.total, np.float64)
+    assert independent.var() > 1.5 * difference.var()
+    print(f"{name}: coupling divides the variance by {independent.var() / difference.var():.1f}")
+
+
 @pytest.mark.parametrize("wrong_by", [0.0, 0.01, 1.0])
 def test_the_normalised_bound_is_never_looser_on_the_same_noise(wrong_by):
     x0 = np.repeat(dense.sequences(3, 2), 200, axis=0)

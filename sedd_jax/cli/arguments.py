@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import json
 import os
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 
 from sedd_jax.files import local_path
 
+NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
 MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
 
 
@@ -204,3 +206,21 @@ def run_records(workdir: Path) -> tuple:
 
     config = saved_config(workdir)
     return open_records(config, workdir), config.data
+
+
+def chosen_records(options: argparse.Namespace) -> tuple:
+    """(records, split) that --records and --split name, else those of the run in --workdir."""
+    from sedd_jax import data
+
+    if options.records is not None:
+        records = data.open_records(options.records)
+        return records, options.split or records.scored_split
+    records, names = run_records(options.workdir)
+    return records, options.split or names.heldout_split
+
+
+def show_result(text: str, result: Any, file: Path | None) -> None:
+    """Prints the text; writes the result as JSON where there is a file."""
+    print(text)
+    if file is not None:
+        file.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -2,14 +2,15 @@
 
 import argparse
 import contextlib
-import json
 import logging
 import re
 from pathlib import Path
 from typing import Any
 
+from sedd_jax.cli import information
 from sedd_jax.cli.arguments import (
     MODEL,
+    NEEDS_RECORDS,
     add_json,
     add_records,
     add_samples,
@@ -19,6 +20,7 @@ from sedd_jax.cli.arguments import (
     add_tokenizer,
     check_matplotlib,
     check_run,
+    chosen_records,
     make_parser,
     name_or_path,
     named_tokenizer,
@@ -26,11 +28,10 @@ from sedd_jax.cli.arguments import (
     path,
     run_records,
     sampling_of,
+    show_result,
 )
 
 log = logging.getLogger(__name__)
-
-NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -78,6 +79,11 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add("--batch_size", type=int, default=32, help="blocks a network call")
     add("--seed", type=int, default=0)
     add("--baselines", action="store_true", help="add n-gram models of the run's training text")
+    add(
+        "--values",
+        type=output_file,
+        help="also write the bound of each document and token here: FILE.jsonl or FILE.npz",
+    )
     add_json(parser)
     options = parser.parse_args(argv)
     if (options.workdir is None) == (options.gpt2 is None):
@@ -88,6 +94,12 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         raise ValueError(f"--step={options.step} is of a run's checkpoint; leave it out of --gpt2")
     if options.gpt2 is not None and options.tokenizer is not None:
         raise ValueError("--tokenizer is for --workdir: leave it out with --gpt2")
+    if options.gpt2 is not None and options.values is not None:
+        raise ValueError("--values is for the bound of --workdir: leave it out with --gpt2")
+    if options.values is not None:
+        from sedd_jax.evaluation.values import check_file
+
+        check_file(options.values)
     if options.workdir is not None and (options.records is None or options.baselines):
         check_run(
             options.workdir, NEEDS_RECORDS if options.records is None else "leave --baselines out"
@@ -95,7 +107,7 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from sedd_jax.evaluation.likelihood import likelihood_table
 
     result = _bound(options) if options.gpt2 is None else _gpt2(options)
-    _show(likelihood_table(result), result, options.json)
+    show_result(likelihood_table(result), result, options.json)
     if result.get("curve") is not None:
         _save_curve(options.workdir, result)
 
@@ -117,14 +129,15 @@ def _bound(options: argparse.Namespace) -> dict[str, Any]:
     from sedd_jax.inference.pretrained import load
 
     model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
-    records, split = _records(options)
+    records, split = chosen_records(options)
     train = None
     if options.baselines:
         run, names = run_records(options.workdir)
         train = (run, names.train_split)
     keys = ("blocks", "passes", "batch_size", "seed", "target_standard_error", "max_passes")
     chosen = {key: getattr(options, key) for key in keys}
-    return evaluate_split(model, records, split, train=train, progress=True, **chosen)
+    chosen |= {"train": train, "values_file": options.values}
+    return evaluate_split(model, records, split, progress=True, **chosen)
 
 
 def _gpt2(options: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +146,7 @@ def _gpt2(options: argparse.Namespace) -> dict[str, Any]:
 
     scorer = load_scorer(options.gpt2)
     chosen = {"blocks": options.blocks, "batch_size": options.batch_size}
-    return evaluate_gpt2(scorer, *_records(options), progress=True, **chosen)
+    return evaluate_gpt2(scorer, *chosen_records(options), progress=True, **chosen)
 
 
 def _generative_perplexity(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -154,7 +167,7 @@ def _generative_perplexity(parser: argparse.ArgumentParser, argv: list[str]) -> 
         _references(options, model, scorer),
         **_sampling(options, "num_samples", "length", "steps"),
     )
-    _show(tables.perplexity_table([result]), result, options.json)
+    show_result(tables.perplexity_table([result]), result, options.json)
 
 
 def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -177,11 +190,11 @@ def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     protocol = (options.form, options.references, options.repeats)
     mauve.check(*protocol, seed=options.seed, buckets=options.buckets)
     model, scorer = _model_and_scorer(options)
-    records, split = _records(options)
+    records, split = chosen_records(options)
     likelihood.check_records(model, records)
     chosen = _sampling(options, "form", "references", "repeats", "buckets", "steps")
     result = generations.conditional_mauve(model, scorer, records, split, **chosen)
-    _show(tables.describe_mauve(result), result, options.json)
+    show_result(tables.describe_mauve(result), result, options.json)
 
 
 def _frontier(
@@ -228,7 +241,7 @@ def _frontier(
         save=lambda rows: options.json and frontier.write_rows(options.json, rows),
         **_sampling(options, "num_samples", "length"),
     )
-    _show(tables.perplexity_table(results), results, options.json)
+    show_result(tables.perplexity_table(results), results, options.json)
     if options.picture:
         frontier.draw_picture(options.picture, results)
 
@@ -266,6 +279,7 @@ EVALUATIONS = {
     "mauve": _mauve,
     "frontier": _frontier,
     "pareto": _pareto,
+    "information": information.run,
 }
 
 
@@ -313,7 +327,7 @@ def _references(options: argparse.Namespace, model, scorer):
         return None
     from sedd_jax.evaluation import generations, likelihood
 
-    records, split = _records(options)
+    records, split = chosen_records(options)
     likelihood.check_records(model, records)
     return generations.read_references(
         model,
@@ -327,26 +341,8 @@ def _references(options: argparse.Namespace, model, scorer):
     )
 
 
-def _records(options: argparse.Namespace) -> tuple:
-    """(records, split) that --records and --split name, else the run's own."""
-    from sedd_jax import data
-
-    if options.records is not None:
-        records = data.open_records(options.records)
-        return records, options.split or records.scored_split
-    records, names = run_records(options.workdir)
-    return records, options.split or names.heldout_split
-
-
 def _sampling(options: argparse.Namespace, *more: str) -> dict[str, Any]:
     """The options that every evaluation of samples takes, and those named besides."""
     names = ("batch_size", "seed", *more)
     named = {name: getattr(options, name) for name in names}
     return {"progress": True, **named, **sampling_of(options)}
-
-
-def _show(text: str, result: Any, path: Path | None) -> None:
-    """Prints the text; writes the result as JSON where there is a path."""
-    print(text)
-    if path is not None:
-        path.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")

@@ -130,6 +130,13 @@ class Graph(abc.ABC):
     def limit(self, key: jax.Array, shape: tuple[int, ...]) -> Tokens:
         """Draws from p_base, the distribution that sampling starts from, int32 of that shape."""
 
+    def hidden(self, xt: Tokens, where: jax.Array) -> Tokens:
+        """xt, of which nothing is known where `where` is True; ValueError without such a state."""
+        raise ValueError(
+            f"no state of {self} says that nothing is known of a token, as MASK does; take a model "
+            "of absorbing noise"
+        )
+
     @abc.abstractmethod
     def prior(self, sigma: jax.Array) -> jax.Array:
         """KL(p_sigma(. | x0) || p_base), nats per token, the shape of sigma."""
@@ -177,6 +184,30 @@ class Graph(abc.ABC):
         self, scores: Scores, xt: Tokens, x0: Tokens, sigma_t: Sigma, sigma_s: Sigma
     ) -> jax.Array:
         """KL(q(x_s | x_t, x0) || the reverse step of `ancestral`), nats per token, [B, L]."""
+
+    # --- a batch: how far two sets of scores are apart
+
+    def score_divergence(self, scores: Scores, others: Scores, sigma: Sigma, xt: Tokens):
+        """sum over y != x of Q[x, y] (s_y log(s_y / r_y) - s_y + r_y) with scores s and others r of
+        the same xt, nats, float32 [B, L]: by the tables of states.
+
+        What the KL of the two noised distributions loses per unit of sigma (INFO-SEDD, 2502.19183).
+        """
+        del sigma
+
+        def token(log_s, log_r, x):
+            rates = jnp.where(self._at(x) == 1.0, 0.0, self.transp_rate(x))
+            s, r = jnp.exp(log_s), jnp.exp(log_r)
+            return jnp.sum(rates * (s * (log_s - log_r) - s + r), where=rates > 0.0)
+
+        return lift(token, scores.log_score(), others.log_score(), xt)
+
+    @abc.abstractmethod
+    def divergence_from_uniform(self, scores: Scores, sigma: Sigma, xt: Tokens) -> jax.Array:
+        """`score_divergence` from the scores of independent uniform clean tokens, [B, L], without a
+        table of states."""
+
+    # --- a batch: the clean token's distribution as scores
 
     @abc.abstractmethod
     def scores_of_clean(self, logits: Scores, xt: Tokens, sigma: Sigma) -> Scores:

@@ -60,6 +60,9 @@ class Absorbing(Graph):
         del key
         return jnp.full(shape, self.mask, jnp.int32)
 
+    def hidden(self, xt: Tokens, where: jax.Array) -> Tokens:
+        return jnp.where(where, self.mask, xt)
+
     def prior(self, sigma: jax.Array) -> jax.Array:
         """alpha log V nats per token: p_base spreads the mass alpha = exp(-sigma) that is not yet
         masked evenly over the clean tokens."""
@@ -150,6 +153,23 @@ class Absorbing(Graph):
         log_total, log_score_x0 = scores.total_and_pick(x0, is_masked)
         reveal = _reveal_chance(sigma_t, sigma_s)
         return jnp.where(is_masked, reveal * (log_total - log_score_x0), 0.0)
+
+    def score_divergence(self, scores, others, sigma, xt) -> jax.Array:
+        """KL of the clean token's distributions / expm1(sigma) at masked tokens, 0 elsewhere: both
+        totals are known, and the scores are rescaled to them."""
+
+        def token(log_s, log_r, x, sigma):
+            log_p, log_q = (jax.nn.log_softmax(row[: self.vocab_size]) for row in (log_s, log_r))
+            kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), where=log_p > -jnp.inf)
+            return jnp.where(x == self.mask, kl / jnp.expm1(sigma), 0.0)
+
+        return lift(token, scores.log_score(), others.log_score(), xt, sigma)
+
+    def divergence_from_uniform(self, scores, sigma, xt) -> jax.Array:
+        """(log V - entropy of the clean token) / expm1(sigma) at masked tokens."""
+        is_masked = xt == self.mask
+        _, entropy = scores.peak_and_entropy(is_masked)
+        return jnp.where(is_masked, (jnp.log(self.vocab_size) - entropy) / jnp.expm1(sigma), 0.0)
 
     def scores_of_clean(self, logits: Scores, xt: Tokens, sigma: Sigma) -> Scores:
         """p(y) / expm1(sigma) of a masked token (RADD, 2406.03736): their sum is known."""
@@ -312,6 +332,13 @@ class Uniform(Graph):
             return terms.sum()
 
         return lift(token, jnp.exp(scores.log_score()), xt, x0, sigma_t, sigma_s)
+
+    def divergence_from_uniform(self, scores, sigma, xt) -> jax.Array:
+        """1/V sum over y != x of s_y log s_y - s_y + 1: the ratios of uniform tokens are 1."""
+        log_total = scores.total(None)
+        _, entropy = scores.peak_and_entropy(None)  # of s / total
+        total = jnp.exp(log_total)
+        return (total * (log_total - entropy - 1.0) + self.vocab_size - 1) / self.vocab_size
 
     def scores_of_clean(self, logits: Scores, xt: Tokens, sigma: Sigma) -> Scores:
         """alpha f(y) + (1 - alpha) / V over the same at x, for f = softmax(logits): by the table of

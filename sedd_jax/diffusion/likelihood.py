@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.graph import Graph
+from sedd_jax.diffusion.graph import Graph, Probe
 from sedd_jax.diffusion.losses import d3pm_token_nats
 from sedd_jax.diffusion.samplers import denoise
 from sedd_jax.diffusion.schedules import Schedule
@@ -107,6 +107,17 @@ class Examples(NamedTuple):
         """xt of every example at its noise level."""
         xt = self.each(graph.perturb, key, self.x0, sigma)
         return jnp.where(self.is_token, xt, self.x0)
+
+    def probed(
+        self, key: jax.Array, u: jax.Array, graph: Graph, schedule: Schedule, t_min: float
+    ) -> Probe:
+        """`Graph.probe` of every example at its noise level, the one of rank u [B]."""
+
+        def probe(key, x0, u, is_token):
+            copy = graph.probe(key, x0, u, is_token, schedule, t_min)
+            return copy._replace(xt=jnp.where(is_token, copy.xt, x0))
+
+        return self.each(probe, key, self.x0, u[:, None], self.is_token)
 
 
 def bound(
@@ -209,13 +220,9 @@ def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
     """
     x0, _, is_token = examples
 
-    def probe(key, x0, u, is_token):
-        copy = graph.probe(key, x0, u, is_token, schedule, t_min)
-        return copy._replace(xt=jnp.where(is_token, copy.xt, x0))
-
     def one_pass(k_and_u):
         k, u = k_and_u
-        p = examples.each(probe, jax.random.fold_in(key, k), x0, u[:, None], is_token)
+        p = examples.probed(jax.random.fold_in(key, k), u, graph, schedule, t_min)
         entropy = graph.score_entropy(score_fn(p.xt, p.sigma), p.sigma, p.xt, x0)
         cost = jax.tree.map(lambda e: p.scale * e, entropy)
         return cost, p.weight, p.mean_weight, -jnp.expm1(-p.sigma[:, 0])

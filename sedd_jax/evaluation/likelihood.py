@@ -4,6 +4,7 @@ Every result holds the same units, so that two of them can stand in one table.
 """
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import scipy.sparse
 from sedd_jax import data
 from sedd_jax.diffusion.grids import GRIDS
 from sedd_jax.evaluation.scorer import Scorer
+from sedd_jax.evaluation.values import write_values
 from sedd_jax.inference import bounds
 from sedd_jax.inference.curve import Curve, prices
 from sedd_jax.inference.model import SEDD
@@ -41,6 +43,7 @@ def evaluate_split(
     target_standard_error: float | None = None,
     max_passes: int = 1024,
     train: tuple[data.Records, str] | None = None,
+    values_file: Path | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """The bound on a split's blocks (the first `blocks`, or all) in every unit.
@@ -48,7 +51,8 @@ def evaluate_split(
     train, records and split, adds n-gram models fitted on that. With target_standard_error, nats
     per token, the result says whether it was reached within max_passes. Of absorbing noise it has
     the curve of cross entropy by mask share and, by grid, the price of few network calls in nats
-    per token. ValueError if the records are not the model's kind.
+    per token. values_file gets the bound of each document and token: evaluation/values.py.
+    ValueError if the records are not the model's kind.
     """
     check_records(model, records)
     heldout = data.read_blocks(records, split, blocks)
@@ -60,8 +64,11 @@ def evaluate_split(
         seed=seed,
         target_standard_error=target_standard_error,
         max_passes=max_passes,
+        by_token=values_file is not None,
         progress=progress,
     )
+    if values_file is not None:
+        write_values(values_file, heldout, total.by_token, records.tokenizer)
     sizes = _sizes(records, split, heldout)
     values = bounds.in_units({**total.sums, **ngrams}, **sizes)
     target = {}

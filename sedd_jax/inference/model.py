@@ -350,7 +350,7 @@ class SEDD:
         round after round, each with new noise, until the mean's error is that small or the next
         round would take more than max_passes. by_token keeps the bound of each token, [N, L].
         """
-        self._check(1, batch_size, seed)
+        check_whole("seed", seed, 0, 2**32 - 1)
         check_passes(passes)
         blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(blocks)
         key = make_key(seed)
