@@ -1,6 +1,7 @@
 """sedd-eval choices and harness."""
 
 import argparse
+import importlib.util
 import json
 
 from sedd_jax.cli.arguments import (
@@ -56,3 +57,12 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     print(choices_table(result))
     if options.json is not None:
         write_text(options.json, json.dumps({**about, **result}, indent=1, ensure_ascii=False))
+
+
+def harness(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """Tasks of lm-evaluation-harness, with its arguments: --model_args workdir=DIR --tasks NAME."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(f'{parser.prog} needs lm-evaluation-harness; pip install "sedd_jax[eval]"')
+    from sedd_jax.evaluation.harness import run_command
+
+    run_command(argv)
