@@ -7,6 +7,7 @@
 Imported by nothing else: it needs lm_eval, pip install "sedd_jax[eval]".
 """
 
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -124,14 +125,13 @@ class SeddLM(LM):
         """log p of each whole text, as the sum over `windows`."""
         parts = [windows(self.model, request.args[0]) for request in requests]
         pairs = [pair for part in parts for pair in part]
-        nats = [
-            self._nats(pairs[part])
-            for part in self._parts(len(pairs), "loglikelihood_rolling", disable_tqdm)
-        ]
-        ends = np.cumsum([len(part) for part in parts])[:-1]
-        totals = [-float(each.sum()) for each in np.split(np.concatenate([*nats, []]), ends)]
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        nats: list[float] = []
+        for batch in self._parts(len(pairs), "loglikelihood_rolling", disable_tqdm):
+            nats.extend(self._nats(pairs[batch]))
+        totals, left = [], iter(nats)
+        for request, part in zip(requests, parts, strict=True):
+            totals.append(-float(sum(itertools.islice(left, len(part)))))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
