@@ -223,6 +223,18 @@ def test_without_the_library_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert eval_command(["harness", "--tasks", "own"]) == 2
     assert 'needs lm-evaluation-harness; pip install "sedd_jax[eval]"' in capsys.readouterr().err
+    code = """
+import sys
+sys.modules["lm_eval"] = None
+from sedd_jax.evaluation.harness import SeddLM
+try:
+    SeddLM(workdir="gone")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("SeddLM needs lm_eval (")
+    assert done.stdout.endswith('); pip install "sedd_jax[eval]"\n')
 
 
 def test_the_package_does_not_import_the_library():
@@ -234,7 +246,7 @@ def test_the_package_does_not_import_the_library():
 
 @pytest.mark.long
 def test_the_harness_is_run_from_our_command_line(tiny_run, tmp_path):
-    rows = [{"prompt": "if", "choices": ["then", "else"], "label": 1}] * 2
+    rows = [{"prompt": "if", "choices": ["then", "zz"], "label": i % 3 // 2} for i in range(6)]
     file = written(tmp_path / "own.jsonl", rows)
     task(tmp_path / "tasks", "own", file, CHOICES)
     arguments = ("--tasks", "own", "--include_path", tmp_path / "tasks", "--batch_size", "4")
@@ -246,6 +258,6 @@ def test_the_harness_is_run_from_our_command_line(tiny_run, tmp_path):
     assert eval_command(["choices", *command, f"--json={out_file}"]) == 0
     accuracy = json.loads(out_file.read_text())["accuracy"]
     for name, key in (("acc", "total"), ("acc_norm", "per_character"), ("acc_bytes", "per_byte")):
-        assert [f"{accuracy[key]:.4f}"] == [
-            line.split("|")[7].strip() for line in out.splitlines() if f"|{name} " in line
-        ]
+        [line] = [line for line in out.splitlines() if f"|{name} " in line]
+        assert float(line.split("|")[7]) == pytest.approx(accuracy[key], abs=1e-4)
+        assert 0.0 < accuracy[key] < 1.0

@@ -4,14 +4,14 @@
     from sedd_jax.evaluation.harness import SeddLM
     lm_eval.simple_evaluate(model=SeddLM(workdir="runs/mine"), tasks=["hellaswag"])
 
-Imported by nothing else: it needs lm_eval, pip install "sedd_jax[eval]".
+It needs lm_eval, pip install "sedd_jax[eval]", and only `sedd-eval harness` imports it.
 """
 
 import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,12 +26,14 @@ from sedd_jax.inference.pretrained import load
 from sedd_jax.inference.sampling import check_whole
 from sedd_jax.inference.states import states_of
 
-try:
+if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+try:
     from lm_eval.api.model import LM
-    from lm_eval.models.utils import normalize_gen_kwargs
-except ImportError as error:
-    raise ImportError(f'{error}: install lm_eval with pip install "sedd_jax[eval]"') from error
+except ImportError as error:  # what SeddLM then says when it is made
+    LM, MISSING = object, error
+else:
+    MISSING = None
 
 NAME = "sedd"  # of the model in the harness's command line
 MAX_GENERATED = 256  # tokens, where a task names no number; the harness's own default
@@ -72,6 +74,8 @@ class SeddLM(LM):
 
         max_batch_size and device, PyTorch's, are not read: the harness gives its own to any model.
         """
+        if MISSING is not None:
+            raise ValueError(f'SeddLM needs lm_eval ({MISSING}); pip install "sedd_jax[eval]"')
         super().__init__()
         if (model is None) == (workdir is None):
             raise ValueError("give a model, or workdir, in a command --model_args workdir=DIR")
@@ -97,7 +101,7 @@ class SeddLM(LM):
     # --- what the harness calls
 
     def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = False
+        self, requests: list["Instance"], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether the model's greedy text is the continuation) of
         each request.
@@ -120,7 +124,7 @@ class SeddLM(LM):
         return results
 
     def loglikelihood_rolling(
-        self, requests: list[Instance], disable_tqdm: bool = False
+        self, requests: list["Instance"], disable_tqdm: bool = False
     ) -> list[float]:
         """log p of each whole text, as the sum over `windows`."""
         parts = [windows(self.model, request.args[0]) for request in requests]
@@ -134,7 +138,7 @@ class SeddLM(LM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
         return totals
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
         """A text after each context, drawn at once in max_gen_toks free positions, and cut before
         the first stop string. Without do_sample only the likeliest tokens are drawn."""
         jobs = [self._job(*request.args) for request in requests]
@@ -154,7 +158,7 @@ class SeddLM(LM):
 
     # --- parts of them
 
-    def _pair(self, request: Instance) -> Pair:
+    def _pair(self, request: "Instance") -> Pair:
         try:
             return encoded_pair(self.model, *request.args)
         except ValueError as error:
@@ -181,6 +185,8 @@ class SeddLM(LM):
         return [np.array_equal(a, pair.text) for a, pair in zip(drawn, pairs, strict=True)]
 
     def _job(self, context: str, arguments: dict[str, Any]) -> Job:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
         chosen = dict(normalize_gen_kwargs(arguments, MAX_GENERATED))
         until, count = chosen.pop("until"), int(chosen.pop("max_gen_toks"))
         length = self.model.length
@@ -224,7 +230,7 @@ def windows(model: SEDD, text: str) -> list[Pair]:
     return pairs
 
 
-def _document(request: Instance) -> tuple:
+def _document(request: "Instance") -> tuple:
     return request.task_name, request.doc_id
 
 
