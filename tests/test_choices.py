@@ -1,5 +1,6 @@
 """Questions with several choices: the readers of tasks, and accuracy where it is known."""
 
+import dataclasses
 import functools
 import json
 
@@ -13,10 +14,11 @@ from sedd_jax.cli import eval_command
 from sedd_jax.data.tokenizers import Bytes
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.graphs import Absorbing
-from sedd_jax.diffusion.objectives import Autoregressive, Dwdse
+from sedd_jax.diffusion.likelihood import Bound
+from sedd_jax.diffusion.objectives import Autoregressive, Dwdse, Plaid
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.evaluation import choices
-from sedd_jax.evaluation.choices import encoded_pair, evaluate_choices
+from sedd_jax.evaluation.choices import decided, encoded_pair, evaluate_choices
 from sedd_jax.evaluation.tasks import Question, read_questions
 from sedd_jax.inference.model import SEDD
 from sedd_jax.models.transformer import Transformer
@@ -101,16 +103,37 @@ def test_decisions_are_those_of_the_known_probabilities(objective, tmp_path):
     assert result["is_exact"] == (objective is Autoregressive)
 
 
-def test_a_decision_is_open_within_two_combined_standard_errors():
-    question = Question(("", "", ""), ("aa", "b", "c"), ("aa", "b", "c"), 0, "x:1")
-    row = choices._row(question, np.array([10.0, 10.9, 20.0]), np.array([0.3, 0.4, 0.1]))
-    assert row["chosen"] == {"total": 0, "per_character": 0, "per_byte": 0}
-    # 0.9 < 2 * 0.5; of each character 5.9 apart, with errors of 0.15 and 0.4
-    assert row["is_open"] == {"total": True, "per_character": False, "per_byte": False}
-    row = choices._row(question, np.array([10.0, 11.1, 20.0]), np.array([0.3, 0.4, 0.1]))
-    assert not row["is_open"]["total"]
-    exact = choices._row(question, np.array([10.0, 10.0, 20.0]), np.zeros(3))
-    assert exact["chosen"]["total"] == 0 and not exact["is_open"]["total"]
+def bound_of(values) -> Bound:
+    """From its estimates by pass, [choices, passes]."""
+    values = np.array(values, np.float32)
+    return Bound(values, np.zeros((len(values), 2), np.float32), np.zeros(len(values), np.float32))
+
+
+def test_a_decision_is_open_within_two_standard_errors_of_the_difference():
+    question = Question(("",) * 3, ("aa", "b", "c"), ("aa", "b", "c"), 0, "x:1")
+    up, other = np.tile([1.0, -1.0], 8), np.repeat([1.0, -1.0], 8)
+    rows = []
+    for second in (10.5 + up, 10.5 - up, 12.5 - up):
+        bound = bound_of([10.0 + up, second, 30.0 + other])
+        assert bound.standard_error[0] > 0.2
+        rows += decided([question], bound)
+    np.testing.assert_allclose(rows[0]["nats"], [10.0, 10.5, 30.0], rtol=1e-6)
+    assert all(row["chosen"] == {n: 0 for n in choices.SIZES} for row in rows)
+    assert [row["is_open"]["total"] for row in rows] == [False, True, False]
+    # Half of the first's noise is per character, and the second is 5.5 away.
+    assert not any(row["is_open"]["per_character"] for row in rows)
+    [tie] = decided([question], bound_of([[10.0], [10.0], [20.0]]))
+    assert tie["chosen"]["total"] == 0 and not tie["is_open"]["total"]
+
+
+def test_the_choices_of_a_question_share_their_noise(tmp_path):
+    rows = [{"prompt": "x", "choices": ["abc", "abd"], "label": 0}] * 2
+    questions, _ = read_questions(str(written(tmp_path / "own.jsonl", rows)))
+    first, second = evaluate_choices(independent(), questions, passes=64)["rows"]
+    known = nats("d") - nats("c")
+    apart = first["nats"][1] - first["nats"][0]
+    assert abs(apart - known) < 0.5 * np.hypot(*first["standard_error"])
+    assert first["nats"] != second["nats"]  # as another question's noise
 
 
 def test_a_target_stops_early_at_random_questions_and_not_because_few_were_all_right(tmp_path):
@@ -170,6 +193,11 @@ def test_a_choice_that_does_not_fit_is_refused_with_its_line():
 def test_a_target_that_cannot_be_is_refused(target):
     with says("target_standard_error", "is not between 0 and 1; give that of the accuracy"):
         evaluate_choices(independent(), [], target_standard_error=target)
+
+
+def test_a_plaid_model_is_refused():
+    with says("a model of PLAID bounds whole texts alone", "; use a model of another objective"):
+        evaluate_choices(dataclasses.replace(independent(), objective=Plaid()), [])
 
 
 # --- readers

@@ -3,6 +3,7 @@
 Skipped where lm_eval is not installed: pip install "sedd_jax[eval]".
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from test_choices import (
 )
 
 from sedd_jax.cli import eval_command
+from sedd_jax.data.tokenizers import Ids
 from sedd_jax.diffusion.objectives import Autoregressive, Dwdse
 from sedd_jax.evaluation.choices import evaluate_choices
 from sedd_jax.evaluation.tasks import read_questions
@@ -144,6 +146,14 @@ def test_documents_of_any_length_are_scored_token_by_token_once():
     found = lm.loglikelihood_rolling(requests, disable_tqdm=True)
     np.testing.assert_allclose(found, [-nats(text) for text in texts], rtol=1e-5)
     assert lm.loglikelihood_rolling([], disable_tqdm=True) == []
+
+
+def test_windows_of_a_tokenizer_without_a_separator():
+    model = dataclasses.replace(independent(), tokenizer=Ids(256))
+    pairs = windows(model, " ".join(map(str, range(130))))
+    parts = [(pair.prompt.tolist(), pair.text.tolist()) for pair in pairs]
+    first, second = list(range(64)), list(range(64, 127))
+    assert parts == [([], first), ([63], second), (list(range(66, 127)), [127, 128, 129])]
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 126, 127, 150, 300])

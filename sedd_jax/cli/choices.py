@@ -2,7 +2,6 @@
 
 import argparse
 import importlib.util
-import json
 
 from sedd_jax.cli.arguments import (
     MODEL,
@@ -11,8 +10,9 @@ from sedd_jax.cli.arguments import (
     add_tokenizer,
     add_workdir,
     named_tokenizer,
+    show_result,
 )
-from sedd_jax.files import sha256, write_text
+from sedd_jax.files import sha256
 
 
 def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -54,9 +54,7 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     chosen = {name: getattr(options, name) for name in names}
     result = evaluate_choices(model, questions[: options.limit], progress=True, **chosen)
     about = {"task": options.task, "delimiter": options.delimiter, "sha256": sha256(file)}
-    print(choices_table(result))
-    if options.json is not None:
-        write_text(options.json, json.dumps({**about, **result}, indent=1, ensure_ascii=False))
+    show_result(choices_table(result), {**about, **result}, options.json)
 
 
 def harness(parser: argparse.ArgumentParser, argv: list[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sedd_jax.data.tokenizers import Ids
-from sedd_jax.diffusion.likelihood import check_passes
+from sedd_jax.diffusion.likelihood import Bound, check_passes
 from sedd_jax.evaluation.statistics import mean_and_error
 from sedd_jax.evaluation.tables import aligned, column, with_error
 from sedd_jax.evaluation.tasks import Question
@@ -62,23 +62,38 @@ def encoded_pair(model: SEDD, prompt: str, text: str) -> Pair:
 
 
 def pair_bounds(
-    model: SEDD, pairs: Sequence[Pair], *, passes: int, batch_size: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The bound on -log p(text | prompt) of each, nats, and its standard error; float64 [N]."""
+    model: SEDD,
+    pairs: Sequence[Pair],
+    index: Sequence[int],
+    *,
+    passes: int,
+    batch_size: int,
+    seed: int,
+) -> Bound:
+    """The bound on -log p(text | prompt) of each, nats; pairs of one index share their noise."""
 
     def shown(tokens):
         return " ".join(map(str, tokens.tolist()))
 
     # Tokens themselves: those of a part of a text are not always the part's own.
     by_ids = dataclasses.replace(model, tokenizer=Ids(model.tokenizer.vocab_size))
-    bound = by_ids.log_likelihood(
+    return by_ids.log_likelihood(
         [shown(pair.text) for pair in pairs],
         given=[shown(pair.prompt) for pair in pairs],
+        index=index,
         passes=passes,
         batch_size=batch_size,
         seed=seed,
     )
-    return np.float64(bound.total), np.float64(bound.standard_error)
+
+
+def check_scorable(model: SEDD) -> None:
+    """ValueError for a model that has no bound given a prompt."""
+    if model.objective.is_continuous:
+        raise ValueError(
+            f"a model of {model.objective.title} bounds whole texts alone, not a text after a "
+            "prompt; use a model of another objective"
+        )
 
 
 def evaluate_choices(
@@ -100,50 +115,55 @@ def evaluate_choices(
     check_whole("batch_size", batch_size, 1)
     check_whole("seed", seed, 0, 2**32 - 1)
     check_passes(passes)
-    if target_standard_error is not None and not 0.0 < target_standard_error < 1.0:
+    check_scorable(model)
+    target = target_standard_error
+    if target is not None and not 0.0 < target < 1.0:
         raise ValueError(
-            f"target_standard_error {target_standard_error} is not between 0 and 1; give that of "
-            "the accuracy, as 0.01"
+            f"target_standard_error {target} is not between 0 and 1; give that of the accuracy, as "
+            "0.01"
         )
     pairs = [_pairs(model, question) for question in questions]
     order = np.arange(len(questions))
-    if target_standard_error is not None:
+    if target is not None:
         order = np.random.default_rng(seed).permutation(order)
     rows: dict[int, dict[str, Any]] = {}
+    error = math.inf
     with tqdm(total=len(order), desc="choices", unit="question", disable=not progress) as bar:
         for part in _parts(order, pairs, AT_ONCE * batch_size):
             flat = [pair for number in part for pair in pairs[number]]
-            scores = pair_bounds(model, flat, passes=passes, batch_size=batch_size, seed=seed)
-            ends = np.cumsum([len(pairs[number]) for number in part])[:-1]
-            for number, nats, error in zip(part, *(np.split(each, ends) for each in scores)):
-                rows[int(number)] = _row(questions[number], nats, error)
-            bar.update(len(part))
+            index = [number for number in part for _ in pairs[number]]
+            how = {"passes": passes, "batch_size": batch_size, "seed": seed}
+            bound = pair_bounds(model, flat, index, **how)
+            rows.update(zip(part, decided([questions[number] for number in part], bound)))
             error = largest_error(list(rows.values()))
+            bar.update(len(part))
             bar.set_postfix_str(f"accuracy {_accuracy(rows)['total'][0]:.3f}±{error:.3f}")
-            if target_standard_error is not None and error <= target_standard_error:
+            if target is not None and error <= target:
                 break
-    target = {}
-    if target_standard_error is not None:
-        target = {
-            "target_standard_error": target_standard_error,
-            "target_reached": error <= target_standard_error,
-        }
-    accuracy = _accuracy(rows)
+    reached = {"target_standard_error": target, "target_reached": target and error <= target}
     return {
         "model": model.objective.title,
         "step": model.step,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "is_exact": model.objective.is_causal,
         "questions": len(questions),
-        "scored": len(rows),
+        "cut_prompts": sum(any(pair.is_cut for pair in pairs[number]) for number in rows),
         "passes": passes,
         "seed": seed,
-        **target,
+        **({} if target is None else reached),
+        **_summary(rows),
+    }
+
+
+def _summary(rows: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What the rows, by the numbers of their questions, say together."""
+    accuracy = _accuracy(rows)
+    return {
+        "scored": len(rows),
         "accuracy": {name: mean for name, (mean, _) in accuracy.items()},
         "standard_error": {name: error for name, (_, error) in accuracy.items()},
         "open": {name: sum(row["is_open"][name] for row in rows.values()) for name in SIZES},
         "chance": float(np.mean([1.0 / len(row["nats"]) for row in rows.values()])),
-        "cut_prompts": sum(any(pair.is_cut for pair in pairs[number]) for number in rows),
         "rows": [rows[number] for number in sorted(rows)],
     }
 
@@ -161,7 +181,7 @@ def _parts(order: np.ndarray, pairs: Sequence[Sequence[Pair]], size: int) -> Ite
     part: list[int] = []
     count = 0
     for number in order:
-        part.append(number)
+        part.append(int(number))
         count += len(pairs[number])
         if count >= size:
             yield part
@@ -170,25 +190,36 @@ def _parts(order: np.ndarray, pairs: Sequence[Sequence[Pair]], size: int) -> Ite
         yield part
 
 
-def _row(question: Question, nats: np.ndarray, error: np.ndarray) -> dict[str, Any]:
-    """What is known of one question; nats and their errors float64 [choices]."""
+def decided(questions: Sequence[Question], bound: Bound) -> list[dict[str, Any]]:
+    """A row for each question: bounds, choices, and whether the noise leaves these open.
+
+    bound is that of all choices, those of the first question first. A choice is open if another is
+    within two standard errors of it, those of their difference, in which shared noise cancels.
+    """
+    starts = np.cumsum([0, *(len(question.texts) for question in questions)])
+    owner = np.repeat(np.arange(len(questions)), np.diff(starts))
+    nats, error = np.float64(bound.total), np.float64(bound.standard_error)
     chosen, is_open = {}, {}
     for name, size in SIZES.items():
-        sizes = np.array([size(choice) for choice in question.choices], np.float64)
-        cost, noise = nats / sizes, error / sizes
-        best = int(cost.argmin())
-        others = np.arange(len(cost)) != best
-        apart = cost[others] - cost[best]
-        chosen[name] = best
-        is_open[name] = bool((apart < 2.0 * np.hypot(noise[others], noise[best])).any())
-    return {
-        "where": question.where,
-        "label": question.label,
-        "nats": nats.tolist(),
-        "standard_error": error.tolist(),
-        "chosen": chosen,
-        "is_open": is_open,
-    }
+        sizes = np.array([size(c) for question in questions for c in question.choices], np.float32)
+        each = np.split(nats / sizes, starts[1:-1])
+        chosen[name] = np.array([cost.argmin() for cost in each])
+        best = (starts[:-1] + chosen[name])[owner]
+        scaled = jax.tree.map(lambda values, sizes=sizes: (values.T / sizes).T, bound)
+        apart = scaled.minus(jax.tree.map(lambda values, best=best: values[best], scaled))
+        is_near = np.asarray(apart.total < 2.0 * apart.standard_error)
+        is_open[name] = np.logical_or.reduceat(is_near, starts[:-1])
+    return [
+        {
+            "where": question.where,
+            "label": question.label,
+            "nats": nats[begin:end].tolist(),
+            "standard_error": error[begin:end].tolist(),
+            "chosen": {name: int(chosen[name][i]) for name in SIZES},
+            "is_open": {name: bool(is_open[name][i]) for name in SIZES},
+        }
+        for i, (question, begin, end) in enumerate(zip(questions, starts, starts[1:]))
+    ]
 
 
 def _accuracy(rows: dict[int, dict[str, Any]]) -> dict[str, tuple[float, float | None]]:

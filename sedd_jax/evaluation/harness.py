@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from sedd_jax.diffusion.likelihood import check_passes
 from sedd_jax.diffusion.samplers import Known
-from sedd_jax.evaluation.choices import AT_ONCE, Pair, encoded_pair, pair_bounds
+from sedd_jax.evaluation.choices import AT_ONCE, Pair, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.inference.batches import Texts
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.pretrained import load
@@ -84,6 +84,7 @@ class SeddLM(LM):
         check_whole("seed", seed, 0, 2**32 - 1)
         check_passes(passes)
         self.model = load(workdir, step=step, dtype=dtype) if model is None else model
+        check_scorable(self.model)
         self.model.chosen(**sampling)  # refuses what cannot be meant
         self.passes, self.seed, self.sampling = passes, seed, sampling
 
@@ -114,7 +115,8 @@ class SeddLM(LM):
         count = Counter(_document(request) for request in different)
         results: list[tuple[float, bool]] = []
         for part in self._parts(len(pairs), "loglikelihood", disable_tqdm):
-            nats = self._nats(pairs[part])
+            # The choices of a document share their noise.
+            nats = self._nats(pairs[part], [request.doc_id for request in requests[part]])
             alone = [i for i, r in enumerate(requests[part]) if count[_document(r)] == 1]
             is_greedy = np.zeros(len(nats), bool)
             is_greedy[alone] = self._is_greedy([pairs[part][i] for i in alone])
@@ -131,7 +133,7 @@ class SeddLM(LM):
         pairs = [pair for part in parts for pair in part]
         nats: list[float] = []
         for batch in self._parts(len(pairs), "loglikelihood_rolling", disable_tqdm):
-            nats.extend(self._nats(pairs[batch]))
+            nats.extend(self._nats(pairs[batch], range(len(pairs))[batch]))
         totals, left = [], iter(nats)
         for request, part in zip(requests, parts, strict=True):
             totals.append(-float(sum(itertools.islice(left, len(part)))))
@@ -172,9 +174,9 @@ class SeddLM(LM):
                 yield slice(start, start + size)
                 bar.update(min(size, count - start))
 
-    def _nats(self, pairs: Sequence[Pair]) -> np.ndarray:
+    def _nats(self, pairs: Sequence[Pair], index: Sequence[int]) -> np.ndarray:
         how = {"passes": self.passes, "batch_size": self.batch_size, "seed": self.seed}
-        return pair_bounds(self.model, pairs, **how)[0]
+        return np.float64(pair_bounds(self.model, pairs, index, **how).total)
 
     def _is_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether the likeliest tokens after each prompt are the text's."""
