@@ -7,8 +7,10 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
 import pytest
 from conftest import says
+from pyarrow import parquet
 
 from sedd_jax.cli import eval_command
 from sedd_jax.data.tokenizers import Bytes
@@ -280,6 +282,20 @@ def test_published_lines_are_read_as_the_zero_shot_tasks(tmp_path, task, row, pr
     assert question.prompts == (prompt,) * len(texts)
     assert list(question.texts) == texts and question.label == label
     assert [" " + choice for choice in question.choices] == texts
+
+
+def test_a_parquet_file_of_the_hub_is_read_as_its_rows(tmp_path):
+    file = tmp_path / "test-00000-of-00001.parquet"
+    table = {name: [value, value] for name, value in ARC_HUB.items()} | {"answerKey": ["A", "C"]}
+    parquet.write_table(pyarrow.table(table), file)
+    with says(f"{file}:2: answerKey 'C' is none of ['A', 'B']"):
+        read_questions(f"arc_easy:{file}")
+    parquet.write_table(pyarrow.table(table).slice(0, 1), file)
+    [question], _ = read_questions(f"arc_easy:{file}")
+    assert question.texts == (" ice", " fire") and question.label == 0
+    file.write_bytes(b"PAR1 and no more")
+    with says(f"{file}: ", "get it again"):
+        read_questions(f"arc_easy:{file}")
 
 
 def test_winogrande_scores_what_follows_after_each_option(tmp_path):

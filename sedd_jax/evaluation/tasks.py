@@ -98,7 +98,10 @@ def _file_of(kind: str, task: Task, path: Path) -> Path:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, Row]]:
-    """(line number, object) of lines of JSON; skips blank ones."""
+    """(number, object) of lines of JSON, blank ones left out, or of a .parquet file's rows."""
+    if file.suffix == ".parquet":
+        yield from enumerate(_table(file), start=1)
+        return
     with file.open("rb") as opened:
         for number, line in enumerate(opened, start=1):
             line = line.removeprefix(b"\xef\xbb\xbf").strip()
@@ -106,15 +109,26 @@ def _rows(file: Path) -> Iterator[tuple[int, Row]]:
                 yield number, load_json(line, f"{file}:{number}")
 
 
+def _table(file: Path) -> list[Row]:
+    """The rows of a .parquet file, as the Hugging Face hub has them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file}: {str(error).splitlines()[0]}; get it again") from error
+
+
 def _labels(file: Path, task: Task) -> list[int] | None:
     """The labels in the file beside; None where there is none, and the lines have them."""
     beside = file.with_name(file.name.removesuffix(".jsonl") + task.labels)
     if not beside.is_file():
         return None
-    words = beside.read_text("utf-8").split()
+    words = beside.read_text("utf-8", errors="replace").split()
     for number, word in enumerate(words, start=1):
         if not re.fullmatch(r"[0-9]", word):
-            raise ValueError(f"{beside}:{number}: {word[:20]!r} is not a label; give the published")
+            raise ValueError(f"{beside}:{number}: {word[:20]!r} is not a label; get the file again")
     return [int(word) for word in words]
 
 
