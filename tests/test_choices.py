@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +171,26 @@ def text_of(tokens) -> bytes:
 def test_white_space_at_the_end_of_a_prompt_is_scored_with_the_text():
     pair = encoded_pair(independent(), "ab \n", "cd")
     assert text_of(pair.prompt) == b"ab" and text_of(pair.text) == b" \ncd"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs(Bytes):
+    """Bytes, but "th" is one token, and a space and the letter after it are one of 128 and more."""
+
+    def encode(self, text):
+        parts = re.findall(r"th| \w|.", text)
+        return np.array([1 if p == "th" else ord(p[-1]) + 128 * (len(p) == 2) for p in parts])
+
+
+def test_a_texts_tokens_are_those_that_it_adds_to_the_prompt():
+    model = dataclasses.replace(independent(), tokenizer=Pairs())
+    joined = encoded_pair(model, "at", " hat")
+    assert joined.prompt.tolist() == [97, 116] and joined.text.tolist() == [128 + 104, 97, 116]
+    moved = encoded_pair(model, "at ", "hat")
+    assert all(np.array_equal(a, b) for a, b in zip(moved, joined, strict=True))
+    # Where "t" would become "th", the prompt keeps its tokens and the text has those of its own.
+    changed = encoded_pair(model, "at", "hat")
+    assert changed.prompt.tolist() == [97, 116] and changed.text.tolist() == [104, 97, 116]
 
 
 def test_an_empty_prompt_is_the_end_of_a_document():

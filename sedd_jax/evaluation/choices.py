@@ -43,16 +43,17 @@ def encoded_pair(model: SEDD, prompt: str, text: str) -> Pair:
     """The pair as it is scored, by lm-evaluation-harness's conventions.
 
     White space that ends the prompt belongs to the text, whose first word it begins; the tokens of
-    the text are those that it adds to the prompt's; a document's end, the tokenizer's separator,
-    stands for an empty prompt. A prompt that is too long loses its beginning. ValueError for a text
-    that is too long, or has no token.
+    the text are those that it adds to the prompt's, or, where it changes these, its own; a
+    document's end, the tokenizer's separator, stands for an empty prompt. A prompt that is too long
+    loses its beginning. ValueError for a text that is too long, or has no token.
     """
     stripped = prompt.rstrip()
     text = prompt[len(stripped) :] + text
     encode, length = model.tokenizer.encode, model.length
     if stripped:
-        before = encode(stripped)
-        after = encode(stripped + text)[len(before) :]
+        before, whole = encode(stripped), encode(stripped + text)
+        is_prefix = np.array_equal(whole[: len(before)], before)
+        after = whole[len(before) :] if is_prefix else encode(text)
     else:
         before, after = np.array(model.tokenizer.separator, np.int32), encode(text)
     if not 1 <= len(after) <= length:
