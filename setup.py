@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_jax/__init__.py").read_text())[1]
 
 TEST = [
+    "lm-eval>=0.4.13",
     "matplotlib",
     "mauve-text",
     "nbmake",  # and ipykernel: the notebook is run
@@ -65,7 +66,7 @@ setup(
         "cuda12": ["jax[cuda12]>=0.7.2"],
         "cuda13": ["jax[cuda13]>=0.7.2"],
         "torch": ["torch>=2.10"],
-        "eval": ["mauve-text"],
+        "eval": ["lm-eval>=0.4.13", "mauve-text"],
         "plot": ["matplotlib"],
         "test": TEST,
         "dev": TEST,

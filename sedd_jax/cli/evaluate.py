@@ -30,6 +30,7 @@ from sedd_jax.cli.arguments import (
     sampling_of,
     show_result,
 )
+from sedd_jax.cli.choices import choices, harness
 
 log = logging.getLogger(__name__)
 
@@ -280,6 +281,8 @@ EVALUATIONS = {
     "frontier": _frontier,
     "pareto": _pareto,
     "information": information.run,
+    "choices": choices,
+    "harness": harness,
 }
 
 
