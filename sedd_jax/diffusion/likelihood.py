@@ -80,6 +80,15 @@ class Bound(NamedTuple):
         """Of total, from the noise drawn, [B]."""
         return self.variance**0.5
 
+    @property
+    def tightest(self) -> Self:
+        """The bound of the normalised scores where there is one, else this; without by_token."""
+        if self.normalised_passes is None:
+            return self._replace(by_token=None)
+        return self._replace(
+            diffusion_passes=self.normalised_passes, normalised_passes=None, by_token=None
+        )
+
     def minus(self, other: Self) -> Self:
         """The difference of two bounds, pass by pass: noise that both share cancels, and
         standard_error says what is left. Of its parts; by_token and the curve are left out."""

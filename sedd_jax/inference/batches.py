@@ -108,11 +108,26 @@ def is_token(lengths: Sequence[int], length: int) -> np.ndarray:
     return np.arange(length) < np.reshape(lengths, (-1, 1))
 
 
+Text = str | np.ndarray  # or its tokens, int [n]
+
+
+def tokens_of(text: Text, tokenizer: Tokenizer) -> np.ndarray:
+    """int32 [n]; ValueError for what is no token of the tokenizer."""
+    if isinstance(text, str):
+        return tokenizer.encode(text)
+    if text.size and not 0 <= text.min() <= text.max() < tokenizer.vocab_size:
+        raise ValueError(
+            f"tokens from {text.min()} to {text.max()} are not all in [0, {tokenizer.vocab_size}), "
+            f"the ids of tokenizer {tokenizer.name!r}; take the model's own"
+        )
+    return text.astype(np.int32)
+
+
 def encoded(
-    name: str, texts: str | Sequence[str], tokenizer: Tokenizer, max_length: int, remedy: str
+    name: str, texts: Text | Sequence[Text], tokenizer: Tokenizer, max_length: int, remedy: str
 ) -> list[np.ndarray]:
     """The tokens of each text; ValueError, which calls it `name`, for an empty or too long one."""
-    rows = [tokenizer.encode(t) for t in ([texts] if isinstance(texts, str) else texts)]
+    rows = [tokens_of(t, tokenizer) for t in ([texts] if isinstance(texts, str) else texts)]
     if not rows:
         raise ValueError(f"no {name}s; give at least one")
     for number, row in enumerate(rows):
@@ -125,8 +140,8 @@ def encoded(
 
 
 def texts_after(
-    given: str | Sequence[str] | None,
-    texts: str | Sequence[str],
+    given: Text | Sequence[Text] | None,
+    texts: Text | Sequence[Text],
     tokenizer: Tokenizer,
     max_length: int,
 ) -> TextRows:
@@ -140,7 +155,7 @@ def texts_after(
         raise ValueError(
             f"{len(prompts)} prompts are given for {len(rows)} texts; give one for all, or one each"
         )
-    tokens = [np.asarray(tokenizer.encode(prompt), np.int32) for prompt in prompts]
+    tokens = [tokens_of(prompt, tokenizer) for prompt in prompts]
     for number, (prompt, row) in enumerate(zip(tokens, rows, strict=True)):
         if len(prompt) + len(row) > max_length:
             raise ValueError(

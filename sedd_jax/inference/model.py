@@ -278,15 +278,15 @@ class SEDD:
 
     def log_likelihood(
         self,
-        texts: str | Sequence[str],
+        texts: str | Sequence[batches.Text],
         *,
-        given: str | Sequence[str] | None = None,
+        given: str | Sequence[batches.Text] | None = None,
         index: Sequence[int] | None = None,
         passes: int = 16,
         batch_size: int = 16,
         seed: int = 0,
     ) -> Bound:
-        """An upper bound on -log p of each text, nats: a Bound of float32 [N] arrays.
+        """An upper bound on -log p of each text or its tokens, nats: a Bound of float32 [N] arrays.
 
         `.total` is the bound, `.standard_error` its error from the noise drawn and `.by_token` what
         each token has of it; passes, even, and 2 more network calls a text. Nothing is added to a
