@@ -13,6 +13,7 @@ from sedd_jax import experiment
 from sedd_jax.convert import folder as hub
 from sedd_jax.convert import names, original_config, original_run
 from sedd_jax.convert.folder import Pretrained
+from sedd_jax.convert.sisters import FAMILIES, SEDD
 from sedd_jax.data import Tokenizer
 from sedd_jax.files import check_new, local_path
 from sedd_jax.parallel.devices import check_platform
@@ -83,6 +84,7 @@ def convert(
         check_platform()
     model = _OPEN[read](source)
     tokenizer, config, vocab_size = tokenizer or model.tokenizer, model.config, model.vocab_size
+    tokenizer = hub.fitted(tokenizer, model)
     if tokenizer is not None or form == "workdir":
         hub.check_tokenizer(tokenizer, vocab_size, source)
     if form == "workdir":
@@ -108,7 +110,7 @@ def convert(
         hub.write_folder(target, model._replace(tokenizer=tokenizer), replace=replace)
     expected = names.expected_tensors(config, vocab_size)
     return Conversion(
-        read=FORMS[read].words,
+        read=FORMS[read].words if model.family == SEDD else FAMILIES[model.family].title,
         wrote=FORMS[form].words,
         graph=config.graph.name,
         parameters=sum(math.prod(shape) for shape in expected.values()),

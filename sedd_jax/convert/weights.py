@@ -33,7 +33,7 @@ _SHARD = re.compile(r"[\w-][\w.-]{0,200}\.safetensors", re.ASCII)  # beside the 
 MAX_INDEX = 1 << 24  # bytes
 # What torch.compile, FSDP and activation checkpointing put before a name, or amid it.
 _WRAPPED = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_USUAL = "transformer."  # of every GPT-2 with a head: no news
+_USUAL = ("", "transformer.", "backbone.")  # of GPT-2 with a head, MDLM, Duo: no news
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -139,7 +139,7 @@ def open_tensors(
         for shard, tensors in opened.items():
             _check_digest(tensors, repr(str(shard)))
     for name, (_, old) in stored.items():  # the first of them stands for all
-        if name in expected and old not in (name, _USUAL + name):
+        if name in expected and old not in [prefix + name for prefix in _USUAL]:
             log.info("%s: %s is read as %s, and so on", where, shown(old, 120), name)
             break
     return Tensors(where, stored)
