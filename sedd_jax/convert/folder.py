@@ -97,7 +97,7 @@ def read_params(folder: Path, model: Pretrained) -> dict:
     """The parameters of the model that `open_folder` has opened."""
     family, sizes = FAMILIES[model.family], (model.config, model.vocab_size)
     expected = family.expected_tensors(*sizes)
-    how = {"extra": family.buffers, "model": family.title}
+    how = {"extra": family.buffers, "model": family.title, "usual": family.prefix}
     if (file := weights.locate(folder)) is not None:
         tensors = weights.open_tensors(file, expected, **how)
         return family.parameters(tensors, *sizes, repr(str(file)))

@@ -50,6 +50,7 @@ class Family(NamedTuple):
     limits: Mapping[str, Limit] = {}
     has_biases: bool = False  # of its norms, in place of adaLN: it does not see the noise level
     special: tuple[str, ...] = ()  # that its vocabulary may have after the tokens of its tokenizer
+    prefix: str = ""  # of every name
     buffers: str = re.escape(BUFFER)  # a pattern
 
     def expected_tensors(self, config: ConfigDict, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -107,6 +108,7 @@ FAMILIES: dict[str, Family] = {
         values=_CLEAN,
         named={"model.time_conditioning": ("time_conditioning", False)},
         limits={"vocab_size": _MASK_IS_LAST},
+        prefix="backbone.",
     ),
     # github.com/ML-GSAI/RADD, 2406.03736: log-linear noise of eps 1e-3
     "radd": Family(
@@ -146,6 +148,7 @@ FAMILIES: dict[str, Family] = {
         values=_CLEAN,
         limits={"causal": _NOT_CAUSAL},
         special=("[PAD]",),
+        prefix="backbone.",
     ),
 }
 # Kinds of model that are known and not read, by model_type.
