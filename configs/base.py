@@ -44,7 +44,8 @@ def get_config():
     config.schedule.sigma_max = 20.0  # geometric: total noise at t = 1
 
     config.objective = ml_collections.ConfigDict()
-    # dwdse (the paper's score entropy), or a rival: normalised (MDLM, MD4, RADD), unweighted,
+    # dwdse (the paper's score entropy), or a rival: normalised (MDLM, MD4, RADD; uniform noise:
+    # UDLM, Duo), unweighted,
     # concrete_score_matching, d3pm, autoregressive, plaid
     config.objective.name = "dwdse"
     config.objective.t_min = 1e-3  # times are drawn from [t_min, 1]
@@ -58,6 +59,8 @@ def get_config():
     config.model.heads = 12
     config.model.cond_dim = 128  # width of the noise level's embedding
     config.model.time_conditioning = True  # False: the network does not see the noise level
+    # What it sees of it: sigma, or the share of the tokens that are noised, 1 - exp(-sigma) (GIDD)
+    config.model.noise_input = "sigma"
     config.model.dropout = 0.1  # probability
     config.model.dtype = "bfloat16"  # of the matmuls: float32 or bfloat16
     config.model.residual_dtype = "float32"  # of the residual stream; bfloat16: half its memory

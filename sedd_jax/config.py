@@ -29,7 +29,7 @@ from sedd_jax.diffusion.samplers import DRAWS
 from sedd_jax.diffusion.schedules import SCHEDULES
 from sedd_jax.files import is_address, load_json
 from sedd_jax.kernels import attention
-from sedd_jax.models.transformer import SAVED
+from sedd_jax.models.transformer import NOISE_INPUTS, SAVED
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -108,6 +108,7 @@ KEYS: dict[str, Constraint] = {
     "model.heads": _whole(1),
     "model.cond_dim": _whole(1),
     "model.time_conditioning": _BOOLEAN,
+    "model.noise_input": _one_of(NOISE_INPUTS),
     "model.dropout": _DECAY,
     "model.dtype": _one_of(DTYPES),
     "model.residual_dtype": _one_of(DTYPES),
@@ -169,6 +170,7 @@ AS_BEFORE = (
     "optimizer.mu_dtype",
     "model.residual_dtype",
     "model.time_conditioning",
+    "model.noise_input",
     "objective.discrete_steps",
     "objective.embedding_dim",
 )

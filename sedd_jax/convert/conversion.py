@@ -13,6 +13,7 @@ from sedd_jax import experiment
 from sedd_jax.convert import folder as hub
 from sedd_jax.convert import names, original_config, original_run
 from sedd_jax.convert.folder import Pretrained
+from sedd_jax.convert.sisters import FAMILIES
 from sedd_jax.data import Tokenizer
 from sedd_jax.files import check_new, local_path
 from sedd_jax.parallel.devices import check_platform
@@ -83,6 +84,7 @@ def convert(
         check_platform()
     model = _OPEN[read](source)
     tokenizer, config, vocab_size = tokenizer or model.tokenizer, model.config, model.vocab_size
+    tokenizer = hub.fitted(tokenizer, model)
     if tokenizer is not None or form == "workdir":
         hub.check_tokenizer(tokenizer, vocab_size, source)
     if form == "workdir":
@@ -107,8 +109,9 @@ def convert(
     elif form == "hub":
         hub.write_folder(target, model._replace(tokenizer=tokenizer), replace=replace)
     expected = names.expected_tensors(config, vocab_size)
+    family = FAMILIES[model.family]
     return Conversion(
-        read=FORMS[read].words,
+        read=FORMS[read].words if not family.marks else f"{family.title} folder",
         wrote=FORMS[form].words,
         graph=config.graph.name,
         parameters=sum(math.prod(shape) for shape in expected.values()),
@@ -158,11 +161,14 @@ def _check_options(
     for name, value, known in (("form", form, FORMS), ("weights", weights, ("ema", "raw"))):
         if value not in known:
             raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
-    # The original loads a hub folder as it is.
+    # The original loads a hub folder of SEDD as it is.
     if form != "hub" and (form == read or (read, form) == ("hub", "original")):
+        fault = f"which needs no conversion to form {form!r}"
+        if form != read:
+            fault = "of which no run of the original is made"
         raise ValueError(
-            f"{source!r} is a {FORMS[read].words}, which needs no conversion to form {form!r}; "
-            f"choose another --form of {', '.join(FORMS)}"
+            f"{source!r} is a {FORMS[read].words}, {fault}; choose another --form of "
+            f"{', '.join(FORMS)}"
         )
     for has_no_effect, fault in (
         (

@@ -16,10 +16,12 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax.configs import base
-from sedd_jax.convert import names, original_config, torch_files, weights
+from sedd_jax.convert import names, original_config, sisters, torch_files, weights
 from sedd_jax.convert.card import model_card
+from sedd_jax.convert.sisters import FAMILIES, SEDD
 from sedd_jax.convert.weights import INDEX, WEIGHTS
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
+from sedd_jax.data.subwords import LibraryTokenizer
 from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.files import appearing, check_new, load_json, local_path, refuse_pointer_file
 
@@ -50,6 +52,7 @@ class Pretrained(NamedTuple):
     about: Mapping[str, Any] = {}
     original: dict | None = None  # the config that it came with
     curve: Mapping[str, Any] | None = None  # of cross entropy by mask share, as JSON
+    family: str = SEDD  # of sisters.FAMILIES: whose tensors the folder holds
 
 
 def read_folder(folder: Path | str) -> Pretrained:
@@ -75,8 +78,10 @@ def open_folder(folder: Path) -> Pretrained:
                 "or sedd-convert has written"
             )
         refuse_pointer_file(folder / name)
-    theirs, (config, vocab_size, notices) = original_config.open_config(folder / CONFIG)
+    family, theirs, (config, vocab_size, notices) = sisters.open_config(folder / CONFIG)
     tokenizer, step, about, curve = None, None, {}, None
+    if family != SEDD:
+        return Pretrained(config, vocab_size, None, notices=notices, family=family)
     if (folder / OURS).exists():
         ours = _read_ours(folder / OURS)
         step, about, curve = ours["step"], ours["about"] or {}, ours["curve"]
@@ -90,13 +95,24 @@ def open_folder(folder: Path) -> Pretrained:
 
 def read_params(folder: Path, model: Pretrained) -> dict:
     """The parameters of the model that `open_folder` has opened."""
-    expected = names.expected_tensors(model.config, model.vocab_size)
-    file, heads = weights.locate(folder), model.config.model.heads
-    if file is not None:
-        return names.from_original(weights.open_tensors(file, expected), heads, repr(str(file)))
+    family, sizes = FAMILIES[model.family], (model.config, model.vocab_size)
+    expected = family.expected_tensors(*sizes)
+    how = {"extra": family.buffers, "model": family.title, "usual": family.prefix}
+    if (file := weights.locate(folder)) is not None:
+        tensors = weights.open_tensors(file, expected, **how)
+        return family.parameters(tensors, *sizes, repr(str(file)))
     file = folder / PICKLED
-    with torch_files.read(file, expected, ("model",)) as (tensors, _):
-        return names.from_original(tensors["model"], heads, repr(str(file)))
+    with torch_files.read(file, expected, ("model",), **how) as (tensors, _):
+        return family.parameters(tensors["model"], *sizes, repr(str(file)))
+
+
+def fitted(tokenizer: Tokenizer | None, model: Pretrained) -> Tokenizer | None:
+    """The tokenizer with the special tokens that the model's vocabulary has after its own."""
+    special = FAMILIES[model.family].special
+    if not special or not isinstance(tokenizer, LibraryTokenizer):
+        return tokenizer
+    is_short = tokenizer.vocab_size + len(special) == model.vocab_size
+    return tokenizer.with_special(special) if is_short else tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer | None, vocab_size: int, where: str | Path) -> None:

@@ -117,31 +117,39 @@ class FromOriginal(NamedTuple):
     notices: tuple[str, ...]
 
 
-def from_original_config(theirs: Mapping[str, Any], where: str = "config.json") -> FromOriginal:
+def from_original_config(
+    theirs: Mapping[str, Any],
+    where: str = "config.json",
+    *,
+    written: Mapping[str, str] | None = None,
+) -> FromOriginal:
     """Our full config from the original's dict; configs/base.py has what it does not say.
+
+    written has the names of fields as `where` writes them, for messages, where those are others.
 
     The dtype is float32, whatever it was trained in. What is missing and does not shape the model
     is taken as the original's own configs have it, and named in one notice. ValueError, naming
     `where` and the field, for anything that is not a model of the original code.
     """
-    remedy = "give a config of the original code"
+    remedy = "get it again" if written else "give a config of the original code"
+    names = {field: field for field in _FIELDS} | dict(written or {})
     read, missing = {}, []  # read: by the original's fields, in our words
     for field, (ours, default, words, rule) in _FIELDS.items():
-        written = _get(theirs, field)
-        if written is None and default is None:
-            raise ValueError(f"{field} is missing in {where}; {remedy}")
-        if written is None:
-            written = default
+        value, name = get(theirs, field), names[field]
+        if value is None and default is None:
+            raise ValueError(f"{name} is missing in {where}; {remedy}")
+        if value is None:
+            value = default
             missing.append(f"{field} {default}")
-        read[field], rule = _to_ours(field, written), rule or configuration.KEYS[ours]
+        read[field], rule = _to_ours(field, value), rule or configuration.KEYS[ours]
         if not rule.holds(read[field]):
             known = f"one of {', '.join(words)}" if words else rule.words
-            raise ValueError(f"{field} {shown(repr(written))} in {where} is not {known}; {remedy}")
+            raise ValueError(f"{name} {shown(repr(value))} in {where} is not {known}; {remedy}")
     hidden_size, heads = read["model.hidden_size"], read["model.n_heads"]
     if hidden_size % heads:
         raise ValueError(
-            f"model.hidden_size {hidden_size} in {where} is not divisible by model.n_heads "
-            f"{heads}; {remedy}"
+            f"{names['model.hidden_size']} {hidden_size} in {where} is not divisible by "
+            f"{names['model.n_heads']} {heads}; {remedy}"
         )
     values = {row.ours: read[field] for field, row in _FIELDS.items() if row.ours}
     values |= {"model.dtype": "float32", "schedule.eps": EPS}
@@ -184,20 +192,20 @@ def to_original_config(
         "eval.batch_size": config.train.batch_size,
     }
     for field, value in fallback.items():
-        if _get(theirs, field) is None:
-            _put(theirs, field, value)
+        if get(theirs, field) is None:
+            put(theirs, field, value)
     for field, (ours, _, words, _) in _FIELDS.items():
-        there, value = _get(theirs, field), values.get(ours)
+        there, value = get(theirs, field), values.get(ours)
         # 20 means 20.0, and 1e-4 without a point is text to YAML 1.1.
         if ours and (there is None or _to_ours(field, there) != value):
             if words:
                 value = next(word for word in words if words[word] == value)
             elif field == "optim.grad_clip" and value == NO_CLIP:
                 value = -1.0
-            _put(theirs, field, value)
+            put(theirs, field, value)
     theirs["tokens"] = vocab_size
     if corpus in _SHARED_CORPORA:
-        _put(theirs, "data.train", corpus)
+        put(theirs, "data.train", corpus)
     return theirs
 
 
@@ -205,6 +213,7 @@ def cannot_say(config: ConfigDict) -> list[str]:
     """What of our config the original has no field for, so that it would do something else."""
     only = {"objective.t_min": 1e-3, "data.form": "packed"}
     only |= {"objective.name": "dwdse", "model.time_conditioning": True}
+    only |= {"model.noise_input": "sigma"}
     if config.schedule.name == "log_linear":
         only["schedule.eps"] = EPS
     values = dict(configuration.flatten(config))
@@ -226,14 +235,14 @@ def _to_ours(field: str, value: Any) -> Any:
     return value
 
 
-def _get(tree: Any, path: str) -> Any:
+def get(tree: Any, path: str) -> Any:
     """The value at "model.length"; None where it, or its section, is missing."""
     for key in path.split("."):
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree
 
 
-def _put(tree: dict, path: str, value: Any) -> None:
+def put(tree: dict, path: str, value: Any) -> None:
     section, _, name = path.rpartition(".")
     if section and not isinstance(tree.get(section), dict):
         tree[section] = {}

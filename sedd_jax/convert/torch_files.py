@@ -34,15 +34,21 @@ _ENVIRONMENT = (
 
 @contextlib.contextmanager
 def read(
-    file: Path, expected: Shapes, parts: Sequence[str] = PARTS, *, seconds: float = SECONDS
+    file: Path,
+    expected: Shapes,
+    parts: Sequence[str] = PARTS,
+    *,
+    seconds: float = SECONDS,
+    **model: str,
 ) -> Iterator[tuple[dict[str, Tensors], dict[str, Any]]]:
     """(tensors by part, facts) of a checkpoint of the original, while the with statement lasts.
 
     expected is name -> shape in the order of the original's parameters; parts are those that are
     read, whatever the others hold. The facts are step, ema_decay, ema_updates and counts, of
     AdamW's updates: without any, there are no moments. A state dict alone has the part "model" and
-    no facts. ValueError if torch >= 2.10 is absent, or the file is too large, is not torch's,
-    holds anything but such tensors, or takes too long. TMPDIR must hold a copy of the file.
+    no facts. model says what the file is of, as for `open_tensors`. ValueError if torch >= 2.10 is
+    absent, or the file is too large, is not torch's, holds anything but such tensors, or takes too
+    long. TMPDIR must hold a copy of the file.
     """
     check_archive(file)
     with tempfile.TemporaryDirectory(prefix="sedd_jax.") as folder:
@@ -55,7 +61,9 @@ def read(
         where = repr(str(file))
         yield (
             {
-                part: open_tensors(Path(folder) / f"{part}.safetensors", expected, where=where)
+                part: open_tensors(
+                    Path(folder) / f"{part}.safetensors", expected, where=where, **model
+                )
                 for part in parts
             },
             facts,

@@ -101,15 +101,17 @@ def open_tensors(
     *,
     extra: str = re.escape(BUFFER),
     model: str = "SEDD",
+    usual: str = _USUAL,
     where: str = "",
 ) -> Tensors:
     """The tensors of a file that holds exactly `expected`, name -> shape, and perhaps `extra`.
 
     file is of safetensors, or the index of such files; extra is a pattern of names whose shapes
     are free; model and where, by default the file, are for messages. F32 is read as it is, F16 and
-    BF16 are widened, which is exact. What wrappers put before every name is left out, which
-    the log says. A file written here holds the sha256 of its names, shapes and bytes, so that every
-    change to them is seen; in another's file a flipped bit that leaves a finite number cannot be.
+    BF16 are widened, which is exact. What wrappers put before every name is left out, which the log
+    says unless it is `usual`. A file written here holds the sha256 of its names, shapes and bytes,
+    so that every change to them is seen; in another's file a flipped bit that leaves a finite
+    number cannot be.
     ValueError, before anything large is allocated, for whatever is wrong.
     """
     where = where or repr(str(file))
@@ -139,7 +141,7 @@ def open_tensors(
         for shard, tensors in opened.items():
             _check_digest(tensors, repr(str(shard)))
     for name, (_, old) in stored.items():  # the first of them stands for all
-        if name in expected and old not in (name, _USUAL + name):
+        if name in expected and old not in (name, usual + name):
             log.info("%s: %s is read as %s, and so on", where, shown(old, 120), name)
             break
     return Tensors(where, stored)

@@ -155,6 +155,12 @@ class LibraryTokenizer(Tokenizer):
             tokens[i] = token
         return tokens
 
+    def with_special(self, tokens: Sequence[str]) -> "LibraryTokenizer":
+        """Returns the tokenizer with special tokens that have the ids after its own."""
+        library = type(self._library).from_str(self.library_json)
+        library.add_special_tokens(list(tokens))
+        return LibraryTokenizer(library.to_str(), self.end_of_document)
+
     @property
     def vocab_size(self) -> int:
         return len(self._tokens)

@@ -98,11 +98,12 @@ def normalised_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Los
     the masked tokens, weighted by dsigma/dt / expm1(sigma), 1 / t of the log-linear schedule.
 
     MDLM (2406.07524), MD4 (2406.04329), RADD's t-DCE (2406.03736). A graph that fixes no total has
-    none.
+    the score entropy itself: for the scores of a distribution of clean tokens, UDLM's (2412.10193).
     """
     sigma = schedule.sigma(t)
     entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
-    return Loss(_summed(schedule.dsigma_dt(t) * entropy.normalised, is_token), {})
+    value = entropy.value if entropy.normalised is None else entropy.normalised
+    return Loss(_summed(schedule.dsigma_dt(t) * value, is_token), {})
 
 
 def unweighted_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:

@@ -91,9 +91,9 @@ class Dwdse(_OverTimes):
 
 
 class Normalised(_OverTimes):
-    """Normalised scores, the absorbing models of 2024: MDLM, MD4, RADD's t-DCE."""
+    """Scores of a predicted distribution of the clean tokens: MDLM, MD4 and RADD's t-DCE, and on
+    uniform noise UDLM and Duo."""
 
-    graph = "absorbing"
     predicts_clean = True
     title = "normalised"
     loss_at = staticmethod(losses.normalised_at)

@@ -12,6 +12,7 @@ from sedd_jax import config as configuration
 from sedd_jax import convert, data, experiment, hub
 from sedd_jax.convert import weights
 from sedd_jax.convert.folder import OURS, PICKLED, Pretrained
+from sedd_jax.convert.sisters import FAMILIES
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import check_settings
 from sedd_jax.files import local_path
@@ -106,7 +107,8 @@ def _download(name: str, revision: str | None) -> Path:
 def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | None) -> Pretrained:
     model = convert.open_folder(folder)
     tokenizer = tokenizer or model.tokenizer
-    if tokenizer is None and model.vocab_size != GPT2_TOKENS:
+    known = GPT2_TOKENS, GPT2_TOKENS + len(FAMILIES[model.family].special)
+    if tokenizer is None and model.vocab_size not in known:
         raise ValueError(
             f"the folder names no tokenizer for its {model.vocab_size} tokens; give "
             "--tokenizer and --tokenizer_path (in Python tokenizer='NAME:PATH'), or tokenizer "
@@ -122,6 +124,7 @@ def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | N
             ) from error
     elif not isinstance(tokenizer, Tokenizer):
         tokenizer = data.named_tokenizer(tokenizer)
+    tokenizer = convert.fitted(tokenizer, model)
     convert.check_tokenizer(tokenizer, model.vocab_size, folder)
     params = convert.read_params(folder, model)
     for notice in model.notices:  # not before an error, which is one line

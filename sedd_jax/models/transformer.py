@@ -43,6 +43,9 @@ SAVED = {
     "elementwise": (*MATMULS, "attention"),
     "blocks": (),
 }
+# What the network may embed of the total noise sigma: itself, or the share of the tokens that are
+# noised, the time of a linear schedule.
+NOISE_INPUTS = {"sigma": lambda sigma: sigma, "share": lambda sigma: -jnp.expm1(-sigma)}
 # Whether the blocks are compiled one by one or, as a loop, once. A loop stacks what they save and
 # copies it out again; its program is compiled in a time that does not grow with their number.
 IS_UNROLLED = {"cpu": False, "gpu": True, "tpu": False}
@@ -248,6 +251,7 @@ class Transformer(nn.Module):
     cond_dim: int
     dropout: float
     time_conditioning: bool = True  # False: sigma is not read
+    noise_input: str = "sigma"  # of NOISE_INPUTS: what is embedded
     dtype: jnp.dtype = jnp.float32
     residual_dtype: jnp.dtype = jnp.float32
     remat: str = "none"  # of SAVED
@@ -295,7 +299,8 @@ class Transformer(nn.Module):
 
         if not self.time_conditioning:  # the same parameters; what they give is a constant
             sigma = jnp.zeros_like(sigma)
-        conditioning = embedded("sigma_1", FREQUENCIES)(sigma_embedding(sigma))
+        noise = NOISE_INPUTS[self.noise_input](sigma)
+        conditioning = embedded("sigma_1", FREQUENCIES)(sigma_embedding(noise))
         conditioning = embedded("sigma_2", self.cond_dim)(nn.silu(conditioning))
         conditioning = self.placement.rows(nn.silu(conditioning))
 
