@@ -21,6 +21,7 @@ from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.diffusion.objectives import Autoregressive, Dwdse, Plaid
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.evaluation import choices
+from sedd_jax.evaluation.answers import evaluate_answers, read_answers
 from sedd_jax.evaluation.choices import decided, encoded_pair, evaluate_choices
 from sedd_jax.evaluation.tasks import Question, read_questions
 from sedd_jax.inference.model import SEDD
@@ -433,3 +434,48 @@ def test_the_command_prints_a_table_and_writes_rows(tiny_run, tmp_path, capsys):
     )  # the line is refused before the model is looked for
     assert f"{file}:1: no 'choices'; write {{" in capsys.readouterr().err
     assert eval_command([*command, "--limit=0"]) == 2
+
+
+# --- prompts and answers
+
+
+@pytest.mark.parametrize("objective", [Dwdse, Autoregressive])
+def test_the_bound_on_answers_is_that_of_the_probabilities(tmp_path, objective):
+    texts = ["abc", "zebra", "é", "kiwi and so on"]
+    rows = [{"prompt": f"{n} prompt", "answer": text} for n, text in enumerate(texts)]
+    answers = read_answers(written(tmp_path / "pairs.jsonl", rows))
+    result = evaluate_answers(independent(objective), answers, passes=64, batch_size=3)
+    exact = np.array([nats(" " + text) for text in texts])
+    scored = np.array([row["nats"] for row in result["rows"]])
+    errors = np.array([row["standard_error"] for row in result["rows"]])
+    # The ends of the bound and float32 are the rest.
+    assert (np.abs(scored - exact) < 4 * errors + 0.02 * exact).all()
+    assert objective is Dwdse or (errors == 0).all()
+    tokens = np.array([1 + len(text.encode()) for text in texts])
+    assert [row["tokens"] for row in result["rows"]] == tokens.tolist()
+    assert result["nats_per_token"] == pytest.approx(scored.sum() / tokens.sum())
+    assert result["nats_per_answer"] == pytest.approx(scored.mean())
+    assert result["nats_per_answer_standard_error"] == pytest.approx(scored.std(ddof=1) / 2)
+    characters = sum(map(len, texts))
+    assert result["bits_per_character"] == pytest.approx(scored.sum() / characters / np.log(2))
+    assert result["noise_standard_error"] == pytest.approx(np.sqrt((errors**2).sum()) / 4)
+
+
+def test_the_answers_command(tiny_run, tmp_path, capsys):
+    file, result = tmp_path / "pairs.jsonl", tmp_path / "result.json"
+    run = ["answers", f"--workdir={tiny_run}", f"--pairs={file}", "--passes=2", "--delimiter="]
+    written(file, [{"prompt": "if ", "answer": "then"}, {"prompt": "", "answer": "or"}])
+    assert eval_command([*run, f"--json={result}"]) == 0
+    out, values = capsys.readouterr().out, json.loads(result.read_text())
+    assert f"{values['nats_per_answer']:.3f}" in out and "2 answers, 7 tokens" in out
+    for rows, message in (
+        ([{"prompt": "a"}], "no 'answer'"),
+        ([{"prompt": "a", "answer": 3}], "answer 3 is not a text"),
+        ([{"prompt": "a", "answer": ""}], "the answer is empty"),
+        ([{"prompt": "a", "answer": "x" * 40}], "40 tokens to score, not 1 to 32"),
+        ([], "holds no line"),
+    ):
+        written(file, rows)
+        assert eval_command(run) == 2
+        (line,) = [one for one in capsys.readouterr().err.splitlines() if "error" in one]
+        assert message in line and (not rows or f"{file}:1" in line)

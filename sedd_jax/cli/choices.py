@@ -1,4 +1,4 @@
-"""sedd-eval choices and harness."""
+"""sedd-eval choices, answers and harness."""
 
 import argparse
 import importlib.util
@@ -10,6 +10,7 @@ from sedd_jax.cli.arguments import (
     add_tokenizer,
     add_workdir,
     named_tokenizer,
+    path,
     show_result,
 )
 from sedd_jax.files import sha256
@@ -55,6 +56,37 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     result = evaluate_choices(model, questions[: options.limit], progress=True, **chosen)
     about = {"task": options.task, "delimiter": options.delimiter, "sha256": sha256(file)}
     show_result(choices_table(result), {**about, **result}, options.json)
+
+
+def answers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """The bound on -log p(answer | prompt) of lines of prompts and answers."""
+    add = parser.add_argument
+    add_workdir(parser, MODEL)
+    add_step(parser)
+    add_tokenizer(parser)
+    add(
+        "--pairs",
+        type=path,
+        required=True,
+        help='a .jsonl file of lines {"prompt": "...", "answer": "..."}',
+    )
+    add("--delimiter", default=" ", help="between prompt and answer")
+    add("--passes", type=int, default=16, help="noise levels an answer, even")
+    add("--batch_size", type=int, default=16, help="answers a network call")
+    add("--seed", type=int, default=0)
+    add_json(parser)
+    options = parser.parse_args(argv)
+    from sedd_jax.evaluation.answers import answers_table, evaluate_answers, read_answers
+
+    pairs = read_answers(options.pairs)
+    from sedd_jax.inference.pretrained import load
+
+    model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
+    chosen = {name: getattr(options, name) for name in ("passes", "batch_size", "seed")}
+    chosen["delimiter"] = options.delimiter
+    result = evaluate_answers(model, pairs, progress=True, **chosen)
+    about = {"pairs": str(options.pairs), "sha256": sha256(options.pairs)}
+    show_result(answers_table(result), {**about, **result}, options.json)
 
 
 def harness(parser: argparse.ArgumentParser, argv: list[str]) -> None:

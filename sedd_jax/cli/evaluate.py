@@ -30,7 +30,7 @@ from sedd_jax.cli.arguments import (
     sampling_of,
     show_result,
 )
-from sedd_jax.cli.choices import choices, harness
+from sedd_jax.cli.choices import answers, choices, harness
 
 log = logging.getLogger(__name__)
 
@@ -282,6 +282,7 @@ EVALUATIONS = {
     "pareto": _pareto,
     "information": information.run,
     "choices": choices,
+    "answers": answers,
     "harness": harness,
 }
 

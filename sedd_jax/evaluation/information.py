@@ -17,6 +17,8 @@ from sedd_jax.diffusion import information
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.likelihood import check_passes
 from sedd_jax.diffusion.scores import NotFiniteError
+from sedd_jax.evaluation.statistics import mean_and_error, ratio_and_error
+from sedd_jax.evaluation.tables import with_error
 from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
 from sedd_jax.models.head import make_score_fn
@@ -113,17 +115,17 @@ def _counts(blocks: Blocks) -> np.ndarray:
     return blocks.is_token.sum(axis=1)
 
 
-def _with_errors(nats: np.ndarray, counts: np.ndarray) -> dict[str, float]:
+def _with_errors(nats: np.ndarray, counts: np.ndarray) -> dict[str, float | None]:
     """The mean of nats [N] over texts and over their tokens, with standard errors over texts."""
-    texts, mean, rate = len(nats), nats.mean(), nats.sum() / counts.sum()
-    scale = math.sqrt(texts / (texts - 1)) if texts > 1 else math.nan
+    (per_text, text_error), (per_token, token_error) = (
+        mean_and_error(nats),
+        ratio_and_error(nats, counts),
+    )
     return {
-        "nats_per_text": float(mean),
-        "nats_per_text_standard_error": scale * float(nats.std()) / math.sqrt(texts),
-        "nats_per_token": float(rate),
-        "nats_per_token_standard_error": (
-            scale * float(np.sqrt(np.sum((nats - rate * counts) ** 2))) / float(counts.sum())
-        ),
+        "nats_per_text": per_text,
+        "nats_per_text_standard_error": text_error,
+        "nats_per_token": per_token,
+        "nats_per_token_standard_error": token_error,
     }
 
 
@@ -205,7 +207,7 @@ def describe(result: dict[str, Any]) -> str:
         if key not in result:
             continue
         cells = [
-            f"{result[key][unit]:.4f} +- {result[key][f'{unit}_standard_error']:.4f}"
+            with_error(result[key][unit], result[key][f"{unit}_standard_error"], 4)
             for unit in ("nats_per_token", "nats_per_text")
         ]
         lines.append(f"{name.format_map(result):38}{cells[0]:>20}{cells[1]:>20}")

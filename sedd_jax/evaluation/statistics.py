@@ -23,6 +23,13 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
     return float(values.mean()), error
 
 
+def ratio_and_error(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float | None]:
+    """sum(sums) / sum(counts), of texts [N], and its standard error over texts to first order."""
+    sums, counts = np.asarray(sums, np.float64), np.asarray(counts, np.float64)
+    ratio = float(sums.sum() / counts.sum())
+    return ratio, mean_and_error((sums - ratio * counts) / counts.mean())[1]
+
+
 def text_perplexity(nats: np.ndarray) -> dict[str, float | None]:
     """Perplexity of texts under another model, from its nats [N, L - 1], NaN beyond a text's end.
 
@@ -40,8 +47,7 @@ def text_perplexity(nats: np.ndarray) -> dict[str, float | None]:
     nats = nats[~np.isnan(nats).all(axis=1)]
     mean, error = mean_and_error(np.exp(np.nanmean(nats, axis=1)))
     totals, counts = np.nansum(nats, axis=1), (~np.isnan(nats)).sum(axis=1)
-    nats_per_token = totals.sum() / counts.sum()
-    _, ratio_error = mean_and_error((totals - nats_per_token * counts) / counts.mean())
+    nats_per_token, ratio_error = ratio_and_error(totals, counts)
     token_mean = float(np.exp(nats_per_token))
     return {
         "mean_of_exp": mean,

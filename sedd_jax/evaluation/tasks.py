@@ -60,7 +60,7 @@ def read_questions(name: str, delimiter: str = DELIMITER) -> tuple[list[Question
     refuse_pointer_file(file)
     labels = _labels(file, task) if task is not None and task.labels else None
     questions = []
-    for number, (line, row) in enumerate(_rows(file)):
+    for number, (line, row) in enumerate(read_rows(file)):
         where = f"{file}:{line}"
         if labels is not None:
             if number >= len(labels):
@@ -97,7 +97,7 @@ def _file_of(kind: str, task: Task, path: Path) -> Path:
     return files[0]
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Row]]:
+def read_rows(file: Path) -> Iterator[tuple[int, Row]]:
     """(number, object) of lines of JSON, blank ones left out, or of a .parquet file's rows."""
     if file.suffix == ".parquet":
         yield from enumerate(_table(file), start=1)
@@ -143,14 +143,19 @@ def _checked(
         raise ValueError(f"prompt must be a text, or a list of {len(choices)}, one for each choice")
     for kind, texts in (("prompt", prompts), ("choice", choices)):
         for text in texts:
-            if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
-                raise ValueError(f"{kind} {shown(repr(text))} is not a text")
+            check_text(kind, text)
     if not all(choices):
         raise ValueError(f"choice {choices.index('')} is empty")
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
         raise ValueError(f"label {label!r} is not a whole number from 0 to {len(choices) - 1}")
     texts = [delimiter + choice for choice in choices]
     return Question(tuple(prompts), tuple(texts), tuple(choices), label, where)
+
+
+def check_text(kind: str, text: Any) -> None:
+    """ValueError, which calls it `kind`, for what is no text."""
+    if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{kind} {shown(repr(text))} is not a text")
 
 
 # --- one's own lines
