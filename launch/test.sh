@@ -5,4 +5,4 @@ source "$(dirname "$0")/environment.sh"
 install test
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-"$VENV/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" "$@"
+"$VENV/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadgroup "$@"

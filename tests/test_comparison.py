@@ -33,6 +33,9 @@ KEYS = TINY | {
 }
 SCORING = Scoring(passes=2, blocks=None, num_samples=3, scorer=None)
 
+# One worker of pytest -n has all of them: they share a comparison that takes a minute.
+pytestmark = pytest.mark.xdist_group("comparison")
+
 
 def command(out, text, methods, **changes):
     keys = KEYS | {"data.path": text} | {key.replace("__", "."): v for key, v in changes.items()}
