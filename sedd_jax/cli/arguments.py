@@ -157,8 +157,15 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
 
 
-def output_file(text: str) -> Path:
-    """An argparse type, a file to write, new or old: what prevents that is seen before the work."""
+def output_file(text: str) -> Path | None:
+    """An argparse type, a file to write, new or old: what prevents that is seen before the work.
+
+    None, as if the flag were not there, on all processes but the first, which writes alone.
+    """
+    from sedd_jax.parallel import processes
+
+    if not processes.is_first():
+        return None
     file = path(text)
     folder = file.absolute().parent
     if file.is_dir():
@@ -170,11 +177,12 @@ def output_file(text: str) -> Path:
     return file
 
 
-def new_file(text: str) -> Path:
+def new_file(text: str) -> Path | None:
     """An argparse type, an output_file that is not there yet."""
-    if path(text).exists():
+    file = output_file(text)
+    if file is not None and file.exists():
         raise argparse.ArgumentTypeError(f"{text!r} exists already; move it or give a new path")
-    return output_file(text)
+    return file
 
 
 def check_run(source: Path, remedy: str) -> None:

@@ -17,11 +17,16 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line
 
 
 def say(name: str, error: Exception, status: int) -> int:
-    message = str(error)
+    print(f"{name}: error: {message_of(error)}", file=sys.stderr)
+    return status
+
+
+def message_of(error: Exception) -> str:
+    """What an error says, as one line."""
+    message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # with a suffix of ours
         message = f"{shown(str(error.filename))!r} is too long for a path; give a shorter one"
-    print(f"{name}: error: {visible(' '.join(message.split()))}", file=sys.stderr)
-    return status
+    return visible(" ".join(message.split()))
 
 
 def visible(text: str) -> str:

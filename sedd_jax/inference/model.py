@@ -386,7 +386,7 @@ class SEDD:
         model = convert.Pretrained(
             config=self.experiment,
             vocab_size=self.graph.vocab_size,
-            params=jax.device_get(self.params),
+            params=processes.fetch(self.params),
             tokenizer=self.tokenizer,
             step=self.step,
             original=self.original,
