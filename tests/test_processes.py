@@ -39,35 +39,40 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-class Group:
-    """sedd-train as `count` processes of `devices` devices each."""
+class Processes:
+    """`python COMMAND ...` as `count` processes of `devices` devices each.
 
-    def __init__(self, workdir, count=2, devices=4, flags=(), each=lambda index: (), **changes):
+    Every process gets the flags of a cluster; logs are in `name`.0.log and so on.
+    """
+
+    def __init__(
+        self, name, command, count=2, devices=4, each=lambda index: (), cwd=lambda i: None
+    ):
         self.address = f"127.0.0.1:{port()}"
-        self.workdir = workdir
         environment = {
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(REPOSITORY),
         }
-        self.logs = [workdir.with_name(f"{workdir.name}.{i}.log") for i in range(count)]
+        self.logs = [name.with_name(f"{name.name}.{i}.log") for i in range(count)]
         self.members = []
         for index in range(count):
             arguments = [
-                *command_line(workdir, **{**CHANGES, **changes}),
+                *command,
                 f"--coordinator={self.address}",
                 f"--process_count={count}",
                 f"--process_index={index}",
                 "--heartbeat=10",
-                *flags,
                 *each(index),
             ]
             with self.logs[index].open("w") as out:
                 self.members.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "sedd_jax", "train", *map(str, arguments)],
+                        [sys.executable, *map(str, arguments)],
                         env=environment,
                         stdout=out,
                         stderr=out,
+                        cwd=cwd(index),
                     )
                 )
 
@@ -95,6 +100,16 @@ class Group:
     def finish(self, seconds=240):
         """The exit statuses."""
         return [member.wait(timeout=seconds) for member in self.members]
+
+
+class Group(Processes):
+    """sedd-train."""
+
+    def __init__(self, workdir, count=2, devices=4, flags=(), each=lambda index: (), **changes):
+        self.workdir = workdir
+        arguments = command_line(workdir, **{**CHANGES, **changes})
+        command = ["-m", "sedd_jax", "train", *arguments, *flags]
+        super().__init__(workdir, command, count, devices, each)
 
 
 def run(workdir, **options):

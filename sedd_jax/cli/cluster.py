@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sedd_jax.cli.arguments import make_parser, named_tokenizer
-from sedd_jax.cli.messages import message_of
+from sedd_jax.cli.messages import libraries_on_stderr, message_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -82,15 +82,17 @@ def together(
     from sedd_jax.parallel import processes
     from sedd_jax.parallel.ending import SharedEnd
 
-    processes.join(cluster)
-    if processes.is_alone():
-        return action() or 0
-    host = (cluster.coordinator or "").rpartition(":")[0].strip("[]")
     with contextlib.ExitStack() as stack:
+        out = stack.enter_context(libraries_on_stderr())
+        processes.join(cluster)
+        if processes.is_alone():
+            stack.close()
+            return action() or 0
         if not processes.is_first():
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            out = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             logging.getLogger("sedd_jax").setLevel(logging.WARNING)
+        stack.enter_context(contextlib.redirect_stdout(out))
+        host = (cluster.coordinator or "").rpartition(":")[0].strip("[]")
         end = stack.enter_context(SharedEnd(name, host, with_signals=with_signals))
         try:
             return action() or 0

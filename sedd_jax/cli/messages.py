@@ -9,6 +9,7 @@ import re
 import select
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from sedd_jax.files import shown
 
@@ -47,6 +48,23 @@ def discard_output() -> None:
         print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def libraries_on_stderr() -> Iterator[TextIO | None]:
+    """Within it, what libraries print, as gloo and NCCL do, goes to standard error; yields standard
+    output, None where it is closed."""
+    if sys.stdout is None:
+        yield None
+        return
+    sys.stdout.flush()
+    how = {"encoding": sys.stdout.encoding, "errors": "backslashreplace"}
+    with open(os.dup(1), "w", **how) as out:
+        os.dup2(2, 1)
+        try:
+            yield out
+        finally:
+            os.dup2(out.fileno(), 1)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ closes at once when a process dies, and which carries the line that says why one
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import selectors
@@ -22,6 +23,8 @@ import jax
 from tqdm.auto import tqdm
 
 from sedd_jax.parallel import processes
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 5.0  # seconds for a process to connect, and for the others to end
 DELAY = 0.5  # seconds in which the end of another process, if that caused an error, is heard of
@@ -46,7 +49,7 @@ class SharedEnd:
         self._hosts = [host] if host else []
         self._peers: dict[socket.socket, int] = {}  # the links, process 0's to all others
         self._unread: dict[socket.socket, bytes] = {}
-        self._leaving: set[int] = set()
+        self._leaving: set[int] = set()  # who said why it ends
         self._selector = selectors.DefaultSelector()
         self._before: dict[int, Any] = {}
         self._error: Message = {}
@@ -109,10 +112,11 @@ class SharedEnd:
                 self._accept(server, token, faults.count("") - 1)
             for index, fault in enumerate(faults):
                 if fault:
-                    print(
-                        f"process {index} cannot reach process 0 at {fault}; if one of them dies, "
-                        "the other ends after --heartbeat seconds",
-                        file=sys.stderr,
+                    log.warning(
+                        "process %d cannot reach process 0 at %s; if one of them dies, the other "
+                        "ends after --heartbeat seconds",
+                        index,
+                        fault,
                     )
 
     def _accept(self, server: socket.socket, token: str, count: int) -> None:
@@ -168,9 +172,8 @@ class SharedEnd:
             data = b""
         *lines, self._unread[link] = (self._unread[link] + data).split(b"\n")
         for message in map(json.loads, lines):
-            if message == BYE:
-                self._leaving.add(index)
-            else:
+            self._leaving.add(index)
+            if message != BYE:
                 yield index, message
         if not data:
             self._selector.unregister(link)
@@ -185,20 +188,23 @@ class SharedEnd:
     def _end(self, source: int | None, message: Message) -> NoReturn:
         """Says why, passes it on and ends this process."""
         if source is None and message["status"] < 128:
-            cause = next((event for event in self._within(DELAY) if event[0] is not None), None)
-            source, message = cause or (source, message)
+            for index, heard in self._within(DELAY):
+                if index is not None and not heard["text"].endswith(message["text"]):
+                    source, message = index, heard
+                    break
         told = f"process {jax.process_index()}: " if source is None else ""
         if source is None or processes.is_first():
             self._tell({**message, "text": told + message["text"], "details": ""}, but=source)
-        print(end=message.get("details", ""), file=sys.stderr)
-        tqdm.write(f"{self.name}: error: {message['text']}", file=sys.stderr)
-        if processes.is_first():  # jax aborts the others when it is gone: let them say their line
-            for _ in self._within(PATIENCE):
-                pass
-        with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(message["status"])
+        with tqdm.external_write_mode(file=sys.stderr):  # no progress bar comes back
+            try:
+                print(end=message.get("details", ""), file=sys.stderr)
+                print(f"{self.name}: error: {message['text']}", file=sys.stderr, flush=True)
+                if processes.is_first():  # jax aborts the others when it is gone: they go first
+                    for _ in self._within(PATIENCE):
+                        pass
+                sys.stdout.flush()
+            finally:
+                os._exit(message["status"])
 
     def _within(self, seconds: float) -> Iterator[Event]:
         """The events of the next seconds, while there are links."""
