@@ -1,10 +1,9 @@
 """sedd-eval, sedd-sample and load on several processes: one result, and one end.
 
 The processes are real, on this machine, with simulated CPU devices. Run as a program, this file is
-what they run: `python test_processes_scoring.py measure RUN SCORER OUT --coordinator=...` and so on.
+what they run: `python test_processes_scoring.py measure RUN SCORER OUT --coordinator=...`.
 """
 
-import functools
 import json
 import signal
 import sys
@@ -24,12 +23,11 @@ def measured(model, scorer, records):
     from sedd_jax.evaluation.likelihood import evaluate_split
 
     split = evaluate_split(model, records, "validation", blocks=5, passes=2, batch_size=3)
-    tokens = model.sample_tokens(3, steps=2, seed=1)
-    perplexity = generative_perplexity(model, scorer, num_samples=3, batch_size=2, steps=2)
+    tokens = model.sample_tokens(4, steps=2, seed=1)
+    perplexity = generative_perplexity(model, scorer, num_samples=4, batch_size=4, steps=2)
     del perplexity["seconds_a_sample"]
     return {
         "likelihood": {key: split[key] for key in ("nats_per_token", "curve", "passes")},
-        "texts": model.log_likelihood(["a", "some more"], passes=2).total.tolist(),
         "samples": tokens.tolist(),
         "perplexity": perplexity,
         "gpt2": scorer.nats(tokens % 64).tolist(),
@@ -50,8 +48,8 @@ def measure(argv):
     run, scorer, out = argv
     result = measured(load(run, mesh=_mesh()), load_scorer(scorer), run_records(Path(run))[0])
     index = jax.process_index()
-    alone = load(run)  # each process has another one of its own
-    result["alone"] = alone.sample_tokens(3, steps=2, seed=1 + index).tolist()
+    alone = load(run)  # each process may have one of its own, and results of its own
+    result["alone"] = [*processes.fetch(alone.put(np.arange(3) + index)).tolist()]
     refused = []
     for action in (
         lambda: sharding.put_whole(np.full(jax.device_count(), index), _mesh()),
@@ -89,8 +87,7 @@ if __name__ == "__main__":
     sys.exit(run_joined("scoring", make_parser("scoring", ""), sys.argv[2:], action))
 
 
-from conftest import says  # noqa: E402 (pytest imports what is below, the program does not)
-from test_processes import Processes  # noqa: E402
+from test_processes import Processes  # pytest imports it, the program above does not
 
 
 def assert_close(one, other, where=""):
@@ -112,20 +109,17 @@ def assert_close(one, other, where=""):
 
 @pytest.fixture(scope="module")
 def of_one(tiny_run, scorer_folder):
-    """`measured` in this process, on one device."""
+    """`measured` in this process, on one device, as JSON holds it."""
     from sedd_jax import load
     from sedd_jax.cli.arguments import run_records
     from sedd_jax.evaluation.scorer import load_scorer
 
-    model = load(tiny_run)
-    result = measured(model, load_scorer(str(scorer_folder)), run_records(tiny_run)[0])
-    samples = [model.sample_tokens(3, steps=2, seed=1 + index).tolist() for index in range(4)]
-    return result, samples
+    scorer, records = load_scorer(str(scorer_folder)), run_records(tiny_run)[0]
+    return json.loads(json.dumps(measured(load(tiny_run), scorer, records)))
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=long)])
 def test_all_processes_have_the_numbers_of_one(tmp_path, tiny_run, scorer_folder, of_one, count):
-    expected, samples = of_one
     out = tmp_path / "out"
     command = [__file__, "measure", tiny_run, scorer_folder, out]
     with Processes(out, command, count=count, devices=1) as group:
@@ -134,7 +128,7 @@ def test_all_processes_have_the_numbers_of_one(tmp_path, tiny_run, scorer_folder
     assert statuses == [0] * count, said
     for index in range(count):
         result = json.loads(out.with_name(f"out.{index}.json").read_text())
-        assert result.pop("alone") == samples[index]
+        assert result.pop("alone") == [index, index + 1, index + 2]
         batch, nowhere, *mesh = result.pop("refused")
         assert "processes 0 and 1 disagree on the batch" in batch
         assert nowhere.startswith("no folder" if index == 1 else "process 1: no folder")
@@ -142,7 +136,7 @@ def test_all_processes_have_the_numbers_of_one(tmp_path, tiny_run, scorer_folder
         assert len(mesh) == (index < count - 1)
         for words in mesh:
             assert words.startswith(f"the mesh has devices of the processes {count - 1} of {count}")
-        assert_close(result, json.loads(json.dumps(expected)))
+        assert_close(result, of_one)
 
 
 def test_samples_come_from_process_0_alone_and_are_those_of_one(tmp_path, tiny_run, capfd):
@@ -227,14 +221,13 @@ def test_a_killed_evaluation_ends_the_other(tmp_path, tiny_run, victim):
 @long
 def test_processes_with_other_arguments_are_refused(tmp_path, tiny_run):
     command = ["-m", "sedd_jax", "sample", f"--workdir={tiny_run}"]
-    each = lambda index: [f"--seed={index}"]  # noqa: E731
-    with Processes(tmp_path / "out", command, devices=1, each=each) as group:
+    with Processes(
+        tmp_path / "out", command, devices=1, each=lambda index: [f"--seed={index}"]
+    ) as group:
         assert group.finish(seconds=60) == [2, 2]
         for index in range(2):
-            assert (
-                "processes 0 and 1 disagree on the command: argument 2 '--seed=0' and '--seed=1'"
-                in (group.said(index))
-            )
+            words = "disagree on the command: argument 2 '--seed=0' and '--seed=1'"
+            assert words in group.said(index)
 
 
 def test_the_flags_of_a_cluster_are_its_fields_with_their_defaults():
