@@ -30,7 +30,6 @@ def measured(model, scorer, records):
         "likelihood": {key: split[key] for key in ("nats_per_token", "curve", "passes")},
         "samples": tokens.tolist(),
         "perplexity": perplexity,
-        "gpt2": scorer.nats(tokens % 64).tolist(),
         "features": scorer.features(tokens % 64, batch_size=2).tolist(),
         "sha256": _model_sha256(model),
     }

@@ -179,10 +179,11 @@ def output_file(text: str) -> Path | None:
 
 def new_file(text: str) -> Path | None:
     """An argparse type, an output_file that is not there yet."""
-    file = output_file(text)
-    if file is not None and file.exists():
+    from sedd_jax.parallel import processes
+
+    if processes.is_first() and path(text).exists():
         raise argparse.ArgumentTypeError(f"{text!r} exists already; move it or give a new path")
-    return file
+    return output_file(text)
 
 
 def check_run(source: Path, remedy: str) -> None:

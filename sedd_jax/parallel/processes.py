@@ -278,7 +278,8 @@ def gather_text(text: str) -> list[str]:
     """Every process's text, in order. A collective: all processes must call it."""
     mine = text.encode("utf-8")
     sizes = multihost_utils.process_allgather(np.int32(len(mine)))
-    padded = np.zeros(max(1, int(sizes.max())), np.uint8)
+    # To a power of two: each length of array is compiled once.
+    padded = np.zeros(1 << max(0, int(sizes.max()) - 1).bit_length(), np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row[:size]).decode("utf-8") for row, size in zip(rows, sizes)]
@@ -364,7 +365,7 @@ def fetch(tree: Any) -> Any:
     """A tree of arrays as whole numpy arrays, on every process of those over several processes."""
 
     def whole(a):
-        if isinstance(a, jax.Array) and not a.is_fully_addressable:
+        if isinstance(a, jax.Array) and not (a.is_fully_addressable or a.is_fully_replicated):
             return multihost_utils.process_allgather(a, tiled=True)
         return np.asarray(a)
 
