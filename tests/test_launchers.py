@@ -541,7 +541,7 @@ TOLD = [line for line in DOCS.splitlines() if line.startswith("bash launch/")]
 
 @pytest.mark.parametrize("line", TOLD, ids=lambda line: " ".join(line.split()[1:3]))
 def test_the_documented_commands_pass_their_dry_run(line):
-    assert len(TOLD) == 9
+    assert len(TOLD) == 12
     command = ["bash", "-c", line.replace(" --", " --dry-run --", 1)]
     result = finished(command, env=environment(), cwd=LAUNCH.parent)
     assert result.returncode == 0 and result.stdout and not result.stderr

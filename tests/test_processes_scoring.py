@@ -217,6 +217,36 @@ def test_a_killed_evaluation_ends_the_other(tmp_path, tiny_run, victim):
         assert f"sedd-eval: error: process {victim} {GONE}" in group.said(1 - victim)
 
 
+def without_seconds(result):
+    rows = result if isinstance(result, list) else [result]
+    return [{k: v for k, v in row.items() if k != "seconds_a_sample"} for row in rows]
+
+
+@long
+@pytest.mark.parametrize("kind", ["frontier", "mauve"])
+def test_evaluations_of_samples_write_the_numbers_of_one(tmp_path, long_run, scorer_folder, kind):
+    from sedd_jax.cli import eval_command
+
+    flags = [f"--workdir={long_run}", f"--scorer={scorer_folder}", "--batch_size=4"]
+    flags += {
+        "frontier": ["--steps=1,2", "--num_samples=4"],
+        "mauve": ["--steps=1", "--references=20", "--repeats=2", "--buckets=2"],
+    }[kind]
+    assert eval_command([kind, *flags, f"--json={tmp_path}/one.json"]) == 0
+    command = ["-m", "sedd_jax", "eval", kind, *flags, f"--json={tmp_path}/two.json"]
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    with Processes(tmp_path / "out", command, devices=1) as group:
+        assert group.finish() == [0, 0], [group.said(0), group.said(1)]
+    results = [without_seconds(json.loads(file.read_text())) for file in (one, two)]
+    assert_close(*results)
+    if kind == "frontier":  # its second half is not made again
+        two.write_text(json.dumps(json.loads(two.read_text())[:1]))
+        with Processes(tmp_path / "again", command, devices=1) as group:
+            assert group.finish() == [0, 0], [group.said(0), group.said(1)]
+            assert "1 of 2 rows are there already" in group.said(0)
+        assert_close(without_seconds(json.loads(two.read_text())), results[0])
+
+
 @long
 def test_processes_with_other_arguments_are_refused(tmp_path, tiny_run):
     command = ["-m", "sedd_jax", "sample", f"--workdir={tiny_run}"]
