@@ -61,11 +61,14 @@ def run_joined(
     options, rest = flags_alone.parse_known_args(argv)
 
     def same_action() -> None:
+        import jax
+
         from sedd_jax import __version__
         from sedd_jax.parallel import processes
 
         command = {f"argument {i}": text for i, text in enumerate(rest, start=1)}
-        processes.check_same("command", {"sedd_jax": __version__, **command})
+        versions = {"sedd_jax": __version__, "jax": jax.__version__}
+        processes.check_same("command", {**versions, **command})
         action(rest)
 
     return together(name, cluster_of(vars(options)), same_action, with_signals=True)
@@ -95,7 +98,9 @@ def together(
         host = (cluster.coordinator or "").rpartition(":")[0].strip("[]")
         end = stack.enter_context(SharedEnd(name, host, with_signals=with_signals))
         try:
-            return action() or 0
+            status = action() or 0
+            processes.gather_text("")  # nobody leaves before process 0 has written
+            return status
         except (ValueError, OSError, flags.Error) as error:
             end.fail(message_of(error), status=2)
         except Exception as error:  # noqa: BLE001 (passed on to all processes)

@@ -37,9 +37,8 @@ Event = tuple[int | None, Message]  # the process that ends, None for this one, 
 class SharedEnd:
     """While entered, an error, a signal or the death of one process ends all, each with a line.
 
-    Entering, and leaving without an exception, are collectives: no process leaves before the last.
-    An error is ended with `fail`. A thread does the ending, for the main one may wait in a
-    collective.
+    Entering is a collective. A process that leaves without an exception ends nobody; an error is
+    ended with `fail`. A thread does the ending, for the main one may wait in a collective.
     """
 
     def __init__(self, name: str, host: str | None = None, *, with_signals: bool = False):
@@ -69,7 +68,6 @@ class SharedEnd:
 
     def __exit__(self, kind, *exception) -> None:
         if kind is None:
-            processes.gather_text("")
             self._tell(BYE)
         if self._before:
             signal.set_wakeup_fd(-1)
