@@ -42,7 +42,8 @@ def port() -> int:
 class Processes:
     """`python COMMAND ...` as `count` processes of `devices` devices each.
 
-    Every process gets the flags of a cluster; logs are in `name`.0.log and so on.
+    Every process gets the flags of a cluster. Standard error goes to `name`.0.log and so on,
+    standard output to `name`.0.out.
     """
 
     def __init__(
@@ -65,13 +66,13 @@ class Processes:
                 "--heartbeat=10",
                 *each(index),
             ]
-            with self.logs[index].open("w") as out:
+            with self.logs[index].open("w") as log, self.out(index).open("w") as out:
                 self.members.append(
                     subprocess.Popen(
                         [sys.executable, *map(str, arguments)],
                         env=environment,
                         stdout=out,
-                        stderr=out,
+                        stderr=log,
                         cwd=cwd(index),
                     )
                 )
@@ -84,8 +85,12 @@ class Processes:
             member.kill()
             member.wait()
 
+    def out(self, index: int):
+        """The file of what a process wrote to standard output."""
+        return self.logs[index].with_suffix(".out")
+
     def said(self, index: int) -> str:
-        """What a process wrote, without the lines of its transport."""
+        """What a process wrote to standard error, without the lines of its transport."""
         lines = self.logs[index].read_text(errors="replace").splitlines()
         return "\n".join(line for line in lines if "[Gloo]" not in line)
 
