@@ -1,9 +1,12 @@
 """The arguments that commands share, and what is checked of them before any work."""
 
 import argparse
+import atexit
 import importlib.util
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -157,16 +160,19 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
 
 
-def output_file(text: str) -> Path | None:
+def output_file(text: str) -> Path:
     """An argparse type, a file to write, new or old: what prevents that is seen before the work.
 
-    None, as if the flag were not there, on all processes but the first, which writes alone.
+    All of several processes do the same, so the others than the first write to a file of that name
+    that is thrown away.
     """
     from sedd_jax.parallel import processes
 
-    if not processes.is_first():
-        return None
     file = path(text)
+    if not processes.is_first():
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder, file.name)
     folder = file.absolute().parent
     if file.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
@@ -177,7 +183,7 @@ def output_file(text: str) -> Path | None:
     return file
 
 
-def new_file(text: str) -> Path | None:
+def new_file(text: str) -> Path:
     """An argparse type, an output_file that is not there yet."""
     from sedd_jax.parallel import processes
 

@@ -109,14 +109,15 @@ def together(
 
 def load_model(options: argparse.Namespace, source: str | Path | None = None) -> "SEDD":
     """The model of --workdir, or of source, with --step and --tokenizer, over all processes."""
+    source = options.workdir if source is None else source
+    return load_over_all(source, step=options.step, tokenizer=named_tokenizer(options))
+
+
+def load_over_all(source: str | Path, **options: Any) -> "SEDD":
+    """inference.pretrained.load, over all processes."""
     from sedd_jax.inference.pretrained import load
 
-    return load(
-        options.workdir if source is None else source,
-        step=options.step,
-        tokenizer=named_tokenizer(options),
-        mesh=_mesh(),
-    )
+    return load(source, mesh=_mesh(), **options)
 
 
 def load_scorer(name: str, dtype: str = "float32") -> "Scorer":

@@ -234,7 +234,7 @@ def load_scorer(name: str, *, dtype: str = "float32", mesh: Mesh | None = None) 
     is_shared = mesh is not None and processes.is_shared(mesh)
     scorer = processes.on_all_processes(read) if is_shared else read()
     where = jax.tree.map(lambda _: sharding.whole(mesh), scorer.params)
-    return dataclasses.replace(scorer, params=sharding.place("scorer", scorer.params, where))
+    return dataclasses.replace(scorer, params=sharding.put_tree("scorer", scorer.params, where))
 
 
 def _locate(name: str) -> tuple[str, Path]:

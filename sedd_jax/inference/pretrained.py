@@ -69,7 +69,7 @@ def load(
     if is_shared:
         processes.check_same("model", _facts(model))
     where = sharding.tree_shardings(model.params, mesh)
-    params = sharding.place("weights", model.params, where)
+    params = sharding.put_tree("weights", model.params, where)
     model = _assemble(model._replace(params=params), dtype, mesh)
     return dataclasses.replace(model, workdir=workdir)
 

@@ -190,9 +190,9 @@ class SharedEnd:
                 if index is not None and not heard["text"].endswith(message["text"]):
                     source, message = index, heard
                     break
-        told = f"process {jax.process_index()}: " if source is None else ""
+        prefix = f"process {jax.process_index()}: " if source is None else ""
         if source is None or processes.is_first():
-            self._tell({**message, "text": told + message["text"], "details": ""}, but=source)
+            self._tell({**message, "text": prefix + message["text"], "details": ""}, but=source)
         with tqdm.external_write_mode(file=sys.stderr):  # no progress bar comes back
             try:
                 print(end=message.get("details", ""), file=sys.stderr)

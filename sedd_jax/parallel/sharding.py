@@ -135,10 +135,10 @@ def batch_parts(mesh: Mesh) -> int:
 def put_whole(batch: Any, mesh: Mesh) -> Any:
     """A global batch, a tree of numpy arrays that every process holds, as arrays over the mesh."""
     rows = NamedSharding(mesh, BATCH)
-    return place("batch", batch, jax.tree.map(lambda _: rows, batch))
+    return put_tree("batch", batch, jax.tree.map(lambda _: rows, batch))
 
 
-def place(what: str, tree: Any, shardings: Any) -> Any:
+def put_tree(what: str, tree: Any, shardings: Any) -> Any:
     """A tree of numpy arrays that every process of the shardings holds, as jax arrays.
 
     ValueError on all of several processes, where `what` names the tree, if they hold different
