@@ -196,15 +196,16 @@ def test_the_end_of_one_process_ends_all_with_a_line(tmp_path, what):
             (tmp_path / "error").touch()
         else:
             group.members[victim].send_signal(SIGNALS[what])
-        assert group.finish(seconds=20) == statuses, [group.said(0), group.said(1)]
+        ended = group.finish(seconds=20)
         assert time.monotonic() - began < 8  # not the heartbeat of 10 s
+        if victim == 0 and ended == [-signal.SIGKILL, -signal.SIGABRT]:
+            return  # jax has heard of it first, and says so in lines of its own
+        assert ended == statuses, [group.said(0), group.said(1)]
         for index, line in enumerate(lines):
-            said = group.said(index).splitlines()
-            if line == f"process 0 {GONE}":  # jax may abort meanwhile, with lines of its own
-                assert any(one.startswith(f"scoring: error: {line}") for one in said), said
-            else:
-                expected = [f"scoring: error: {line}"] if line else []
-                assert [one[: len(expected[0])] for one in said[1:]] == expected, said
+            said = group.said(index).partition("waiting\n")[2]
+            assert (f"scoring: error: {line}" in said) if line else not said, said
+            if what != "process 0 killed":  # jax may be in the middle of its lines
+                assert len(said.splitlines()) == bool(line), said
 
 
 @long
