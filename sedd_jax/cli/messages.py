@@ -54,8 +54,8 @@ def discard_output() -> None:
 def libraries_on_stderr() -> Iterator[TextIO | None]:
     """Within it, what libraries print, as gloo and NCCL do, goes to standard error; yields standard
     output, None where it is closed."""
-    if sys.stdout is None:
-        yield None
+    if sys.stdout is None or sys.stderr is None:
+        yield sys.stdout
         return
     sys.stdout.flush()
     how = {"encoding": sys.stdout.encoding, "errors": "backslashreplace"}

@@ -53,7 +53,7 @@ def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     sampling = model.chosen(**named)
     chosen = {key: getattr(sampling, key) for key in OPTIONS} | named
     is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
-    is_watched = processes.on_first_process(lambda: bool(options.html or is_live))
+    is_watched = options.html or processes.on_first_process(lambda: bool(is_live))
     how = {
         "updates": 64 if is_watched else 20,
         "batch_size": options.batch_size,
