@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # A run on a Cloud TPU slice, from your own machine with gcloud.
-# usage: bash launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [flags] [--dry-run] [-- sedd-train's arguments]
+# usage: bash launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [flags] [--dry-run] [-- [train] ARGUMENTS]
 #   create   ask for the slice: --type=v4-64, v5litepod-64, v5p-64 or v6e-64; [--spot] [--queued] [--runtime=VERSION]
 #   install  copy the commit that is checked out here to every worker and install it there
 #   run      start sedd-train on every worker, supervised, in the background; --workdir must be on a
-#            mount that all workers share (Filestore or gcsfuse): gs:// is refused
+#            mount that all workers share (Filestore or gcsfuse): gs:// is refused. After -- also
+#            eval or sample and its arguments, which runs once; worker 0's log has what it prints
 #   status, logs, stop (TERM, wait for the checkpoint), delete
 #   watch    create, install and run; again when the slice is preempted; until the run has ended
 # --project=PROJECT of gcloud; --mount=COMMAND runs on every worker at install, to mount the shared folder;
@@ -35,11 +36,20 @@ while (($#)) && [[ $1 != -- ]]; do
     --spot) spot=1 ;;
     --queued) queued=1 ;;
     --dry-run) dry=1 ;;
-    *) refuse "unknown flag '$1'; see the head of launch/tpu_pod.sh, and write sedd-train's arguments after --" ;;
+    *) refuse "unknown flag '$1'; see the head of launch/tpu_pod.sh, and write the command and its arguments after --" ;;
   esac
   shift
 done
 if [[ ${1-} == -- ]]; then shift; fi
+command=train
+if [[ ${1-} && $1 != -* ]]; then
+  command=$1
+  shift
+fi
+case $command in
+  train | eval | sample) ;;
+  *) refuse "unknown command '$command' after --; known for several processes: train, eval, sample" ;;
+esac
 arguments=("$@")
 [[ $name ]] || refuse "--name is missing; write --name=my-slice"
 [[ $zone ]] || refuse "--zone is missing; write --zone=us-central2-b"
@@ -57,7 +67,7 @@ case $action in run | watch)
   for argument in ${arguments[@]+"${arguments[@]}"}; do
     [[ $argument == --workdir=* ]] && workdir=${argument#*=}
   done
-  [[ $workdir == /* ]] ||
+  [[ $workdir == /* || ($command != train && ! $workdir) ]] ||
     refuse "--workdir '$workdir' is not an absolute path; give a folder on a mount that all workers share" ;;
 esac
 
@@ -107,12 +117,13 @@ install() {
   on all "$commands"
 }
 run() {
-  local quoted
-  quoted=$(printf ' %q' .venv/bin/sedd-train --join_timeout=300 "${arguments[@]}")
+  local quoted once=''
+  quoted=$(printf ' %q' ".venv/bin/sedd-$command" "${arguments[@]}" --join_timeout=300)
+  [[ $command == train ]] || once=' --once'
   # Every worker restarts its own process and must find the others: waits of at most 30 s and a
   # heartbeat of 100 s end within the 300 s in which the first to be back waits for the last. One that
   # is back before the others have noticed fails a few times more, hence 20 attempts.
-  on all "cd ~/sedd_jax && . launch/flags/tpu.sh && SUPERVISE_ATTEMPTS=20 SUPERVISE_BACKOFF_MAX=30 bash launch/worker.sh start ~/sedd_run --$quoted"
+  on all "cd ~/sedd_jax && . launch/flags/tpu.sh && SUPERVISE_ATTEMPTS=20 SUPERVISE_BACKOFF_MAX=30 bash launch/worker.sh start ~/sedd_run$once --$quoted"
 }
 state() { # READY, PREEMPTED, ..., ABSENT
   local found

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A supervised run in the background of one machine, which a dropped connection does not end.
-# usage: bash launch/worker.sh start|status|stop|log FOLDER [-- sedd-train ...]
+# usage: bash launch/worker.sh start|status|stop|log FOLDER [--once] [-- sedd-train ...]
+# --once: without the supervisor, which starts sedd-train again.
 # FOLDER, on the machine's own disk, holds log, pid and, at the end, status.
 set -uo pipefail
 refuse() {
@@ -18,7 +19,10 @@ runs() { [[ -f $folder/pid && ! -f $folder/status ]] && kill -0 "$(<"$folder/pid
 case $action in
   start)
     shift 2
+    once=''
+    if [[ ${1-} == --once ]]; then once=1 && shift; fi
     [[ ${1-} == -- && $# -gt 1 ]] || refuse "'${1-}' is not -- and a command"
+    if [[ $once ]]; then shift; else set -- bash launch/supervise.sh "$@"; fi
     cd "$root" || exit 1
     runs && refuse "a run is going on in $folder (process $(<"$folder/pid")); stop it first"
     mkdir -p "$folder" && rm -f "$folder/status" || exit 1
@@ -26,7 +30,7 @@ case $action in
     setsid nohup bash -c 'folder=$1; shift
       trap "kill -TERM \$child" TERM
       source launch/await.sh
-      bash launch/supervise.sh "$@" & child=$!
+      "$@" & child=$!
       await $child
       echo $status > "$folder/status"' worker "$(cd "$folder" && pwd)" "$@" \
       >>"$folder/log" 2>&1 </dev/null &

@@ -217,6 +217,19 @@ TPU = ("--name=n", "--zone=z")
         ("slurm.sh", ["--nodes=2", "--", "--workdir=x"], {}, "--gpus-per-node '' does not end"),
         ("slurm.sh", ["--nodes=2", "--gpus-per-node=8"], {}, "write -- --config"),
         ("slurm.sh", ["-N2"], {}, "'-N2' is not one of sbatch's --flag=value"),
+        (
+            "slurm.sh",
+            ["--nodes=2", "--gpus-per-node=8", "--", "report", "--workdir=x"],
+            {},
+            "unknown command 'report'; known for several processes: train, eval, sample",
+        ),
+        ("tpu_pod.sh", ["run", *TPU, "--", "boil"], {}, "unknown command 'boil' after --; known"),
+        (
+            "tpu_pod.sh",
+            ["run", *TPU, "--", "eval", "likelihood", "--workdir=r"],
+            {},
+            "--workdir 'r' is not an absolute",
+        ),
         ("tpu_pod.sh", ["boil"], {}, "unknown command 'boil'; known: create, install, run"),
         ("tpu_pod.sh", ["create", "--zone=z", "--type=v4-64"], {}, "--name is missing"),
         ("tpu_pod.sh", ["create", "--name=n", "--type=v4-64"], {}, "--zone is missing"),
@@ -299,6 +312,30 @@ def test_slurms_dry_run_prints_both_commands():
     )
 
 
+SCORED = ["eval", "likelihood", "--workdir=/w/r", "--json=/w/r.json"]
+
+
+def test_slurms_dry_run_of_an_evaluation_prints_one_step_that_is_not_supervised():
+    result = bash("slurm.sh", "--dry-run", *SLURM[:4], *SCORED)
+    assert result.returncode == 0, result.stderr
+    submit, step = result.stdout.splitlines()
+    assert " --no-requeue " in submit and submit.strip().endswith(
+        "launch/slurm.sh eval likelihood --workdir=/w/r --json=/w/r.json"
+    )
+    assert step.strip() == (
+        "srun --kill-on-bad-exit=1 .venv/bin/sedd-eval likelihood --workdir=/w/r --json=/w/r.json"
+    )
+
+
+def test_train_may_be_named():
+    named, unnamed = (
+        bash("slurm.sh", "--dry-run", *SLURM[:4], *word, *SLURM[4:]).stdout.splitlines()
+        for word in (["train"], [])
+    )
+    assert named[1] == unnamed[1] and "--no-requeue" not in named[0]
+    assert named[0] == unnamed[0].replace("slurm.sh ", "slurm.sh train ")
+
+
 def test_slurm_submits_what_the_dry_run_prints(tmp_path):
     stand_in(tmp_path / "bin", "sbatch")
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
@@ -309,7 +346,7 @@ def test_slurm_submits_what_the_dry_run_prints(tmp_path):
     ]
 
 
-def in_job(tmp_path, srun, state="RUNNING"):
+def in_job(tmp_path, srun, state="RUNNING", command=()):
     """The batch script as SLURM runs it: a copy elsewhere, with stand-ins for its commands."""
     folder = tmp_path / "bin"
     stand_in(folder, "srun", f'cd {tmp_path}; echo "$XLA_FLAGS" > flags\n{srun}')
@@ -319,7 +356,7 @@ def in_job(tmp_path, srun, state="RUNNING"):
     copy = shutil.copy(LAUNCH / "slurm.sh", tmp_path / "slurm_script")
     changes = {"SLURM_JOB_ID": "42", "SEDD_INSIDE": str(LAUNCH.parent), **QUICK}
     return subprocess.Popen(
-        ["bash", copy, "--config=c", f"--workdir={tmp_path}/run"],
+        ["bash", copy, *command, "--config=c", f"--workdir={tmp_path}/run"],
         env=environment(PATH=f"{folder}:{os.environ['PATH']}", **changes),
         cwd=tmp_path,
         stderr=subprocess.PIPE,
@@ -359,6 +396,23 @@ def test_a_step_that_ends_by_itself(tmp_path, status, starts, requeued):
     assert process.returncode == status
     assert len(calls(tmp_path / "bin", "srun.calls")) == starts
     assert len(calls(tmp_path / "bin", "scontrol.calls")) == requeued
+
+
+@pytest.mark.parametrize("status", [0, 1, 75])
+def test_an_evaluation_runs_once_to_the_end_of_the_time_and_is_not_requeued(tmp_path, status):
+    srun = f"touch ready; while [ ! -e end ]; do sleep 0.05; done; exit {status}"
+    process = in_job(tmp_path, srun, command=["eval", "likelihood"])
+    until((tmp_path / "ready").exists)
+    process.terminate()  # 120 s before the end
+    time.sleep(0.3)
+    assert process.poll() is None
+    (tmp_path / "end").touch()
+    log = process.communicate(timeout=20)[1]
+    assert process.returncode == status and "supervise" not in log
+    (call,) = calls(tmp_path / "bin", "srun.calls")
+    assert "/sedd-eval likelihood --config=c" in call and "requeue_status" not in call
+    assert calls(tmp_path / "bin", "scontrol.calls") == []
+    assert calls(tmp_path / "bin", "scancel.calls") == []
 
 
 # TPU slices
@@ -455,10 +509,28 @@ def test_a_workers_run_outlives_its_shell_and_is_stopped_with_a_status(tmp_path)
     assert calls(tmp_path, "got") == ["TERM"]
     (call,) = calls(home / "sedd_jax/.venv/bin", "sedd-train.calls")
     assert call == (
-        "--join_timeout=300 --config=c --workdir=/mnt/r --config.data.records=/mnt/a b "
+        "--config=c --workdir=/mnt/r --config.data.records=/mnt/a b --join_timeout=300 "
         "--requeue_status=75"
     )
     assert "supervise: starting" in worker("log")
+
+
+def test_a_worker_runs_an_evaluation_once(tmp_path):
+    """As above, of `run ... -- eval ...`: no supervisor, and the status is the command's."""
+    home = tmp_path / "home"
+    shutil.copytree(LAUNCH, home / "sedd_jax/launch")
+    (home / "sedd_jax/.venv").mkdir()
+    stand_in(home / "sedd_jax/.venv/bin", "sedd-eval", "echo a table; exit 1")
+    remote = dry("run", "--", "eval", "likelihood", "--gpt2=gpt2", "--records=/mnt/a b")[-1]
+    words = finished(["bash", "-c", f'printf "%s\\n" {remote}']).stdout.splitlines()
+    sent = next(word for word in words if word.startswith("--command="))[len("--command=") :]
+    folder, home_env = home / "sedd_run", environment(HOME=str(home))
+    assert "started" in finished(["bash", "-c", sent], env=home_env).stdout
+    until((folder / "status").exists)
+    assert (folder / "status").read_text() == "1\n"
+    (call,) = calls(home / "sedd_jax/.venv/bin", "sedd-eval.calls")
+    assert call == "likelihood --gpt2=gpt2 --records=/mnt/a b --join_timeout=300"
+    assert (folder / "log").read_text() == "a table\n"
 
 
 # What docs/clusters.md tells to type
@@ -469,7 +541,7 @@ TOLD = [line for line in DOCS.splitlines() if line.startswith("bash launch/")]
 
 @pytest.mark.parametrize("line", TOLD, ids=lambda line: " ".join(line.split()[1:3]))
 def test_the_documented_commands_pass_their_dry_run(line):
-    assert len(TOLD) == 9
+    assert len(TOLD) == 12
     command = ["bash", "-c", line.replace(" --", " --dry-run --", 1)]
     result = finished(command, env=environment(), cwd=LAUNCH.parent)
     assert result.returncode == 0 and result.stdout and not result.stderr

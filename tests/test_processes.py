@@ -39,35 +39,41 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-class Group:
-    """sedd-train as `count` processes of `devices` devices each."""
+class Processes:
+    """`python COMMAND ...` as `count` processes of `devices` devices each.
 
-    def __init__(self, workdir, count=2, devices=4, flags=(), each=lambda index: (), **changes):
+    Every process gets the flags of a cluster. Standard error goes to `name`.0.log and so on,
+    standard output to `name`.0.out.
+    """
+
+    def __init__(
+        self, name, command, count=2, devices=4, each=lambda index: (), cwd=lambda i: None
+    ):
         self.address = f"127.0.0.1:{port()}"
-        self.workdir = workdir
         environment = {
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(REPOSITORY),
         }
-        self.logs = [workdir.with_name(f"{workdir.name}.{i}.log") for i in range(count)]
+        self.logs = [name.with_name(f"{name.name}.{i}.log") for i in range(count)]
         self.members = []
         for index in range(count):
             arguments = [
-                *command_line(workdir, **{**CHANGES, **changes}),
+                *command,
                 f"--coordinator={self.address}",
                 f"--process_count={count}",
                 f"--process_index={index}",
                 "--heartbeat=10",
-                *flags,
                 *each(index),
             ]
-            with self.logs[index].open("w") as out:
+            with self.logs[index].open("w") as log, self.out(index).open("w") as out:
                 self.members.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "sedd_jax", "train", *map(str, arguments)],
+                        [sys.executable, *map(str, arguments)],
                         env=environment,
                         stdout=out,
-                        stderr=out,
+                        stderr=log,
+                        cwd=cwd(index),
                     )
                 )
 
@@ -79,8 +85,12 @@ class Group:
             member.kill()
             member.wait()
 
+    def out(self, index: int):
+        """The file of what a process wrote to standard output."""
+        return self.logs[index].with_suffix(".out")
+
     def said(self, index: int) -> str:
-        """What a process wrote, without the lines of its transport."""
+        """What a process wrote to standard error, without the lines of its transport."""
         lines = self.logs[index].read_text(errors="replace").splitlines()
         return "\n".join(line for line in lines if "[Gloo]" not in line)
 
@@ -95,6 +105,16 @@ class Group:
     def finish(self, seconds=240):
         """The exit statuses."""
         return [member.wait(timeout=seconds) for member in self.members]
+
+
+class Group(Processes):
+    """sedd-train."""
+
+    def __init__(self, workdir, count=2, devices=4, flags=(), each=lambda index: (), **changes):
+        self.workdir = workdir
+        arguments = command_line(workdir, **{**CHANGES, **changes})
+        command = ["-m", "sedd_jax", "train", *arguments, *flags]
+        super().__init__(workdir, command, count, devices, each)
 
 
 def run(workdir, **options):

@@ -1,10 +1,13 @@
 """The arguments that commands share, and what is checked of them before any work."""
 
 import argparse
+import atexit
 import importlib.util
 import json
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -160,8 +163,18 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def output_file(text: str) -> Path:
-    """An argparse type, a file to write, new or old: what prevents that is seen before the work."""
+    """An argparse type, a file to write, new or old: what prevents that is seen before the work.
+
+    All of several processes do the same, so the others than the first write to a file of that name
+    that is thrown away.
+    """
+    from sedd_jax.parallel import processes
+
     file = path(text)
+    if not processes.is_first():
+        folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder, file.name)
     folder = file.absolute().parent
     if file.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder; give a file")
@@ -174,7 +187,9 @@ def output_file(text: str) -> Path:
 
 def new_file(text: str) -> Path:
     """An argparse type, an output_file that is not there yet."""
-    if path(text).exists():
+    from sedd_jax.parallel import processes
+
+    if processes.is_first() and path(text).exists():
         raise argparse.ArgumentTypeError(f"{text!r} exists already; move it or give a new path")
     return output_file(text)
 

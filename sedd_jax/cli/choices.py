@@ -9,10 +9,10 @@ from sedd_jax.cli.arguments import (
     add_step,
     add_tokenizer,
     add_workdir,
-    named_tokenizer,
     path,
     show_result,
 )
+from sedd_jax.cli.cluster import load_model
 from sedd_jax.files import sha256
 
 
@@ -48,9 +48,8 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit={options.limit} is below 1; give a number of questions")
     from sedd_jax.evaluation.choices import choices_table, evaluate_choices
-    from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
+    model = load_model(options)
     names = ("passes", "batch_size", "seed", "target_standard_error")
     chosen = {name: getattr(options, name) for name in names}
     result = evaluate_choices(model, questions[: options.limit], progress=True, **chosen)
@@ -79,9 +78,8 @@ def answers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from sedd_jax.evaluation.answers import answers_table, evaluate_answers, read_answers
 
     pairs = read_answers(options.pairs)
-    from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
+    model = load_model(options)
     chosen = {name: getattr(options, name) for name in ("passes", "batch_size", "seed")}
     chosen["delimiter"] = options.delimiter
     result = evaluate_answers(model, pairs, progress=True, **chosen)
@@ -94,5 +92,10 @@ def harness(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f'{parser.prog} needs lm-evaluation-harness; pip install "sedd_jax[eval]"')
     from sedd_jax.evaluation.harness import run_command
+    from sedd_jax.parallel import processes
 
+    if not processes.is_alone():
+        raise ValueError(
+            f"{parser.prog} runs as one process; start it so, or score with sedd-eval choices"
+        )
     run_command(argv)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import logging
 import re
 from pathlib import Path
@@ -23,7 +24,6 @@ from sedd_jax.cli.arguments import (
     chosen_records,
     make_parser,
     name_or_path,
-    named_tokenizer,
     output_file,
     path,
     run_records,
@@ -31,23 +31,25 @@ from sedd_jax.cli.arguments import (
     show_result,
 )
 from sedd_jax.cli.choices import answers, choices, harness
+from sedd_jax.cli.cluster import load_model, load_scorer, run_joined
 
 log = logging.getLogger(__name__)
 
 
-def run(name: str, argv: list[str]) -> None:
+def run(name: str, argv: list[str]) -> int:
     if argv and argv[0] in EVALUATIONS:
         evaluate = EVALUATIONS[argv[0]]
-        evaluate(make_parser(f"{name} {argv[0]}", evaluate.__doc__), argv[1:])
-    elif {"-h", "--help"} & set(argv[:1]):
+        parser = make_parser(f"{name} {argv[0]}", evaluate.__doc__)
+        return run_joined(name, parser, argv[1:], functools.partial(evaluate, parser))
+    if {"-h", "--help"} & set(argv[:1]):
         print(f"usage: {name} {{{','.join(EVALUATIONS)}}} --workdir=DIR ...\n")
         for kind, evaluate in EVALUATIONS.items():
             print(f"  {kind:<23}{evaluate.__doc__}")
         print(f"\nexample: {name} likelihood --workdir=runs/quickstart --json=result.json")
         print(f"{name} likelihood --help lists its arguments")
-    else:
-        kind = argv[0] if argv else ""
-        raise ValueError(f"unknown evaluation {kind!r}; known: {', '.join(EVALUATIONS)}")
+        return 0
+    kind = argv[0] if argv else ""
+    raise ValueError(f"unknown evaluation {kind!r}; known: {', '.join(EVALUATIONS)}")
 
 
 def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -106,10 +108,11 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
             options.workdir, NEEDS_RECORDS if options.records is None else "leave --baselines out"
         )
     from sedd_jax.evaluation.likelihood import likelihood_table
+    from sedd_jax.parallel import processes
 
     result = _bound(options) if options.gpt2 is None else _gpt2(options)
     show_result(likelihood_table(result), result, options.json)
-    if result.get("curve") is not None:
+    if result.get("curve") is not None and processes.is_first():
         _save_curve(options.workdir, result)
 
 
@@ -127,9 +130,8 @@ def _save_curve(workdir: Path, result: dict[str, Any]) -> None:
 
 def _bound(options: argparse.Namespace) -> dict[str, Any]:
     from sedd_jax.evaluation.likelihood import evaluate_split
-    from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
+    model = load_model(options)
     records, split = chosen_records(options)
     train = None
     if options.baselines:
@@ -143,7 +145,6 @@ def _bound(options: argparse.Namespace) -> dict[str, Any]:
 
 def _gpt2(options: argparse.Namespace) -> dict[str, Any]:
     from sedd_jax.evaluation.likelihood import evaluate_gpt2
-    from sedd_jax.evaluation.scorer import load_scorer
 
     scorer = load_scorer(options.gpt2)
     chosen = {"blocks": options.blocks, "batch_size": options.batch_size}
@@ -225,12 +226,16 @@ def _frontier(
         check_matplotlib("--picture")
     _check_samples(options)
     from sedd_jax.evaluation import frontier, tables
+    from sedd_jax.parallel import processes
 
     rows = frontier.combinations(*lists)
-    finished = []
-    if options.json:
+
+    def finished_rows() -> list[frontier.Row]:
         with contextlib.suppress(ValueError) if replaces else contextlib.nullcontext():
-            finished = frontier.read_rows(options.json)
+            return frontier.read_rows(options.json) if options.json else []
+        return []
+
+    finished = processes.on_first_process(finished_rows)
     model, scorer = _model_and_scorer(options)
     results = frontier.frontier(
         model,
@@ -288,11 +293,7 @@ EVALUATIONS = {
 
 
 def _model_and_scorer(options: argparse.Namespace) -> tuple:
-    from sedd_jax.evaluation.scorer import load_scorer
-    from sedd_jax.inference.pretrained import load
-
-    model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
-    return model, load_scorer(options.scorer, dtype=options.scorer_dtype)
+    return load_model(options), load_scorer(options.scorer, options.scorer_dtype)
 
 
 def _add_references(parser: argparse.ArgumentParser) -> None:

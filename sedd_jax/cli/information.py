@@ -15,10 +15,10 @@ from sedd_jax.cli.arguments import (
     check_run,
     chosen_records,
     name_or_path,
-    named_tokenizer,
     sampling_of,
     show_result,
 )
+from sedd_jax.cli.cluster import load_model, load_over_all
 
 
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -42,10 +42,9 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     _check(options)
     from sedd_jax import data
     from sedd_jax.evaluation import information, likelihood
-    from sedd_jax.inference.pretrained import load
 
-    model = load(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
-    against = None if options.against is None else load(options.against)
+    model = load_model(options)
+    against = None if options.against is None else load_over_all(options.against)
     information.check(model, against, options.first, options.passes)
     how = {"batch_size": options.batch_size, "seed": options.seed, "progress": True}
     if options.num_samples is not None:

@@ -9,6 +9,7 @@ import re
 import select
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 from sedd_jax.files import shown
 
@@ -17,11 +18,16 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line
 
 
 def say(name: str, error: Exception, status: int) -> int:
-    message = str(error)
+    print(f"{name}: error: {message_of(error)}", file=sys.stderr)
+    return status
+
+
+def message_of(error: Exception) -> str:
+    """What an error says, as one line."""
+    message = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # with a suffix of ours
         message = f"{shown(str(error.filename))!r} is too long for a path; give a shorter one"
-    print(f"{name}: error: {visible(' '.join(message.split()))}", file=sys.stderr)
-    return status
+    return visible(" ".join(message.split()))
 
 
 def visible(text: str) -> str:
@@ -42,6 +48,23 @@ def discard_output() -> None:
         print(end="", flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def libraries_on_stderr() -> Iterator[TextIO | None]:
+    """Within it, what libraries print, as gloo and NCCL do, goes to standard error; yields standard
+    output, None where it is closed."""
+    if sys.stdout is None or sys.stderr is None:
+        yield sys.stdout
+        return
+    sys.stdout.flush()
+    how = {"encoding": sys.stdout.encoding, "errors": "backslashreplace"}
+    with open(os.dup(1), "w", **how) as out:
+        os.dup2(2, 1)
+        try:
+            yield out
+        finally:
+            os.dup2(out.fileno(), 1)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -15,28 +16,33 @@ from sedd_jax.cli.arguments import (
     add_tokenizer,
     make_parser,
     name_or_path,
-    named_tokenizer,
     new_file,
     path,
     sampling_of,
 )
+from sedd_jax.cli.cluster import load_model, run_joined
 from sedd_jax.cli.messages import visible
 from sedd_jax.files import replacing
 
 OPTIONS = ("steps", "predictor", "draw", "grid")  # that every sample says it was drawn with
 
 
-def run(name: str, argv: list[str]) -> None:
-    options = _parsed(name, argv)
+def run(name: str, argv: list[str]) -> int:
+    parser = make_parser(name, "Text from a trained model.")
+    return run_joined(name, parser, argv, functools.partial(_sample, parser))
+
+
+def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    options = _parsed(parser, argv)
     from sedd_jax import data
-    from sedd_jax.inference.pretrained import load
     from sedd_jax.inference.sampling import Sampling
     from sedd_jax.inference.trajectory import Animation
+    from sedd_jax.parallel import processes
 
     named = sampling_of(options, "steps")
     Sampling().replaced(**named)  # a wrong value is refused before a model is loaded
     source = options.workdir or options.model
-    model = load(source, step=options.step, tokenizer=named_tokenizer(options))
+    model = load_model(options, source)
     if options.explain:
         print(explained(model, named, options))
         return
@@ -47,8 +53,9 @@ def run(name: str, argv: list[str]) -> None:
     sampling = model.chosen(**named)
     chosen = {key: getattr(sampling, key) for key in OPTIONS} | named
     is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
+    is_watched = options.html or processes.on_first_process(lambda: bool(is_live))
     how = {
-        "updates": 64 if options.html or is_live else 20,
+        "updates": 64 if is_watched else 20,
         "batch_size": options.batch_size,
         "seed": options.seed,
         "progress": not is_live and sys.stderr.isatty(),
@@ -85,9 +92,8 @@ def run(name: str, argv: list[str]) -> None:
         Animation(seen, f"{Path(source).name}: {steps}").save(options.html)
 
 
-def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
+def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """The arguments; ValueError for what can be seen to be wrong before a model is loaded."""
-    parser = make_parser(name, "Text from a trained model.")
     add = parser.add_argument
     add("--workdir", type=path, help="the run's folder")
     add(

@@ -3,7 +3,6 @@
 import atexit
 import difflib
 import inspect
-import logging
 import os
 import runpy
 import sys
@@ -17,6 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from sedd_jax.cli.arguments import joined
+from sedd_jax.cli.cluster import CLUSTER, cluster_of, together
 from sedd_jax.cli.messages import say
 from sedd_jax.files import local_path
 
@@ -29,11 +29,8 @@ Compile for a machine without having it, and see what fits:
   --dry_run --target=v5e:4x4   or v4:4x4x4, v5p:4x8x8, v5e:16x16*2 (slices), a100:16, h100:8, cpu:8
   --vocab_size=N               where the tokenizer's is not known from its name
 
-On several machines, the same command on each; SLURM (in srun) and TPU pods are recognised:
-  --coordinator=HOST:PORT --process_count=N --process_index=I   elsewhere
-  --coordinator_bind=ADDRESS:PORT   where process 0 listens; default: on all its addresses
-  --join_timeout=60            seconds until a missing process is an error
-  --heartbeat=100              seconds until a dead process ends the others
+On several machines, the same command on each:
+{cluster}
 
 Exit status: 0 all steps are done; 2 a mistake to correct; 3 it cannot go on; else run it again.
   --requeue_status=75          the status when a signal stopped it, after a checkpoint; default 0"""
@@ -73,7 +70,6 @@ class _ConfigValue(flags.ArgumentParser):
 def parse_train(name: str, argv: list[str]) -> Request:
     """--config=FILE[:ARGUMENT], --config.key=value, --workdir=DIR and the flags of `USAGE`."""
     from sedd_jax import config as configuration
-    from sedd_jax.parallel.processes import Cluster
     from sedd_jax.runs.workdir import saved_config
 
     values = flags.FlagValues()
@@ -88,8 +84,8 @@ def parse_train(name: str, argv: list[str]) -> Request:
     for key, constraint in configuration.KEYS.items():
         parser = _ConfigValue(key, configuration.parse)
         define(f"config.{key}", parser, boolean=constraint.holds(True))
-    for flag, default in Cluster._field_defaults.items():
-        define(flag, flags.ArgumentParser() if "coordinator" in flag else _WholeNumber(), default)
+    for flag, (kind, _) in CLUSTER.items():
+        define(flag, flags.ArgumentParser() if kind is str else _WholeNumber())
     define("vocab_size", _WholeNumber())
     define("requeue_status", _WholeNumber(lower_bound=0, upper_bound=255), 0)
     flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
@@ -121,7 +117,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
     return Request(
         config=configuration.with_values(config, {k: values[f"config.{k}"].value for k in keys}),
         workdir=workdir,
-        cluster=Cluster(**{field: values[field].value for field in Cluster._fields}),
+        cluster=cluster_of({flag: values[flag].value for flag in CLUSTER}),
         requeue_status=values.requeue_status,
         target=values.target,
         vocab_size=values.vocab_size,
@@ -185,33 +181,19 @@ def _find_config(argument: str) -> str:
 
 def run(name: str, argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        print(f"usage: {USAGE}")
+        lines = (f"  {f'--{flag}':<28} {words}" for flag, (_, words) in CLUSTER.items())
+        print("usage:", USAGE.replace("{cluster}", "\n".join(lines)))
         return 0
     request = parse_train(name, argv)
     if request.target is not None:
         return _dry_run(name, request)
-    from sedd_jax.parallel import processes
-
-    processes.join(request.cluster)
-    try:
-        return _train_here(name, request)
-    except Exception as error:
-        if processes.is_alone() or isinstance(error, ValueError):  # which all processes raise
-            raise
-        # The others wait for this one in a collective: it must be gone for them to notice.
-        traceback.print_exc()
-        say(name, error, status=1)
-        sys.stderr.flush()
-        os._exit(1)
+    return together(name, request.cluster, lambda: _train_here(name, request))
 
 
 def _train_here(name: str, request: Request) -> int:
-    from sedd_jax.parallel import processes
     from sedd_jax.training.progress import TrainingStopped
     from sedd_jax.training.train import train
 
-    if not processes.is_first():  # one writes what all would
-        logging.getLogger("sedd_jax").setLevel(logging.WARNING)
     try:
         step = train(request.config, request.workdir)
     except TrainingStopped as error:

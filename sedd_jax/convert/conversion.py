@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
@@ -228,15 +227,15 @@ _OPEN = {
 
 
 def read_workdir(
-    source: Path | str, weights: str = "ema", *, mesh: Mesh | None = None, step: int | None = None
+    source: Path | str, weights: str = "ema", *, step: int | None = None
 ) -> Pretrained:
-    """The model of a training run: its moving average, or on one device its "raw" parameters.
+    """The model of a run: its moving average as numpy arrays, or its "raw" parameters.
 
     step: of the checkpoint with that average; None for the newest.
     """
     run = workdir.open_workdir(local_path(source))
     if weights == "ema":  # whose numbers sedd-report has written
-        (step, params), about = workdir.read_average(run, mesh, step), workdir.about(run)
+        (step, params), about = workdir.read_average(run, step), workdir.about(run)
     else:
         train_state, about = workdir.read_state(run), {"weights": weights}
         step, params = int(train_state.step), train_state.params

@@ -13,6 +13,7 @@ from sedd_jax.evaluation.tables import with_error
 from sedd_jax.evaluation.tasks import DELIMITER, check_text, read_rows
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import check_whole
+from sedd_jax.parallel import processes
 
 REMEDY = 'write {"prompt": "...", "answer": "..."} a line'
 
@@ -74,7 +75,8 @@ def evaluate_answers(
             raise ValueError(f"{where}: {error}; leave the line out") from error
     rows: list[dict[str, Any]] = []
     how = {"passes": passes, "batch_size": batch_size, "seed": seed}
-    with tqdm(total=len(pairs), desc="answers", unit="answer", disable=not progress) as bar:
+    hides = not (progress and processes.is_first())
+    with tqdm(total=len(pairs), desc="answers", unit="answer", disable=hides) as bar:
         for start in range(0, len(pairs), AT_ONCE * batch_size):
             part = pairs[start : start + AT_ONCE * batch_size]
             index = range(start, start + len(part))

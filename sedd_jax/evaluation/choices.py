@@ -19,6 +19,7 @@ from sedd_jax.evaluation.tables import aligned, column, with_error
 from sedd_jax.evaluation.tasks import Question
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import check_whole
+from sedd_jax.parallel import processes
 
 # What a choice's bound is divided by; lm-evaluation-harness's acc, acc_norm and acc_bytes.
 SIZES = {
@@ -123,7 +124,8 @@ def evaluate_choices(
         order = np.random.default_rng(seed).permutation(order)
     rows: dict[int, dict[str, Any]] = {}
     error = math.inf
-    with tqdm(total=len(order), desc="choices", unit="question", disable=not progress) as bar:
+    hides = not (progress and processes.is_first())
+    with tqdm(total=len(order), desc="choices", unit="question", disable=hides) as bar:
         for part in _parts(order, pairs, AT_ONCE * batch_size):
             flat = [pair for number in part for pair in pairs[number]]
             index = [number for number in part for _ in pairs[number]]

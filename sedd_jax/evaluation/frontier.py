@@ -21,6 +21,7 @@ from sedd_jax.evaluation.scorer import Scorer
 from sedd_jax.files import write_text
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
+from sedd_jax.parallel import processes
 from sedd_jax.parallel.sharding import path_name
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _params_sha256(params: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         digest.update(f"{path_name(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)))  # leaf by leaf: memory for one
+        digest.update(np.ascontiguousarray(processes.fetch(leaf)))  # leaf by leaf: memory for one
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sedd_jax import hub
 from sedd_jax.config import DTYPES
@@ -26,6 +27,7 @@ from sedd_jax.files import load_json, local_path
 from sedd_jax.inference.bounds import batches
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
+from sedd_jax.parallel import processes, sharding
 from sedd_jax.parallel.devices import check_platform
 
 # Short name -> owner/name@commit, so that a number has one meaning on every day.
@@ -91,6 +93,7 @@ class Scorer:
     network: GPT2
     params: Any  # float32
     tokenizer: Tokenizer | None  # None where the files hold none
+    mesh: Mesh | None = None  # whose devices share a batch, the weights on each; None: one device
 
     def nats(
         self, tokens: np.ndarray, *, batch_size: int = 8, progress: bool = False
@@ -155,10 +158,13 @@ class Scorer:
 
     def _over_batches(self, fn, batch_size, progress, *arrays):
         count = len(arrays[0])
-        results = [
-            np.asarray(fn(self.params, *(array[rows] for array in arrays)))
-            for rows in batches(count, batch_size, name="score", progress=progress)
-        ]
+        parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
+        results = []
+        for rows in batches(count, batch_size, parts, name="score", progress=progress):
+            batch = [array[rows] for array in arrays]
+            if self.mesh is not None:
+                batch = sharding.put_whole(batch, self.mesh)
+            results.append(processes.fetch(fn(self.params, *batch)))
         return np.concatenate(results)[:count]
 
     def _check_rows(self, tokens, lengths):
@@ -206,8 +212,10 @@ def _is_within(array, lowest, highest):
     return lowest <= array.min() and array.max() <= highest
 
 
-def load_scorer(name: str, *, dtype: str = "float32") -> Scorer:
+def load_scorer(name: str, *, dtype: str = "float32", mesh: Mesh | None = None) -> Scorer:
     """The GPT-2 called name: a row of SCORERS, a hub id owner/name@revision, or a folder.
+
+    With a mesh, of one process's or all processes' devices, each device scores a part of a batch.
 
     dtype is that of the matmuls: float32 or bfloat16. Files from the hub go to Hugging Face's
     cache, and are taken from there when there is no network. ValueError for a name that leads
@@ -216,9 +224,17 @@ def load_scorer(name: str, *, dtype: str = "float32") -> Scorer:
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     check_platform()
-    full_name, folder = _locate(str(name))
-    network = _read_network(folder / CONFIG, DTYPES[dtype])
-    return Scorer(full_name, network, _read_params(folder, network), _tokenizer(folder, network))
+
+    def read() -> Scorer:
+        full_name, folder = _locate(str(name))
+        network = _read_network(folder / CONFIG, DTYPES[dtype])
+        params, tokenizer = _read_params(folder, network), _tokenizer(folder, network)
+        return Scorer(full_name, network, params, tokenizer, mesh)
+
+    is_shared = mesh is not None and processes.is_shared(mesh)
+    scorer = processes.on_all_processes(read) if is_shared else read()
+    where = jax.tree.map(lambda _: sharding.whole(mesh), scorer.params)
+    return dataclasses.replace(scorer, params=sharding.put_tree("scorer", scorer.params, where))
 
 
 def _locate(name: str) -> tuple[str, Path]:
@@ -279,7 +295,7 @@ def _tokenizer(folder: Path, network: GPT2) -> Tokenizer | None:
 
 
 def _read_params(folder: Path, network: GPT2) -> Any:
-    """The parameters, float32; all names, dtypes and shapes are checked before one is read."""
+    """The parameters, numpy float32; names, dtypes and shapes are checked before one is read."""
     file = weights.locate(folder)
     if file is None:
         raise ValueError(
@@ -292,7 +308,7 @@ def _read_params(folder: Path, network: GPT2) -> Any:
     params = {}
     for path, (template, _) in _PARAMETERS.items():  # one by one: nothing is held twice
         parts = [tensors[name] for name in _tensor_names(template, network)]
-        params[path] = jnp.asarray(np.stack(parts).reshape(shapes[path].shape))
+        params[path] = np.stack(parts).reshape(shapes[path].shape)
     if _HEAD in tensors and not np.array_equal(tensors[_HEAD], params["embedding"]):
         raise ValueError(
             f"{_HEAD} in {str(folder)!r} differs from wte.weight; give a GPT-2 whose output matrix "

@@ -207,7 +207,8 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
     size = -(-batch_size // parts) * parts
-    for start in tqdm(range(0, count, size), desc=name, unit="batch", disable=not progress):
+    hides = not (progress and processes.is_first())
+    for start in tqdm(range(0, count, size), desc=name, unit="batch", disable=hides):
         yield np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)
 
 

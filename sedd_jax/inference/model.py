@@ -40,7 +40,7 @@ from sedd_jax.inference.states import sampler_of, states_of
 from sedd_jax.inference.trajectory import State
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
-from sedd_jax.parallel import sharding
+from sedd_jax.parallel import processes, sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -392,7 +392,7 @@ class SEDD:
         model = convert.Pretrained(
             config=self.experiment,
             vocab_size=self.graph.vocab_size,
-            params=jax.device_get(self.params),
+            params=processes.fetch(self.params),
             tokenizer=self.tokenizer,
             step=self.step,
             original=self.original,

@@ -4,8 +4,8 @@ import dataclasses
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from sedd_jax import config as configuration
@@ -19,7 +19,7 @@ from sedd_jax.files import local_path
 from sedd_jax.inference.curve import Curve
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
-from sedd_jax.parallel import sharding
+from sedd_jax.parallel import processes, sharding
 from sedd_jax.parallel.devices import check_platform
 
 log = logging.getLogger(__name__)
@@ -47,19 +47,48 @@ def load(
     none.
 
     dtype, "float32" or "bfloat16", is that of the matmuls; by default the run's, and float32 for
-    the original's weights. mesh, of this process's devices, spreads weights and batches over them
-    as sharding.RULES say; by default all is on one device. tokenizer is needed where the folder
+    the original's weights. mesh spreads weights and batches over its devices as sharding.RULES say;
+    by default all is on one device. Of several processes each may have a model of its own, on its
+    devices, or all of them one, on a mesh of all devices: then all call this and the model's
+    methods alike, and each gets the whole result. tokenizer is needed where the folder
     names none and the vocabulary is not GPT-2's: a Tokenizer, or what data.named_tokenizer takes.
     step is that of a training run's checkpoint; by default the newest is taken.
 
-    ValueError says what is wrong with the source; nothing is half loaded.
+    ValueError says what is wrong with the source; nothing is half loaded. What one process of the
+    mesh cannot read is an error on all.
     """
     if dtype is not None and dtype not in configuration.DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
     check_platform()
     check_settings()
-    if mesh is not None and any(d.process_index != jax.process_index() for d in mesh.devices.flat):
-        raise ValueError("the mesh has devices of other processes; give one of this process's own")
+    is_shared = mesh is not None and processes.is_shared(mesh)
+
+    def read() -> tuple[Pretrained, str | None]:
+        return _read(source, revision, tokenizer, step)
+
+    model, workdir = processes.on_all_processes(read) if is_shared else read()
+    if is_shared:
+        processes.check_same("model", _facts(model))
+    where = sharding.tree_shardings(model.params, mesh)
+    params = sharding.put_tree("weights", model.params, where)
+    model = _assemble(model._replace(params=params), dtype, mesh)
+    return dataclasses.replace(model, workdir=workdir)
+
+
+def _facts(model: Pretrained) -> dict[str, Any]:
+    """What all processes must have read alike, besides the weights."""
+    return {
+        **dict(configuration.flatten(model.config)),
+        "step": model.step,
+        "tokenizer": model.tokenizer.fingerprint(),
+        "curve": model.curve,
+    }
+
+
+def _read(
+    source: str | Path, revision: str | None, tokenizer: Tokenizer | str | None, step: int | None
+) -> tuple[Pretrained, str | None]:
+    """The model at `source`, its weights as numpy arrays, and the run's folder if it is one."""
     folder = local_path(source)
     is_there = os.path.lexists(folder)  # False, and no error, for a name that no file can have
     if step is not None and not (is_there and convert.recognise(folder) == "workdir"):
@@ -78,11 +107,10 @@ def load(
             f"sedd-convert --from={folder} --to=FOLDER"
         )
     if form == "hub":
-        return _assemble(_read_folder(folder, tokenizer, mesh), dtype, mesh)
+        return _read_folder(folder, tokenizer), None
     if tokenizer is not None:
         raise ValueError(f"{str(folder)!r} has its own tokenizer; leave tokenizer out")
-    model = convert.read_workdir(folder, mesh=mesh, step=step)
-    return dataclasses.replace(_assemble(model, dtype, mesh), workdir=str(folder))
+    return convert.read_workdir(folder, step=step), str(folder)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -104,7 +132,7 @@ def _download(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | None) -> Pretrained:
+def _read_folder(folder: Path, tokenizer: Tokenizer | str | None) -> Pretrained:
     model = convert.open_folder(folder)
     tokenizer = tokenizer or model.tokenizer
     known = GPT2_TOKENS, GPT2_TOKENS + len(FAMILIES[model.family].special)
@@ -129,7 +157,6 @@ def _read_folder(folder: Path, tokenizer: Tokenizer | str | None, mesh: Mesh | N
     params = convert.read_params(folder, model)
     for notice in model.notices:  # not before an error, which is one line
         log.info("%s", notice)
-    params = jax.device_put(params, sharding.tree_shardings(params, mesh))
     return model._replace(params=params, tokenizer=tokenizer)
 
 

@@ -105,7 +105,8 @@ def states_of(
         return
     ends = sorted({texts.begin - (-left * j // updates) for j in range(updates + 1)})
     total = left * -(-len(texts.lengths) // batch_size)
-    with tqdm(desc="sample", unit=" steps", total=total, disable=not progress) as bar:
+    hides = not (progress and processes.is_first())
+    with tqdm(desc="sample", unit=" steps", total=total, disable=hides) as bar:
         for part in texts.parts(batch_size):
             shape = batches.shape(part.lengths, batch_size, model.length, model.mesh)
             rows = sampler.start(key, model.put(part.rows(shape)), part)

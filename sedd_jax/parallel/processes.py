@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -260,11 +261,25 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_shared(mesh: Mesh) -> bool:
+    """Whether the mesh is of all of several processes; ValueError if it is of some, or another."""
+    indices = {device.process_index for device in mesh.devices.flat}
+    if indices == {jax.process_index()}:
+        return False
+    if indices != set(range(jax.process_count())):
+        raise ValueError(
+            f"the mesh has devices of the processes {', '.join(map(str, sorted(indices)))} of "
+            f"{jax.process_count()}; give one of all processes' devices, or of this process's own"
+        )
+    return True
+
+
 def gather_text(text: str) -> list[str]:
     """Every process's text, in order. A collective: all processes must call it."""
     mine = text.encode("utf-8")
     sizes = multihost_utils.process_allgather(np.int32(len(mine)))
-    padded = np.zeros(max(1, int(sizes.max())), np.uint8)
+    # To a power of two: each length of array is compiled once.
+    padded = np.zeros(1 << max(0, int(sizes.max()) - 1).bit_length(), np.uint8)
     padded[: len(mine)] = np.frombuffer(mine, np.uint8)
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row[:size]).decode("utf-8") for row, size in zip(rows, sizes)]
@@ -308,8 +323,14 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
             lines = [f"{k} {first.get(k)!r} and {other.get(k)!r}" for k in different[:5]]
             raise ValueError(
                 f"processes 0 and {index} disagree on the {what}: {'; '.join(lines)}; start all "
-                "processes with the same command and versions"
+                "processes with the same command, versions and files"
             )
+
+
+def check_equal(what: str, tree: Any) -> None:
+    """ValueError on every process if one has other numpy arrays in its tree than process 0."""
+    leaves = (np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(tree))
+    check_same(what, {"checksums": [zlib.crc32(leaf.view(np.uint8)) for leaf in leaves]})
 
 
 def check_shared(folder: Path, seconds: float = 30.0) -> None:
@@ -341,8 +362,14 @@ def check_shared(folder: Path, seconds: float = 30.0) -> None:
 
 
 def fetch(tree: Any) -> Any:
-    """A tree of arrays over the mesh as whole numpy arrays, on every process."""
-    return multihost_utils.process_allgather(tree, tiled=True)
+    """A tree of arrays as whole numpy arrays, on every process of those over several processes."""
+
+    def whole(a):
+        if isinstance(a, jax.Array) and not (a.is_fully_addressable or a.is_fully_replicated):
+            return multihost_utils.process_allgather(a, tiled=True)
+        return np.asarray(a)
+
+    return jax.tree.map(whole, tree)
 
 
 class StopAgreement:

@@ -1,4 +1,4 @@
-"""The device mesh, and one table of rules that shards every parameter over it. Imports jax only.
+"""The device mesh, and one table of rules that shards every parameter over it.
 
 The network holds no sharding words: a leaf is sharded by the first rule whose pattern matches in
 its path, so parameters, their moving average and the optimizer's moments follow the same rule.
@@ -14,6 +14,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from sedd_jax.parallel import processes
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))
@@ -91,10 +93,9 @@ def spec_for(name: str, shape: tuple[int, ...]) -> P:
 
 def tree_shardings(tree: Any, mesh: Mesh | None) -> Any:
     """The sharding of every leaf of a tree of arrays or shapes: by RULES, or, without a mesh, all
-    on the first device."""
+    on this process's first device."""
     if mesh is None:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda leaf: device, tree)
+        return jax.tree.map(lambda leaf: whole(mesh), tree)
 
     def leaf_sharding(path, leaf):
         name = path_name(path)
@@ -108,6 +109,13 @@ def tree_shardings(tree: Any, mesh: Mesh | None) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
+
+
+def whole(mesh: Mesh | None) -> jax.sharding.Sharding:
+    """All on each device of the mesh, or, without one, on this process's first device."""
+    if mesh is None:
+        return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return NamedSharding(mesh, P())
 
 
 def with_shardings(shape: Any, shardings: Any) -> Any:
@@ -127,8 +135,22 @@ def batch_parts(mesh: Mesh) -> int:
 def put_whole(batch: Any, mesh: Mesh) -> Any:
     """A global batch, a tree of numpy arrays that every process holds, as arrays over the mesh."""
     rows = NamedSharding(mesh, BATCH)
+    return put_tree("batch", batch, jax.tree.map(lambda _: rows, batch))
+
+
+def put_tree(what: str, tree: Any, shardings: Any) -> Any:
+    """A tree of numpy arrays that every process of the shardings holds, as jax arrays.
+
+    ValueError on all of several processes, where `what` names the tree, if they hold different
+    arrays: of each the others would see a part.
+    """
+    leaves = jax.tree.leaves(shardings)
+    if not all(sharding.is_fully_addressable for sharding in leaves):
+        processes.check_equal(what, tree)
     return jax.tree.map(
-        lambda a: jax.make_array_from_callback(a.shape, rows, lambda part, a=a: a[part]), batch
+        lambda a, where: jax.make_array_from_callback(a.shape, where, lambda part: a[part]),
+        tree,
+        shardings,
     )
 
 

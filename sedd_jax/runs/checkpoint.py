@@ -80,8 +80,15 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, *, keep: int | None = None, read_only: bool = False):
         """keep: how many of the newest are not deleted. A reader must be read_only: a writer
-        deletes unfinished saves, and would take another process's for leftovers."""
-        self._handlers = {item: _Sealing() for item in ITEMS}
+        deletes unfinished saves, and would take another process's for leftovers. Of several
+        processes all write together, but each reads by itself."""
+        group = ocp.options.MultiprocessingOptions()
+        if read_only:
+            index = jax.process_index()
+            group = ocp.options.MultiprocessingOptions(
+                primary_host=index, active_processes={index}, barrier_sync_key_prefix=str(index)
+            )
+        self._handlers = {item: _Sealing(multiprocessing_options=group) for item in ITEMS}
         with _without_warnings() if read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
                 Path(folder).absolute(),  # Orbax wants an absolute path
@@ -90,6 +97,7 @@ class Checkpoints:
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
                     create=not read_only,
+                    multiprocessing_options=group,
                 ),
                 item_handlers=self._handlers,
             )

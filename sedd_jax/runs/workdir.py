@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
@@ -297,24 +298,20 @@ def read_state(workdir: Workdir) -> TrainState:
         return checkpoints.restore(checkpoints.needed(), _shape(workdir))
 
 
-def read_average(
-    workdir: Workdir, mesh: Mesh | None = None, step: int | None = None
-) -> tuple[int, Any]:
-    """(step, moving average) of the newest or that checkpoint, reading nothing else.
-
-    Placed as sharding.RULES say, or on one device without a mesh.
-    """
+def read_average(workdir: Workdir, step: int | None = None) -> tuple[int, Any]:
+    """(step, moving average as numpy arrays) of the newest or that checkpoint, reading nothing
+    else."""
+    on_host = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), _shape(workdir).ema)
     with _checkpoints(workdir) as checkpoints:
-        return checkpoints.restore_ema(_shape(workdir, mesh).ema, step)
+        return checkpoints.restore_ema(on_host, step)
 
 
 def _checkpoints(workdir: Workdir) -> Checkpoints:
     return Checkpoints(workdir.folder / CHECKPOINTS, read_only=True)
 
 
-def _shape(workdir: Workdir, mesh: Mesh | None = None) -> TrainState:
-    vocab_size = workdir.tokenizer.vocab_size
-    return experiment.make_experiment(workdir.config, vocab_size, mesh).shape
+def _shape(workdir: Workdir) -> TrainState:
+    return experiment.make_experiment(workdir.config, workdir.tokenizer.vocab_size, None).shape
 
 
 def about(workdir: Workdir) -> dict[str, Any]:
