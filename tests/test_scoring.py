@@ -130,7 +130,7 @@ def test_information_of_a_model(tiny_run, tmp_path, capsys):
     assert eval_command([*run, "--blocks=8", f"--against={tiny_run}", "--first=8"]) == 0
     result, out = json.loads(file.read_text()), capsys.readouterr().out
     entropy = result["entropy"]
-    assert f"{entropy['nats_per_token']:.4f} +- " in out
+    assert f"{entropy['nats_per_token']:.4f}±" in out
     assert all(len(line) <= 80 for line in out.splitlines())
     assert result["texts"] == 8 and result["tokens"] == 8 * 32
     assert entropy["nats_per_text"] == pytest.approx(32 * entropy["nats_per_token"])
