@@ -18,10 +18,14 @@ long = pytest.mark.long
 
 def measured(model, scorer, records):
     """Numbers of every kind, as JSON holds them."""
+    from sedd_jax.data import Blocks
+    from sedd_jax.evaluation.answers import Answer, evaluate_answers
     from sedd_jax.evaluation.frontier import _model_sha256
     from sedd_jax.evaluation.generations import generative_perplexity
+    from sedd_jax.evaluation.information import information_measures
     from sedd_jax.evaluation.likelihood import evaluate_split
 
+    answers = [Answer("if", "then", ""), Answer("", "a longer one", ""), Answer("or", "else", "")]
     split = evaluate_split(model, records, "validation", blocks=5, passes=2, batch_size=3)
     tokens = model.sample_tokens(4, steps=2, seed=1)
     perplexity = generative_perplexity(model, scorer, num_samples=4, batch_size=4, steps=2)
@@ -30,6 +34,8 @@ def measured(model, scorer, records):
         "likelihood": {key: split[key] for key in ("nats_per_token", "curve", "passes")},
         "samples": tokens.tolist(),
         "perplexity": perplexity,
+        "answers": evaluate_answers(model, answers, passes=2),
+        "information": information_measures(model, Blocks(tokens), first=8, passes=2),
         "features": scorer.features(tokens % 64, batch_size=2).tolist(),
         "sha256": _model_sha256(model),
     }

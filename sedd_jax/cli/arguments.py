@@ -70,6 +70,13 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer_path", type=name_or_path, default="", help="its files, as for sedd-prepare")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """What names a model: --workdir, --step and --tokenizer."""
+    add_workdir(parser, MODEL)
+    add_step(parser)
+    add_tokenizer(parser)
+
+
 def named_tokenizer(options: argparse.Namespace):
     """The tokenizer of --tokenizer and --tokenizer_path; None without them."""
     from sedd_jax import data
@@ -127,9 +134,7 @@ def sampling_of(options: argparse.Namespace, *more: str) -> dict[str, Any]:
 def add_scorer(parser: argparse.ArgumentParser) -> None:
     """The model, the scorer and how the texts that it scores are sampled."""
     add = parser.add_argument
-    add_workdir(parser, MODEL)
-    add_step(parser)
-    add_tokenizer(parser)
+    add_model(parser)
     add(
         "--scorer",
         type=name_or_path,

@@ -4,11 +4,8 @@ import argparse
 import importlib.util
 
 from sedd_jax.cli.arguments import (
-    MODEL,
     add_json,
-    add_step,
-    add_tokenizer,
-    add_workdir,
+    add_model,
     path,
     show_result,
 )
@@ -19,9 +16,7 @@ from sedd_jax.files import sha256
 def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """Accuracy on questions with several choices, by the bound on each."""
     add = parser.add_argument
-    add_workdir(parser, MODEL)
-    add_step(parser)
-    add_tokenizer(parser)
+    add_model(parser)
     add(
         "--task",
         required=True,
@@ -60,9 +55,7 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 def answers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """The bound on -log p(answer | prompt) of lines of prompts and answers."""
     add = parser.add_argument
-    add_workdir(parser, MODEL)
-    add_step(parser)
-    add_tokenizer(parser)
+    add_model(parser)
     add(
         "--pairs",
         type=path,

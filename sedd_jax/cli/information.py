@@ -3,15 +3,12 @@
 import argparse
 
 from sedd_jax.cli.arguments import (
-    MODEL,
     NEEDS_RECORDS,
     add_json,
+    add_model,
     add_records,
     add_sampling,
-    add_step,
     add_steps,
-    add_tokenizer,
-    add_workdir,
     check_run,
     chosen_records,
     name_or_path,
@@ -24,9 +21,7 @@ from sedd_jax.cli.cluster import load_model, load_over_all
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """Entropy, KL divergence from another model and mutual information, with their errors."""
     add = parser.add_argument
-    add_workdir(parser, MODEL)
-    add_step(parser)
-    add_tokenizer(parser)
+    add_model(parser)
     add("--against", type=name_or_path, help="the other model of a divergence, as --workdir")
     add("--first", type=int, help="the mutual information of so many first tokens and the others")
     add_records(parser)
