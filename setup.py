@@ -34,6 +34,7 @@ setup(
     packages=[*find_packages(include=["sedd_jax", "sedd_jax.*"]), "sedd_jax.configs"],
     package_dir={"sedd_jax.configs": "configs"},
     package_data={
+        "sedd_jax": ["py.typed"],
         "sedd_jax.inference": ["*.html"],
         "sedd_jax.training.dry_run": ["targets/*.textproto"],
     },
