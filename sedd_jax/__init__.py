@@ -7,6 +7,8 @@ if TYPE_CHECKING:  # for type checkers and editors alone: these load jax
     from sedd_jax.inference.bounds import CorpusBound as CorpusBound
     from sedd_jax.inference.bounds import LogRatio as LogRatio
     from sedd_jax.inference.model import SEDD as SEDD
+    from sedd_jax.inference.options import CallOptions as CallOptions
+    from sedd_jax.inference.options import SamplingOptions as SamplingOptions
     from sedd_jax.inference.pretrained import load as load
     from sedd_jax.inference.sampling import Sampling as Sampling
     from sedd_jax.inference.trajectory import Animation as Animation
@@ -17,10 +19,12 @@ __version__ = "0.1.0"
 _HOMES = {  # the same at run time, each imported at its first use
     "Animation": "inference.trajectory",
     "Bound": "diffusion.likelihood",
+    "CallOptions": "inference.options",
     "CorpusBound": "inference.bounds",
     "LogRatio": "inference.bounds",
     "SEDD": "inference.model",
     "Sampling": "inference.sampling",
+    "SamplingOptions": "inference.options",
     "State": "inference.trajectory",
     "load": "inference.pretrained",
     "show": "inference.trajectory",

@@ -1,11 +1,19 @@
 """What a user's editor, notebook and type checker see of the package."""
 
 import ast
+import dataclasses
+import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_type_hints
+
+import numpy as np
+import pytest
 
 import sedd_jax
+from sedd_jax.inference.options import Call, CallOptions, SamplingOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -32,3 +40,78 @@ def test_type_checkers_see_the_names_that_come_at_run_time():
     for name, home in static.items():
         assert getattr(sedd_jax, name).__module__ == home
     assert (ROOT / "sedd_jax/py.typed").is_file()
+
+
+def types(kind: type) -> dict:
+    return {f.name: get_type_hints(kind)[f.name] for f in dataclasses.fields(kind)}
+
+
+def test_the_options_of_a_call_are_the_fields_that_it_reads():
+    sampling = {name: one | None for name, one in types(sedd_jax.Sampling).items()}
+    assert get_type_hints(SamplingOptions) == sampling
+    call = types(Call)
+    assert call.pop("sampling") is sedd_jax.Sampling
+    assert get_type_hints(CallOptions) == sampling | call
+    assert not SamplingOptions.__required_keys__ | CallOptions.__required_keys__
+
+
+@pytest.mark.parametrize("kind", [sedd_jax.Sampling, Call])
+def test_each_option_is_documented(kind):
+    documented = re.findall(r"^(\w+): ", inspect.getdoc(kind), flags=re.MULTILINE)
+    assert documented == [name for name in types(kind) if name != "sampling"]
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["sample", "sample_tokens", "infill", "stream", "revise", "stream_revisions", "chosen"],
+)
+def test_help_shows_the_options(method):
+    function = getattr(sedd_jax.SEDD, method)
+    shown = inspect.signature(function).parameters
+    fields = dataclasses.fields(sedd_jax.Sampling)
+    defaults = {field.name: None for field in fields}
+    if method != "chosen":
+        defaults |= {"batch_size": 16, "seed": 0, "progress": False}
+    assert defaults == {name: shown[name].default for name in defaults}
+    assert not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in shown.values())
+    documentation = inspect.getdoc(function)
+    assert all(f"\n{name}: " in documentation for name in defaults)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_run):
+    return sedd_jax.load(tiny_run)
+
+
+def test_on_step_gets_every_step_of_each_batch_and_changes_no_sample(model):
+    states = []
+    how = {"steps": 3, "seed": 1, "batch_size": 2, "length": 8}
+    drawn = model.sample_tokens(3, **how, on_step=states.append)
+    assert [state.step for state in states] == [0, 1, 2, 3] * 2
+    assert states[0].is_masked.all() and not states[3].is_masked.any()
+    np.testing.assert_array_equal(drawn, np.concatenate([s.tokens for s in states[3::4]]))
+    np.testing.assert_array_equal(drawn, model.sample_tokens(3, **how))
+    seen = []
+    texts = model.sample(3, **how, on_step=lambda state: seen.append(state.step))
+    assert texts == model.decode(drawn) and seen == [0, 1, 2, 3] * 2
+
+
+def test_infill_and_revise_take_on_step_too(model):
+    states = []
+    (text,) = model.infill("if [MASK:4]", steps=2, on_step=states.append)
+    assert [state.step for state in states] == [0, 1, 2] and states[-1].texts == [text]
+    assert all(state.texts[0].startswith("if ") for state in states)
+    states.clear()
+    (text,) = model.revise("if a text", steps=4, strength=0.5, on_step=states.append)
+    assert [state.step for state in states] == [2, 3, 4] and states[-1].texts == [text]
+
+
+def test_an_unknown_option_is_refused_with_those_that_are_known(model):
+    with pytest.raises(TypeError, match="unknown option 'stepz'; known: steps, .*, batch_size"):
+        model.sample(stepz=4)
+    with pytest.raises(TypeError, match="unknown option 'seed'; known: steps, predictor"):
+        model.chosen(seed=4)
+    with pytest.raises(ValueError, match="seed -1 is not a whole number"):
+        model.sample(seed=-1)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'keep'"):
+        model.log_likelihood_ratio("a", "b", keep=1)
