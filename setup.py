@@ -14,6 +14,7 @@ TEST = [
     "mauve-text",
     "nbmake",  # and ipykernel: the notebook is run
     "ipykernel",
+    "pyright==1.1.414",  # and node, without which its test skips
     "pytest",
     "pytest-xdist",
     "ruff==0.17.6",

@@ -2,8 +2,11 @@
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +16,11 @@ import numpy as np
 import pytest
 
 import sedd_jax
+from sedd_jax.diffusion import graph, graphs, likelihood, losses, samplers, schedules
 from sedd_jax.inference.options import Call, CallOptions, SamplingOptions
 
 ROOT = Path(__file__).parent.parent
+PUBLIC_API = ROOT / "tests/typing/public_api.py"
 
 
 def test_dir_shows_the_public_names_and_imports_nothing_heavy():
@@ -104,6 +109,44 @@ def test_infill_and_revise_take_on_step_too(model):
     states.clear()
     (text,) = model.revise("if a text", steps=4, strength=0.5, on_step=states.append)
     assert [state.step for state in states] == [2, 3, 4] and states[-1].texts == [text]
+
+
+def test_pyright_accepts_strictly_what_uses_the_whole_api(tmp_path):
+    if importlib.util.find_spec("pyright") is None or shutil.which("node") is None:
+        pytest.skip("no pyright, or no node to run it; pip install pyright, and install node")
+    shutil.copy(PUBLIC_API, tmp_path / "right.py")
+    (tmp_path / "wrong.py").write_text(
+        "# pyright: strict\nimport sedd_jax\nmodel = sedd_jax.load('a')\n"
+        "model.sample(stepz=4)\nmodel.infill('a', seed='b')\nprint(model.bound)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "right.py", "wrong.py"],
+        cwd=tmp_path,  # as a user's project, in which the package is one that is installed
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    errors = [line for line in run.stdout.splitlines() if " - error: " in line]
+    assert len(errors) == 2 and all("wrong.py" in line for line in errors), run.stdout + run.stderr
+    assert 'No parameter named "stepz"' in errors[0] and '"seed"' in errors[1]
+
+
+def test_the_file_for_type_checkers_uses_every_public_name():
+    tree = ast.parse(PUBLIC_API.read_text(encoding="utf-8"))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+    names = {*sedd_jax.__all__}
+    for module in (graph, graphs, schedules, samplers, losses, likelihood):
+        here = vars(module).items()
+        names |= {n for n, v in here if getattr(v, "__module__", None) == module.__name__}
+    kinds = [sedd_jax.SEDD, sedd_jax.State, sedd_jax.Bound, sedd_jax.LogRatio, sedd_jax.CorpusBound]
+    for kind in (*kinds, graph.Graph, schedules.Schedule, losses.Loss, samplers.Chain):
+        names |= {*vars(kind)} | {*getattr(kind, "__annotations__", ())}
+    internal = {"of_halves"}  # from the package's own arrays
+    public = {name for name in names if not name.startswith("_")}
+    assert public - internal - used == set()
 
 
 def test_an_unknown_option_is_refused_with_those_that_are_known(model):

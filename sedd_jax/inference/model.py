@@ -354,7 +354,6 @@ class SEDD:
         check_whole("seed", seed, 0, 2**32 - 1)
         check_passes(passes)
         blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(blocks)
-
         how = {"passes": passes, "batch_size": batch_size, "by_token": by_token}
         how |= {"t_min": self.objective.t_min, "mesh": self.mesh, "progress": progress}
 

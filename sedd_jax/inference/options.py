@@ -50,7 +50,7 @@ class Call:
     """How one call draws its samples.
 
     batch_size: how many are drawn at once.
-    seed: in [0, 2**32); another one, other samples.
+    seed: of the noise, in [0, 2**32); a sample depends on it and on its own number alone.
     progress: whether to show a bar of steps.
     """
 
@@ -66,7 +66,7 @@ class Call:
     @classmethod
     def of(cls, chosen: Callable[..., Sampling], options: Mapping[str, Any]) -> Self:
         """From CallOptions, of which chosen(**SamplingOptions) takes its part."""
-        check_names(options, get_type_hints(CallOptions))
+        check_names(options, CallOptions.__annotations__)
         ours = options.keys() & {field.name for field in dataclasses.fields(cls)[1:]}
         others = {name: value for name, value in options.items() if name not in ours}
         return cls(chosen(**others), **{name: options[name] for name in ours})

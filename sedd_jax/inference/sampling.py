@@ -103,11 +103,6 @@ KnownTokens = tuple[np.ndarray, np.ndarray]  # tokens int32 and is_known bool, [
 SHAPES = ("temperature", "top_p", "top_k")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["steps", *NUMBERS, "top_k", "grid"],
-    meta_fields=["predictor", "draw", "normalised", "greedy"],
-)
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How samples are drawn; docs/samplers.md has every predictor with its numbers.
@@ -254,6 +249,13 @@ class Sampling:
         arguments = () if times is None else (times,)
         chosen["grid"] = jax.tree_util.Partial(chosen["grid"], *arguments)
         return dataclasses.replace(self, **chosen)
+
+
+jax.tree_util.register_dataclass(
+    Sampling,
+    data_fields=["steps", *NUMBERS, "top_k", "grid"],
+    meta_fields=["predictor", "draw", "normalised", "greedy"],
+)
 
 
 class Rows(NamedTuple):
