@@ -322,7 +322,7 @@ class SEDD:
 
         Both are noised at the same times and masked at the same positions, so the noise of what
         they share cancels in the difference; most of it where they differ in a word of as many
-        tokens. What else is said is as in `log_likelihood`.
+        tokens. given, passes, batch_size and seed as in `log_likelihood`.
         """
         a, b = ([texts] if isinstance(texts, str) else list(texts) for texts in (a, b))
         if len(a) != len(b):

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import sedd_jax
+from sedd_jax.data import Blocks
 from sedd_jax.diffusion import graphs, likelihood, losses, samplers, schedules
 from sedd_jax.diffusion.graph import Graph, Probe, ScoreEntropy, lift
 from sedd_jax.diffusion.scores import DenseScores, ScoreFn, Scores
@@ -80,6 +81,7 @@ def scores_text(model: sedd_jax.SEDD) -> None:
     corpus: sedd_jax.CorpusBound = model.bound(
         blocks, passes=8, batch_size=2, seed=0, target_standard_error=0.01, by_token=True
     )
+    corpus = model.bound(Blocks(blocks, blocks < 3), max_passes=64, progress=True)
     per_token: float = corpus.per(blocks.size).bound
     print(per_token, corpus.bound_standard_error, corpus.diffusion, corpus.tail, corpus.prior)
     print(corpus.normalised, corpus.normalised_standard_error, corpus.paper_protocol, corpus.passes)
