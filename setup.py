@@ -14,6 +14,7 @@ TEST = [
     "mauve-text",
     "nbmake",  # and ipykernel: the notebook is run
     "ipykernel",
+    "pyright==1.1.414",  # and node, without which its test skips
     "pytest",
     "pytest-xdist",
     "ruff==0.17.6",
@@ -34,6 +35,7 @@ setup(
     packages=[*find_packages(include=["sedd_jax", "sedd_jax.*"]), "sedd_jax.configs"],
     package_dir={"sedd_jax.configs": "configs"},
     package_data={
+        "sedd_jax": ["py.typed"],
         "sedd_jax.inference": ["*.html"],
         "sedd_jax.training.dry_run": ["targets/*.textproto"],
     },

@@ -6,7 +6,6 @@ detokenizers, corpora -> tokenizer -> subwords, sentencepiece -> tokenizers -> r
 corpora -> tfds, readers -> published, text_files; catalogue, which knows every corpus by name, is
 last.
 """
-# ruff: noqa: F401 - the imports are the names that the package exports
 
 from sedd_jax.data.catalogue import CORPORA, KNOWN_CORPORA, is_corpus, make_corpus, make_records
 from sedd_jax.data.corpora import Corpus
@@ -23,3 +22,30 @@ from sedd_jax.data.tokenizers import (
     named_tokenizer,
     tokenizer_from_dict,
 )
+
+__all__ = [
+    "CORPORA",
+    "FORMS",
+    "KNOWN_CORPORA",
+    "TOKENIZERS",
+    "WINDOWS",
+    "Blocks",
+    "Corpus",
+    "Records",
+    "Tokenizer",
+    "describe",
+    "is_corpus",
+    "is_of_kind",
+    "make_corpus",
+    "make_records",
+    "make_tokenizer",
+    "named_tokenizer",
+    "open_records",
+    "parse_template",
+    "prefix_suffix",
+    "prepare",
+    "read_blocks",
+    "text_source",
+    "tokenizer_from_dict",
+    "train_batches",
+]

@@ -11,6 +11,7 @@ applies it over [B, L]. Losses, samplers and the bound call the methods that tak
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -49,7 +50,7 @@ class Probe(NamedTuple):
     mean_weight: jax.Array  # float32 [B, L]
 
 
-def lift(kernel, *arguments: jax.Array) -> jax.Array:
+def lift(kernel: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
     """Apply a function of one token over [B, L]; [B, 1] arguments are shared along L."""
     shape = jnp.broadcast_shapes(*(a.shape[:2] for a in arguments))
     spread = (jnp.broadcast_to(a, shape + a.shape[2:]) for a in arguments)
@@ -187,7 +188,9 @@ class Graph(abc.ABC):
 
     # --- a batch: how far two sets of scores are apart
 
-    def score_divergence(self, scores: Scores, others: Scores, sigma: Sigma, xt: Tokens):
+    def score_divergence(
+        self, scores: Scores, others: Scores, sigma: Sigma, xt: Tokens
+    ) -> jax.Array:
         """sum over y != x of Q[x, y] (s_y log(s_y / r_y) - s_y + r_y) with scores s and others r of
         the same xt, nats, float32 [B, L]: by the tables of states.
 

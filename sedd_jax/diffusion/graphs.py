@@ -353,4 +353,4 @@ class Uniform(Graph):
         return DenseScores(table, xt, self.vocab_size)
 
 
-GRAPHS = {"absorbing": Absorbing, "uniform": Uniform}
+GRAPHS: dict[str, type[Graph]] = {"absorbing": Absorbing, "uniform": Uniform}

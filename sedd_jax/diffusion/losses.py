@@ -1,6 +1,7 @@
 """Training objectives: nats per sequence from a score function and clean tokens."""
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,9 @@ def stratified_times(key: jax.Array, batch_size: int, t_min: float) -> jax.Array
     return t_min + (1.0 - t_min) * u
 
 
-TIMES = {"independent": independent_times, "stratified": stratified_times}
+# (key, batch_size, t_min) -> times in [t_min, 1], float32 [B]
+Times = Callable[[jax.Array, int, float], jax.Array]
+TIMES: dict[str, Times] = {"independent": independent_times, "stratified": stratified_times}
 
 
 class Mean(NamedTuple):
@@ -51,7 +54,7 @@ class Loss(NamedTuple):
 
 
 def at_random_times(
-    loss_at,
+    loss_at: Callable[..., Loss],
     key: jax.Array,
     x0: Tokens,
     score_fn: ScoreFn,
@@ -59,7 +62,7 @@ def at_random_times(
     schedule: Schedule,
     *,
     t_min: float = 1e-3,
-    times=independent_times,
+    times: Times = independent_times,
     is_token: jax.Array | None = None,
 ) -> Loss:
     """loss_at one time of [t_min, 1] for each sequence and xt ~ p_sigma(t)(. | x0); Algorithm 1.
@@ -72,16 +75,36 @@ def at_random_times(
     return loss_at(t, xt, x0, score_fn, graph, schedule, is_token=is_token)
 
 
-def dwdse(key, x0, score_fn, graph, schedule, **how: Any) -> Loss:
+def dwdse(
+    key: jax.Array,
+    x0: Tokens,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    t_min: float = 1e-3,
+    times: Times = independent_times,
+    is_token: jax.Array | None = None,
+) -> Loss:
     """Diffusion-weighted denoising score entropy, nats per sequence.
 
     Lou et al. 2024, Theorem 3.6 and Algorithm 1: dsigma/dt times the score entropy of xt ~
     p_sigma(t)(. | x0), summed over L, at one time t for each sequence: see `at_random_times`.
     """
+    how = {"t_min": t_min, "times": times, "is_token": is_token}
     return at_random_times(dwdse_at, key, x0, score_fn, graph, schedule, **how)
 
 
-def dwdse_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+def dwdse_at(
+    t: jax.Array,
+    xt: Tokens,
+    x0: Tokens,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    is_token: jax.Array | None = None,
+) -> Loss:
     """dwdse at the times t [B, 1] and the noised tokens xt [B, L]."""
     sigma = schedule.sigma(t)
     entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
@@ -93,7 +116,16 @@ def dwdse_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
     return Loss(_summed(schedule.dsigma_dt(t) * entropy.value, is_token), metrics)
 
 
-def normalised_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+def normalised_at(
+    t: jax.Array,
+    xt: Tokens,
+    x0: Tokens,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    is_token: jax.Array | None = None,
+) -> Loss:
     """The same for scores rescaled to the total Z = 1 that the true ones have: the cross entropy of
     the masked tokens, weighted by dsigma/dt / expm1(sigma), 1 / t of the log-linear schedule.
 
@@ -106,14 +138,32 @@ def normalised_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Los
     return Loss(_summed(schedule.dsigma_dt(t) * value, is_token), {})
 
 
-def unweighted_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+def unweighted_at(
+    t: jax.Array,
+    xt: Tokens,
+    x0: Tokens,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    is_token: jax.Array | None = None,
+) -> Loss:
     """The cross entropy of the masked tokens, without a weight: nats, but of no bound."""
     sigma = schedule.sigma(t)
     entropy = graph.score_entropy(score_fn(xt, sigma), sigma, xt, x0)
     return Loss(_summed(jnp.expm1(sigma) * entropy.normalised, is_token), {})
 
 
-def concrete_score_matching_at(t, xt, x0, score_fn, graph, schedule, *, is_token=None) -> Loss:
+def concrete_score_matching_at(
+    t: jax.Array,
+    xt: Tokens,
+    x0: Tokens,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    is_token: jax.Array | None = None,
+) -> Loss:
     """dwdse with squared errors of the ratios in place of the score entropy: not nats.
 
     Meng et al. 2022 (2211.00802); Lou et al. 2024, appendix D, where it is the ablation.
@@ -123,7 +173,17 @@ def concrete_score_matching_at(t, xt, x0, score_fn, graph, schedule, *, is_token
     return Loss(_summed(schedule.dsigma_dt(t) * error, is_token), {})
 
 
-def d3pm_at(t, xt, x0, score_fn, graph, schedule, *, discrete_steps, is_token=None) -> Loss:
+def d3pm_at(
+    t: jax.Array,
+    xt: Tokens,
+    x0: Tokens,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    discrete_steps: int,
+    is_token: jax.Array | None = None,
+) -> Loss:
     """D3PM's bound (Austin et al. 2021, 2107.03006) less its prior, nats: discrete_steps times
 
         KL(q(x_s | x_t, x0) || p(x_s | x_t)),    p = sum over x0 of q(x_s | x_t, x0) p(x0 | x_t)
@@ -136,7 +196,16 @@ def d3pm_at(t, xt, x0, score_fn, graph, schedule, *, discrete_steps, is_token=No
     return Loss(_summed(nats, is_token), {})
 
 
-def d3pm_token_nats(t, xt, x0, score_fn, graph, schedule, *, discrete_steps) -> jax.Array:
+def d3pm_token_nats(
+    t: jax.Array,
+    xt: Tokens,
+    x0: Tokens,
+    score_fn: ScoreFn,
+    graph: Graph,
+    schedule: Schedule,
+    *,
+    discrete_steps: int,
+) -> jax.Array:
     """The same for each token, [B, L]."""
     s = t - 1.0 / discrete_steps
     is_first = s < 0.5 / discrete_steps

@@ -85,7 +85,8 @@ def gumbel_argmax(u: jax.Array, probabilities: jax.Array) -> Tokens:
     return jnp.where(jnp.isfinite(probabilities).all(axis=-1), drawn, -1)
 
 
-DRAWS = {"exact": draw_exact, "float32_gumbel": draw_float32_gumbel}
+Draw = Callable[[jax.Array, Distribution], Tokens]  # with a key for each row, [B]
+DRAWS: dict[str, Draw] = {"exact": draw_exact, "float32_gumbel": draw_float32_gumbel}
 
 
 def sample(
@@ -96,13 +97,13 @@ def sample(
     shape: tuple[int, int],
     *,
     steps: int | jax.Array,
-    predictor: Callable | None = tweedie,
+    predictor: Callable[[Tokens, Step], Distribution] | None = tweedie,
     options: Options | None = None,
     is_greedy: bool = False,
     known: Known | None = None,
     t_min: float = 1e-5,
-    draw: Callable = draw_exact,
-    grid: Callable = uniform_grid,
+    draw: Draw = draw_exact,
+    grid: Callable[..., jax.Array] = uniform_grid,
     index: jax.Array | None = None,
     begin: int | jax.Array = 0,
     end: int | jax.Array | None = None,

@@ -72,4 +72,4 @@ class Geometric:
         return self.sigma(t) * (jnp.log(self.sigma_max) - jnp.log(self.sigma_min))
 
 
-SCHEDULES = {"log_linear": LogLinear, "geometric": Geometric}
+SCHEDULES: dict[str, type[Schedule]] = {"log_linear": LogLinear, "geometric": Geometric}

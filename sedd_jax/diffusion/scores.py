@@ -24,7 +24,9 @@ class Scores(Protocol):
     is not needed the answer is finite and means nothing.
     """
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """Clean tokens."""
 
     def log_score(self) -> jax.Array:
         """The whole table, float32 [B, L, D]; 0 at y = x_l."""

@@ -22,6 +22,7 @@ from sedd_jax.diffusion.samplers import Known
 from sedd_jax.evaluation.choices import AT_ONCE, Pair, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.inference.batches import Texts
 from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.options import Call
 from sedd_jax.inference.pretrained import load
 from sedd_jax.inference.sampling import check_whole
 from sedd_jax.inference.states import states_of
@@ -210,7 +211,8 @@ class SeddLM(LM):
             known.is_known[i, : len(job.tokens)] = True
         texts = Texts(known, lengths)
         sampling = self.model.chosen(**{**self.sampling, **options})
-        states = states_of(self.model, texts, 1, sampling, self.seed, self.batch_size, False)
+        call = Call(sampling, seed=self.seed, batch_size=self.batch_size)
+        states = states_of(self.model, texts, 1, call)
         rows = (row for state in states if state.step == state.steps for row in state.tokens)
         for job, row in zip(jobs, rows, strict=True):
             yield row[len(job.tokens) : len(job.tokens) + job.free]

@@ -8,10 +8,11 @@ model.log_likelihood(["The first statement"], seed=0)  # Bound, nats
 """
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
@@ -29,14 +30,16 @@ from sedd_jax.files import local_path
 from sedd_jax.inference import batches, bounds, revision
 from sedd_jax.inference.batches import Texts
 from sedd_jax.inference.curve import Curve, checked_curve, fitted_times
+from sedd_jax.inference.options import Call, CallOptions, OnStep, SamplingOptions, shows_options
 from sedd_jax.inference.sampling import (
     FITTED,
+    KnownTokens,
     Sampling,
     check_whole,
     known_at_positions,
     known_rows,
 )
-from sedd_jax.inference.states import sampler_of, states_of
+from sedd_jax.inference.states import last_states, sampler_of, states_of
 from sedd_jax.inference.trajectory import State
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
@@ -102,10 +105,21 @@ class SEDD:
 
     # --- sampling
 
-    def sample(self, num_samples: int = 1, **options: Any) -> list[str]:
-        """Texts of `length` tokens; options as in `sample_tokens`."""
-        return self.decode(self.sample_tokens(num_samples, **options))
+    @shows_options
+    def sample(
+        self,
+        num_samples: int = 1,
+        *,
+        length: int | None = None,
+        known: KnownTokens | None = None,
+        on_step: OnStep | None = None,
+        **options: Unpack[CallOptions],
+    ) -> list[str]:
+        """Texts of `length` tokens, those of `sample_tokens`."""
+        how = {"length": length, "known": known, "on_step": on_step}
+        return self.decode(self.sample_tokens(num_samples, **how, **options))
 
+    @shows_options
     def infill(
         self,
         template: str | None = None,
@@ -114,12 +128,13 @@ class SEDD:
         positions: Sequence[int] | None = None,
         tokens: Sequence[int] | None = None,
         length: int | None = None,
-        **options: Any,
+        on_step: OnStep | None = None,
+        **options: Unpack[CallOptions],
     ) -> list[str]:
         """Texts with "[MASK:n]" in the template replaced by n sampled tokens.
 
         Or, without a template: texts of `length` tokens (the model's, by default) that hold tokens
-        [n] at positions [n], in any order. Options as in `sample_tokens`.
+        [n] at positions [n], in any order. on_step as in `sample_tokens`.
         """
         if (template is None) == (positions is None):
             raise ValueError("give a template, or positions and tokens")
@@ -128,54 +143,40 @@ class SEDD:
                 raise ValueError("a template says its own tokens and length; leave both out")
             known = self._parse(template, length)
         else:
-            length = self.length if length is None else length
-            check_whole("length", length, 1, self.length)
-            known = known_at_positions(positions, tokens, length)
-        return self.decode(self.sample_tokens(num_samples, known=known, **options))
+            known = known_at_positions(positions, tokens, length, self.length)
+        how = {"known": known, "on_step": on_step}
+        return self.decode(self.sample_tokens(num_samples, **how, **options))
 
+    @shows_options
     def sample_tokens(
         self,
         num_samples: int = 1,
         *,
         length: int | None = None,
-        known: tuple[np.ndarray, np.ndarray] | None = None,
-        batch_size: int = 16,
-        seed: int = 0,
-        progress: bool = False,
-        **options: Any,
+        known: KnownTokens | None = None,
+        on_step: OnStep | None = None,
+        **options: Unpack[CallOptions],
     ) -> np.ndarray:
         """Samples int32 [num_samples, L], L = length, by default the model's, or that of known.
 
         known is (tokens int32, is_known bool), tokens to keep: [L] for all, or [num_samples, L].
-        batch_size samples are drawn at once. progress shows a bar of reverse steps. options are
-        fields of `Sampling` - steps, predictor, draw, grid, t_min - in place of self.sampling's;
-        None is the same as none. ValueError, before any work, for what cannot be meant: `chosen`.
+        on_step is called with the State of noise and with that after each step, batch by batch, as
+        `stream` yields them. ValueError, before any work, for what cannot be meant.
         """
-        states = self.stream(
-            None,
-            num_samples,
-            length=length,
-            known=known,
-            updates=20 if progress else 1,
-            batch_size=batch_size,
-            seed=seed,
-            progress=progress,
-            **options,
-        )
-        return np.concatenate([state.tokens for state in states if state.step == state.steps])
+        stream = functools.partial(self.stream, None, num_samples, length=length, known=known)
+        states = last_states(stream, on_step, **options)
+        return np.concatenate([state.tokens for state in states])
 
+    @shows_options
     def stream(
         self,
         template: str | None = None,
         num_samples: int = 1,
         *,
         length: int | None = None,
-        known: tuple[np.ndarray, np.ndarray] | None = None,
+        known: KnownTokens | None = None,
         updates: int = 32,
-        batch_size: int = 16,
-        seed: int = 0,
-        progress: bool = False,
-        **options: Any,
+        **options: Unpack[CallOptions],
     ) -> Iterator[State]:
         """The samples while they are drawn: the state at t = 1, `updates` more, evenly spaced.
 
@@ -183,9 +184,7 @@ class SEDD:
         template, its free positions are sampled. At most `steps` states follow the first. More
         than batch_size samples come a batch after the other, each with states of its own.
         """
-        self._check(num_samples, batch_size, seed)
-        check_whole("updates", updates, 1)
-        sampling = self.chosen(**options)
+        call = self._call(num_samples, updates, options)
         if template is not None:
             if known is not None:
                 raise ValueError("a template and known both say what to keep; give one of them")
@@ -194,27 +193,29 @@ class SEDD:
         known = known_rows(known, num_samples, length, **sizes)
         sampler_of(self).check_known(known)
         texts = Texts(known, np.full(num_samples, known.tokens.shape[1]))
-        return states_of(self, texts, updates, sampling, seed, batch_size, progress)
+        return states_of(self, texts, updates, call)
 
+    @shows_options
     def revise(
         self,
         drafts: str | Sequence[str],
         num_samples: int = 1,
         *,
-        progress: bool = False,
-        **options: Any,
+        strength: float = revision.STRENGTH,
+        keep: str | Sequence[str | int] = (),
+        on_step: OnStep | None = None,
+        **options: Unpack[CallOptions],
     ) -> list[str]:
         """num_samples revisions of each draft, those of the first first.
 
-        model.revise(text, steps=128, strength=0.5, keep=["Alice"]); options as in
-        `stream_revisions`.
+        model.revise(text, steps=128, strength=0.5, keep=["Alice"]): strength and keep as in
+        `stream_revisions`, on_step as in `sample_tokens`.
         """
-        updates = 20 if progress else 1
-        states = self.stream_revisions(
-            drafts, num_samples, updates=updates, progress=progress, **options
-        )
-        return [text for state in states if state.step == state.steps for text in state.texts]
+        how = {"strength": strength, "keep": keep}
+        stream = functools.partial(self.stream_revisions, drafts, num_samples, **how)
+        return [text for state in last_states(stream, on_step, **options) for text in state.texts]
 
+    @shows_options
     def stream_revisions(
         self,
         drafts: str | Sequence[str],
@@ -223,10 +224,7 @@ class SEDD:
         strength: float = revision.STRENGTH,
         keep: str | Sequence[str | int] = (),
         updates: int = 32,
-        batch_size: int = 16,
-        seed: int = 0,
-        progress: bool = False,
-        **options: Any,
+        **options: Unpack[CallOptions],
     ) -> Iterator[State]:
         """As `stream`, from drafts: each is noised to the time `strength` and sampled from there.
 
@@ -239,16 +237,15 @@ class SEDD:
         keep: texts, all of whose occurrences stay in every draft, and positions of tokens. Drafts
         may differ in length, `state.lengths`.
         """
-        self._check(num_samples, batch_size, seed)
-        check_whole("updates", updates, 1)
-        sampling = self.chosen(**options)
-        start = revision.start_of(strength, sampling, self.times_of(sampling))
+        call = self._call(num_samples, updates, options)
+        start = revision.start_of(strength, call.sampling, self.times_of(call.sampling))
         texts = revision.drafts(drafts, keep, num_samples, self.tokenizer, self.length)
         texts = texts._replace(begin=start.step, time=start.time)
-        return states_of(self, texts, updates, sampling, seed, batch_size, progress)
+        return states_of(self, texts, updates, call)
 
-    def chosen(self, **options: Any) -> Sampling:
-        """How samples are drawn with these options, as in `sample_tokens`.
+    @shows_options
+    def chosen(self, **options: Unpack[SamplingOptions]) -> Sampling:
+        """How samples are drawn with these options.
 
         t_min of the grid "fitted" is the last of its times. ValueError for options that cannot be
         meant, and for that grid without a curve: `bound(blocks).curve` is one.
@@ -264,12 +261,12 @@ class SEDD:
         curve = checked_curve(self.curve, self.graph, self.objective, self.workdir)
         return fitted_times(curve, sampling.steps, self.schedule)
 
-    def _check(self, num_samples: int, batch_size: int, seed: int) -> None:
+    def _call(self, num_samples: int, updates: int, options: Mapping[str, Any]) -> Call:
         check_whole("num_samples", num_samples, 1)
-        check_whole("batch_size", batch_size, 1)
-        check_whole("seed", seed, 0, 2**32 - 1)
+        check_whole("updates", updates, 1)
+        return Call.of(self.chosen, options)
 
-    def _parse(self, template: str, length: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def _parse(self, template: str, length: int | None) -> KnownTokens:
         if length is not None:
             raise ValueError("a template says its own tokens and length; leave both out")
         return data.parse_template(template, self.tokenizer, self.length)
@@ -298,7 +295,8 @@ class SEDD:
         -log p(text | given), and given stays clean. Both are encoded by themselves. With uniform
         noise, whose scores are not told which tokens are clean, it is looser.
         """
-        self._check(1, batch_size, seed)
+        check_whole("batch_size", batch_size, 1)
+        check_whole("seed", seed, 0, 2**32 - 1)
         check_passes(passes)
         if given is not None and self.objective.is_continuous:
             raise ValueError("a PLAID model bounds whole texts alone; leave given out")
@@ -316,19 +314,22 @@ class SEDD:
         b: str | Sequence[str],
         *,
         given: str | Sequence[str] | None = None,
-        **options: Any,
+        passes: int = 16,
+        batch_size: int = 16,
+        seed: int = 0,
     ) -> bounds.LogRatio:
         """log p(a) / p(b) for each pair of texts, nats, estimated from the bounds of both.
 
         Both are noised at the same times and masked at the same positions, so the noise of what
         they share cancels in the difference; most of it where they differ in a word of as many
-        tokens. given and options as in `log_likelihood`.
+        tokens. given, passes, batch_size and seed as in `log_likelihood`.
         """
         a, b = ([texts] if isinstance(texts, str) else list(texts) for texts in (a, b))
         if len(a) != len(b):
             raise ValueError(f"{len(a)} texts are compared with {len(b)}; give as many of both")
         given = given if given is None or isinstance(given, str) else [*given, *given]
-        both = self.log_likelihood(a + b, given=given, index=[*range(len(a))] * 2, **options)
+        how = {"passes": passes, "batch_size": batch_size, "seed": seed}
+        both = self.log_likelihood(a + b, given=given, index=[*range(len(a))] * 2, **how)
         return bounds.LogRatio.of_halves(both)
 
     def bound(
@@ -353,21 +354,12 @@ class SEDD:
         check_whole("seed", seed, 0, 2**32 - 1)
         check_passes(passes)
         blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(blocks)
-        key = make_key(seed)
+        how = {"passes": passes, "batch_size": batch_size, "by_token": by_token}
+        how |= {"t_min": self.objective.t_min, "mesh": self.mesh, "progress": progress}
 
         def one_round(r: int) -> bounds.CorpusBound:
-            return bounds.corpus_bound(
-                self.bound_fn,
-                self.params,
-                jax.random.fold_in(key, r),
-                blocks,
-                passes=passes,
-                batch_size=batch_size,
-                t_min=self.objective.t_min,
-                mesh=self.mesh,
-                by_token=by_token,
-                progress=progress,
-            )
+            key = jax.random.fold_in(make_key(seed), r)
+            return bounds.corpus_bound(self.bound_fn, self.params, key, blocks, **how)
 
         max_rounds = max(1, max_passes // passes)
         return bounds.bound_until(one_round, target_standard_error, max_rounds, blocks.count)

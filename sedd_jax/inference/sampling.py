@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -99,35 +99,50 @@ NUMBERS = {  # of Sampling; traced, so another value does not compile again
     "top_p": Inside(0.0, 1.0, "(]"),
     "t_min": Inside(0.0, 1.0, "()"),
 }
+KnownTokens = tuple[np.ndarray, np.ndarray]  # tokens int32 and is_known bool, [L] or [N, L]
 SHAPES = ("temperature", "top_p", "top_k")
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["steps", *NUMBERS, "top_k", "grid"],
-    meta_fields=["predictor", "draw", "normalised", "greedy"],
-)
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn; docs/samplers.md has every predictor with its numbers."""
+    """How samples are drawn; docs/samplers.md has every predictor with its numbers.
 
-    # predictor, draw and grid: a name of TABLES, or a function like those there.
-    steps: int = 128  # reverse steps, one or two network calls each; the denoiser is one more
-    predictor: str | Callable = "tweedie"  # "none": the denoiser alone
-    draw: str | Callable = "exact"  # or "float32_gumbel", the original's
-    grid: str | Callable = "uniform"  # or "cosine", "fitted": the times of the steps
-    t_min: float = 1e-5  # time of the denoising; the grid "fitted" has its own
-    theta: float = 0.5  # two_stage, theta_trapezoidal: where a step is cut
-    eta: float = 0.02  # remdm_cap, remdm_rescale, remdm_loop: how much is masked again
-    kappa: float = 0.95  # psi: how much is not noised again
-    gamma: float = 0.1  # entropy_bounded: nats that are drawn together
-    threshold: float = 0.9  # confidence
-    normalised: bool = False  # euler, tweedie: the reveal depends on time alone
-    # What changes the model's distribution of clean tokens; None: nothing does.
+    predictor, draw and grid are a name, of which a wrong one has all listed, or a function like
+    those of TABLES. temperature, top_p, top_k and greedy change the model's distribution of clean
+    tokens; None: nothing does.
+
+    steps: reverse steps, one or two network calls each; the denoiser is one more.
+    predictor: a reverse step, "tweedie" for one; "none": the denoiser alone.
+    draw: "exact", or "float32_gumbel", the original's.
+    grid: the times of the steps, "uniform", "cosine" or "fitted".
+    t_min: the time of the denoising; the grid "fitted" has its own.
+    theta: of two_stage, theta_trapezoidal: where a step is cut.
+    eta: of remdm_cap, remdm_rescale, remdm_loop: how much is masked again.
+    kappa: of psi: how much is not noised again.
+    gamma: of entropy_bounded: nats that are drawn together.
+    threshold: of confidence: the probability from which a token is drawn.
+    normalised: of euler, tweedie: the reveal depends on time alone.
+    temperature: of the tokens' probabilities, p^(1/temperature).
+    top_p: draws from the likeliest tokens that reach this probability together.
+    top_k: draws from this many of the likeliest tokens.
+    greedy: the denoiser takes the likeliest tokens.
+    """
+
+    steps: int = 128
+    predictor: str | Callable[..., Any] = "tweedie"
+    draw: str | Callable[..., Any] = "exact"
+    grid: str | Callable[..., Any] = "uniform"
+    t_min: float = 1e-5
+    theta: float = 0.5
+    eta: float = 0.02
+    kappa: float = 0.95
+    gamma: float = 0.1
+    threshold: float = 0.9
+    normalised: bool = False
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    greedy: bool = False  # the denoiser takes the likeliest tokens
+    greedy: bool = False
 
     @classmethod
     def of(cls, values: Any) -> "Sampling":
@@ -158,6 +173,7 @@ class Sampling:
 
     def replaced(self, **options: Any) -> "Sampling":
         """With the options that are not None in place of these; ValueError for a wrong one."""
+        check_names(options, [field.name for field in dataclasses.fields(self)])
         chosen = {name: value for name, value in options.items() if value is not None}
         checked = dataclasses.replace(self, **chosen)._checked()
         # As Python's numbers: of other types they would compile again, and JSON knows none.
@@ -235,6 +251,13 @@ class Sampling:
         return dataclasses.replace(self, **chosen)
 
 
+jax.tree_util.register_dataclass(
+    Sampling,
+    data_fields=["steps", *NUMBERS, "top_k", "grid"],
+    meta_fields=["predictor", "draw", "normalised", "greedy"],
+)
+
+
 class Rows(NamedTuple):
     """Samples that are drawn at once, filled up with padding to the shape that is compiled."""
 
@@ -280,6 +303,14 @@ def reverse_steps(
     )
 
 
+def check_names(options: Iterable[str], known: Iterable[str]) -> None:
+    """TypeError, Python's own for a wrong keyword, unless all options are known."""
+    known = list(known)
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r}; known: {', '.join(known)}")
+
+
 def check_whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
     """ValueError unless value is a whole number in [low, high]."""
     is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -288,9 +319,11 @@ def check_whole(name: str, value: Any, low: int, high: int = 2**31 - 1) -> None:
 
 
 def known_at_positions(
-    positions: Sequence[int], tokens: Sequence[int] | None, length: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [length], is_known bool [length]) with tokens [n] at positions [n]."""
+    positions: Sequence[int], tokens: Sequence[int] | None, length: int | None, max_length: int
+) -> KnownTokens:
+    """[length], or [max_length] for None, with tokens [n] at positions [n]."""
+    length = max_length if length is None else length
+    check_whole("length", length, 1, max_length)
     positions, tokens = _integers("positions", positions), _integers("tokens", tokens)
     if positions.ndim != 1 or positions.shape != tokens.shape:
         raise ValueError(
@@ -309,7 +342,7 @@ def known_at_positions(
 
 
 def known_rows(
-    known: tuple[np.ndarray, np.ndarray] | None,
+    known: KnownTokens | None,
     num_samples: int,
     length: int | None,
     *,

@@ -1,7 +1,7 @@
 """The states of sampling, batch by batch: what every call that samples yields."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.inference import batches, revision
 from sedd_jax.inference.autoregressive import AutoregressiveSampler
 from sedd_jax.inference.batches import Texts
+from sedd_jax.inference.options import Call, OnStep
 from sedd_jax.inference.plaid import PlaidSampler
 from sedd_jax.inference.sampling import Rows, Sampling, reverse_steps
 from sedd_jax.inference.trajectory import State
@@ -73,6 +74,8 @@ class DiffusionSampler:
         return rows._replace(chain=chain)
 
 
+EVERY_STEP = 2**31 - 1  # updates, of which no more are made than there are steps
+
 # By objective; of all others reverse steps of tokens.
 SAMPLERS = {Autoregressive: AutoregressiveSampler, Plaid: PlaidSampler}
 
@@ -82,33 +85,26 @@ def sampler_of(model: Any) -> Sampler:
     return SAMPLERS.get(type(model.objective), DiffusionSampler)(model)
 
 
-def states_of(
-    model: Any,
-    texts: Texts,
-    updates: int,
-    sampling: Sampling,
-    seed: int,
-    batch_size: int,
-    progress: bool,
-) -> Iterator[State]:
+def states_of(model: Any, texts: Texts, updates: int, call: Call) -> Iterator[State]:
     """The first state and those at the end of `updates` parts of the steps, batch by batch.
 
     model is a SEDD. A generator, so its callers refuse bad input at the call and not at the first
     state.
     """
-    key, sampler = make_key(seed), sampler_of(model)
-    steps = sampler.steps(texts, sampling)
+    key, sampler = make_key(call.seed), sampler_of(model)
+    steps = sampler.steps(texts, call.sampling)
     left = steps - texts.begin
-    functions = sampling.functions(model.times_of(sampling))
+    functions = call.sampling.functions(model.times_of(call.sampling))
     if left < 0:  # nothing is noised
         yield State(steps, steps, *texts.known, model.tokenizer, texts.lengths)
         return
+    updates = min(updates, max(left, 1))
     ends = sorted({texts.begin - (-left * j // updates) for j in range(updates + 1)})
-    total = left * -(-len(texts.lengths) // batch_size)
-    hides = not (progress and processes.is_first())
+    total = left * -(-len(texts.lengths) // call.batch_size)
+    hides = not (call.progress and processes.is_first())
     with tqdm(desc="sample", unit=" steps", total=total, disable=hides) as bar:
-        for part in texts.parts(batch_size):
-            shape = batches.shape(part.lengths, batch_size, model.length, model.mesh)
+        for part in texts.parts(call.batch_size):
+            shape = batches.shape(part.lengths, call.batch_size, model.length, model.mesh)
             rows = sampler.start(key, model.put(part.rows(shape)), part)
             for begin, end in pairwise([part.begin, *ends]):
                 rows = sampler.advance(key, rows, np.int32(begin), np.int32(end), functions)
@@ -119,3 +115,18 @@ def states_of(
                 bar.update(end - begin)
                 texts = tokens, part.known.is_known, model.tokenizer, part.lengths
                 yield State(end, steps, *texts, calls[:count])
+
+
+def last_states(
+    stream: Callable[..., Iterator[State]], on_step: OnStep | None, **options: Any
+) -> Iterator[State]:
+    """The last state of each batch of stream(updates=..., **options); on_step gets every state.
+
+    Without on_step the steps are cut into parts for nothing but the bar.
+    """
+    updates = EVERY_STEP if on_step is not None else 20 if options.get("progress") else 1
+    for state in stream(updates=updates, **options):
+        if on_step is not None:
+            on_step(state)
+        if state.step == state.steps:
+            yield state

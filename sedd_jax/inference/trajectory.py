@@ -34,7 +34,7 @@ class State:
     tokens: np.ndarray  # int32 [N, L]
     is_known: np.ndarray  # bool [N, L]: kept, not sampled
     tokenizer: Tokenizer
-    lengths: np.ndarray | None = None  # int [N]: tokens of each text, then 0s; by default all L
+    lengths: np.ndarray = None  # int [N]: tokens of each text, then 0s; left out: all L
     calls: np.ndarray | None = None  # int32 [N]: network calls that each needed so far
 
     def __post_init__(self):
