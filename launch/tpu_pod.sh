@@ -67,7 +67,7 @@ case $action in run | watch)
   for argument in ${arguments[@]+"${arguments[@]}"}; do
     [[ $argument == --workdir=* ]] && workdir=${argument#*=}
   done
-  [[ $workdir == /* || ($command != train && ! $workdir) ]] ||
+  [[ $workdir == /* || $command != train ]] || # of eval and sample it may be a hub id
     refuse "--workdir '$workdir' is not an absolute path; give a folder on a mount that all workers share" ;;
 esac
 

@@ -40,6 +40,7 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from sedd_jax.evaluation.tasks import read_questions
 
     questions, file = read_questions(options.task, options.delimiter)
+    about = {"task": options.task, "delimiter": options.delimiter, "sha256": sha256(file)}
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit={options.limit} is below 1; give a number of questions")
     from sedd_jax.evaluation.choices import choices_table, evaluate_choices
@@ -48,7 +49,6 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     names = ("passes", "batch_size", "seed", "target_standard_error")
     chosen = {name: getattr(options, name) for name in names}
     result = evaluate_choices(model, questions[: options.limit], progress=True, **chosen)
-    about = {"task": options.task, "delimiter": options.delimiter, "sha256": sha256(file)}
     show_result(choices_table(result), {**about, **result}, options.json)
 
 
@@ -71,12 +71,12 @@ def answers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from sedd_jax.evaluation.answers import answers_table, evaluate_answers, read_answers
 
     pairs = read_answers(options.pairs)
+    about = {"pairs": str(options.pairs), "sha256": sha256(options.pairs)}
 
     model = load_model(options)
     chosen = {name: getattr(options, name) for name in ("passes", "batch_size", "seed")}
     chosen["delimiter"] = options.delimiter
     result = evaluate_answers(model, pairs, progress=True, **chosen)
-    about = {"pairs": str(options.pairs), "sha256": sha256(options.pairs)}
     show_result(answers_table(result), {**about, **result}, options.json)
 
 

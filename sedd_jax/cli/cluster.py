@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sedd_jax.cli.arguments import make_parser, named_tokenizer
-from sedd_jax.cli.messages import libraries_on_stderr, message_of
+from sedd_jax.cli.messages import SIGPIPE, libraries_on_stderr, message_of, reader_is_gone
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -51,12 +51,12 @@ def run_joined(
 ) -> int:
     """action(argv without the flags of CLUSTER) on each of the processes that they name, if any.
 
-    parser, with which action parses, gets the flags too, for its help. See `together`.
+    parser, with which action parses, gets the flags too, for its help. See `run_on_all`.
     """
     add_cluster(parser)
     if {"-h", "--help"} & set(argv):
         action(argv)
-    flags_alone = make_parser(name, "")
+    flags_alone = make_parser(parser.prog, "")
     add_cluster(flags_alone)
     options, rest = flags_alone.parse_known_args(argv)
 
@@ -71,10 +71,10 @@ def run_joined(
         processes.check_same("command", {**versions, **command})
         action(rest)
 
-    return together(name, cluster_of(vars(options)), same_action, with_signals=True)
+    return run_on_all(name, cluster_of(vars(options)), same_action, with_signals=True)
 
 
-def together(
+def run_on_all(
     name: str, cluster: "Cluster", action: Callable[[], int | None], *, with_signals: bool = False
 ) -> int:
     """The status that action() returns, here and on the processes that join by cluster, if any.
@@ -101,8 +101,14 @@ def together(
             status = action() or 0
             processes.gather_text("")  # nobody leaves before process 0 has written
             return status
-        except (ValueError, OSError, flags.Error) as error:
+        except (ValueError, flags.Error) as error:
             end.fail(message_of(error), status=2)
+        except BrokenPipeError as error:
+            is_unread = processes.is_first() and reader_is_gone()
+            words = "nobody reads standard output any more" if is_unread else message_of(error)
+            end.fail(words, status=SIGPIPE if is_unread else 1)
+        except OSError as error:  # as of a shared disk: another try may do
+            end.fail(message_of(error), status=1)
         except Exception as error:  # noqa: BLE001 (passed on to all processes)
             end.fail(message_of(error), status=1, details=traceback.format_exc())
 

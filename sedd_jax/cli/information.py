@@ -17,6 +17,8 @@ from sedd_jax.cli.arguments import (
 )
 from sedd_jax.cli.cluster import load_model, load_over_all
 
+BLOCKS = 256  # of a split that are measured
+
 
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """Entropy, KL divergence from another model and mutual information, with their errors."""
@@ -25,7 +27,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add("--against", type=name_or_path, help="the other model of a divergence, as --workdir")
     add("--first", type=int, help="the mutual information of so many first tokens and the others")
     add_records(parser)
-    add("--blocks", type=int, default=256, help="the first so many blocks of the split")
+    add("--blocks", type=int, help=f"the first so many blocks of the split (default: {BLOCKS})")
     add("--num_samples", type=int, help="take so many samples of the model in place of records")
     add_steps(parser)
     add_sampling(parser)
@@ -49,7 +51,9 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         records, split = chosen_records(options)
         likelihood.check_records(model, records)
         source = f"{records.fingerprint['source']['corpus']} {split}"
-        blocks = data.read_blocks(records, split, options.blocks)
+        blocks = data.read_blocks(
+            records, split, BLOCKS if options.blocks is None else options.blocks
+        )
     result = information.information_measures(
         model, blocks, against=against, first=options.first, passes=options.passes, **how
     )
@@ -65,8 +69,9 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{next(iter(chosen))} is for --num_samples; leave it out")
         if options.records is None:
             check_run(options.workdir, f"{NEEDS_RECORDS}, or --num_samples")
-    elif options.records is not None or options.split is not None:
-        raise ValueError("--records and --num_samples are both there; leave one out")
+    for name in ("records", "split", "blocks"):
+        if options.num_samples is not None and getattr(options, name) is not None:
+            raise ValueError(f"--{name} and --num_samples are both there; leave one out")
     from sedd_jax.inference.sampling import Sampling
 
     Sampling().replaced(**{name: chosen[name] for name in chosen if name != "steps"})

@@ -58,8 +58,8 @@ def libraries_on_stderr() -> Iterator[TextIO | None]:
         yield sys.stdout
         return
     sys.stdout.flush()
-    how = {"encoding": sys.stdout.encoding, "errors": "backslashreplace"}
-    with open(os.dup(1), "w", **how) as out:
+    encoding = getattr(sys.stdout, "encoding", None)  # a notebook's has none
+    with open(os.dup(1), "w", encoding=encoding, errors="backslashreplace") as out:
         os.dup2(2, 1)
         try:
             yield out

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from sedd_jax.cli.arguments import joined
-from sedd_jax.cli.cluster import CLUSTER, cluster_of, together
+from sedd_jax.cli.cluster import CLUSTER, cluster_of, run_on_all
 from sedd_jax.cli.messages import say
 from sedd_jax.files import local_path
 
@@ -187,7 +187,7 @@ def run(name: str, argv: list[str]) -> int:
     request = parse_train(name, argv)
     if request.target is not None:
         return _dry_run(name, request)
-    return together(name, request.cluster, lambda: _train_here(name, request))
+    return run_on_all(name, request.cluster, lambda: _train_here(name, request))
 
 
 def _train_here(name: str, request: Request) -> int:

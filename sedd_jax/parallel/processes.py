@@ -168,7 +168,9 @@ def join(cluster: Cluster) -> None:
                     "other by themselves; start them with srun, or give each "
                     f"--coordinator=HOST:PORT --process_count=${size} --process_index=${index}"
                 )
-        return check_platform()
+        return
+    if jax.distributed.is_initialized():  # a command before this one, in the same process
+        return
     where = (
         f"the coordinator at {cluster.coordinator}"
         if cluster.coordinator
@@ -195,6 +197,15 @@ def join(cluster: Cluster) -> None:
             raise ValueError(
                 f"cannot join {where}: {error}; correct its variables in the environment, or give "
                 f"--coordinator=localhost:8476 --process_count=1 --process_index=0 {ALONE}"
+            ) from error
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # of the join itself
+                raise
+            if kind == "tpu":  # a notebook on a TPU machine, where jax is in use: alone
+                return
+            raise ValueError(
+                f"cannot join {where}: jax is in use already; start the command as a process of "
+                "its own"
             ) from error
         try:
             check_platform()
@@ -329,8 +340,13 @@ def check_same(what: str, values: Mapping[str, Any]) -> None:
 
 def check_equal(what: str, tree: Any) -> None:
     """ValueError on every process if one has other numpy arrays in its tree than process 0."""
-    leaves = (np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(tree))
-    check_same(what, {"checksums": [zlib.crc32(leaf.view(np.uint8)) for leaf in leaves]})
+
+    def facts(leaf: np.ndarray) -> str:
+        return f"{leaf.dtype} {leaf.shape}, sum {zlib.crc32(leaf.reshape(-1).view(np.uint8)):08x}"
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path): np.ascontiguousarray(leaf) for path, leaf in leaves}
+    check_same(what, {name: facts(leaf) for name, leaf in named.items()})
 
 
 def check_shared(folder: Path, seconds: float = 30.0) -> None:
