@@ -284,7 +284,7 @@ def test_evaluation_prints_and_writes_the_same_numbers(capsys, tiny_run, tmp_pat
     assert eval_command([*arguments, f"--json={file}"]) == 0
     out, result = capsys.readouterr().out, json.loads(file.read_text())
     bits = result["bits_per_character"]
-    assert f"{bits['bound']:.3f} +- {bits['bound_standard_error']:.3f}" in out
+    assert f"{bits['bound']:.3f}±{bits['bound_standard_error']:.3f}" in out
     assert f"{bits['bigram']:.3f}" in out
     assert result["tokens"] == result["characters"] == 8 * 32
     parts = bits["diffusion"] + bits["tail"] + bits["prior"]

@@ -15,10 +15,11 @@ from sedd_jax.cli import compare, convert, evaluate, prepare, report, sample, tr
 from sedd_jax.cli.messages import SIGPIPE, discard_output, plain_output, reader_is_gone, say
 
 Argv = list[str] | None
+LONG = ("sedd-train", "sedd-compare")  # their log lines have the time
 
 
 def _guarded(name: str, command: Callable[[str, list[str]], int | None], argv: Argv = None) -> int:
-    with plain_output():
+    with plain_output(has_times=name in LONG):
         try:
             status = _run(name, command, sys.argv[1:] if argv is None else argv)
             print(end="", flush=True)

@@ -8,6 +8,7 @@ from sedd_jax.cli.arguments import (
     run_records,
 )
 from sedd_jax.cli.sample import show
+from sedd_jax.console import activity
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -44,10 +45,11 @@ def run(name: str, argv: list[str]) -> None:
         print(f"\n{options.template}")
         show(summary["infill"])
     try:  # last: what the work has given is shown by now
-        write_report(workdir, summary, frames)
+        with activity("drawing"):
+            write_report(workdir, summary, frames)
     except OSError as error:
         raise ValueError(
             f"cannot write {SUMMARY} and {PICTURE} in {str(workdir)!r}: {error.strerror}; make the "
             "folder writable, or run it on a copy"
         ) from error
-    print(f"\nwritten: {workdir / SUMMARY}, {workdir / PICTURE}")
+    print(f"\nwritten: {workdir / SUMMARY}\nwritten: {workdir / PICTURE}")

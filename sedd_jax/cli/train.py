@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from sedd_jax.cli.arguments import joined
 from sedd_jax.cli.messages import say
+from sedd_jax.console import activity
 from sedd_jax.files import local_path
 
 USAGE = """sedd-train --config=configs/quickstart.py --workdir=DIR [--config.train.steps=100 ...]
@@ -192,7 +193,9 @@ def run(name: str, argv: list[str]) -> int:
         return _dry_run(name, request)
     from sedd_jax.parallel import processes
 
-    processes.join(request.cluster)
+    is_cluster = request.cluster.coordinator is not None or processes.kind_of_cluster() is not None
+    with activity("joining the other processes", is_cluster):
+        processes.join(request.cluster)
     try:
         return _train_here(name, request)
     except Exception as error:

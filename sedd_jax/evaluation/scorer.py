@@ -17,6 +17,7 @@ import numpy as np
 
 from sedd_jax import hub
 from sedd_jax.config import DTYPES
+from sedd_jax.console import activity
 from sedd_jax.convert import weights
 from sedd_jax.data import subwords
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
@@ -206,6 +207,7 @@ def _is_within(array, lowest, highest):
     return lowest <= array.min() and array.max() <= highest
 
 
+@activity("loading the scorer")
 def load_scorer(name: str, *, dtype: str = "float32") -> Scorer:
     """The GPT-2 called name: a row of SCORERS, a hub id owner/name@revision, or a folder.
 
