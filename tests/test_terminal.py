@@ -32,14 +32,14 @@ def check(capture) -> str:
 def training(tmp_path_factory):
     """The folder of a training's workdir, "run", and what a terminal showed of it."""
     folder = tmp_path_factory.mktemp("terminal")
-    arguments = command_line("run", train__eval_every=4, sample__every=8)
+    arguments = command_line("run", train__eval_every=4)
     return folder, in_terminal(folder, "train", *arguments)
 
 
 def test_training_is_a_bar_below_lines_with_the_time(training):
     _, capture = training
     screen = check(capture)
-    for activity in ("compiling", "evaluating", "sampling", "saving"):
+    for activity in ("compiling", "evaluating", "saving"):
         assert f"{activity} ... 00:0" in capture.text
     for line in (
         TIME + r"[\d,]+ parameters, [\d,]+ blocks of 32 tokens",
