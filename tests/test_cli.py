@@ -654,6 +654,8 @@ def test_the_helps_say_every_default_and_every_command(capsys):
     assert "blocks a network call (default: 32)" in text and "None" not in text
     text = shown_help(capsys, cli.prepare_command)
     assert "tokens in a block (default: 1024)" in text
+    assert train_command(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     text = shown_help(capsys, train_command)
     assert "--config=quickstart " in text and "configs/quickstart.py" not in text
     for key in KEYS:

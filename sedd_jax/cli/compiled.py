@@ -9,7 +9,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 # Of compiling, from which on a program is stored: all are. A bound of a small model took 10.1 s
-# without stored programs, 6.0 s with those of 0.1 s and more, 4.4 s with all 101, which have 1.3 MB.
+# without, 6.0 s with the programs of 0.1 s and more, 4.4 s with all 101 of them, which have 1.3 MB.
 SECONDS = 0.0
 MAX_BYTES = 2**30  # of all programs; those that were not used for longest go
 

@@ -21,23 +21,29 @@ from sedd_jax.cli.messages import say
 from sedd_jax.console import activity
 from sedd_jax.files import local_path
 
-USAGE = """sedd-train --config=quickstart --workdir=DIR [--config.train.steps=100 ...]
+USAGE = """sedd-train --config=quickstart --workdir=DIR [--config.train.steps=100]
 
-To go on with the run in DIR, its own config is enough: sedd-train --workdir=DIR.
---config takes the name of one of the package's configs, or a file of yours (FILE[:ARGUMENT]).
+To go on with the run in DIR, its config is enough: sedd-train --workdir=DIR.
+--config takes the name of one of the package's configs, or a file of yours,
+FILE[:ARGUMENT]. --config.KEY=VALUE changes a key, as often as you like.
 
 Compile for a machine without having it, and see what fits:
-  --dry_run --target=v5e:4x4   or v4:4x4x4, v5p:4x8x8, v5e:16x16*2 (slices), a100:16, h100:8, cpu:8
+  --dry_run --target=v5e:4x4   or v4:4x4x4, v5p:4x8x8, v5e:16x16*2 (slices),
+                               a100:16, h100:8, cpu:8
   --vocab_size=N               where the tokenizer's is not known from its name
 
-On several machines, the same command on each; SLURM (in srun) and TPU pods are recognised:
-  --coordinator=HOST:PORT --process_count=N --process_index=I   elsewhere
-  --coordinator_bind=ADDRESS:PORT   where process 0 listens; default: on all its addresses
+On several machines the same command on each; SLURM (in srun) and TPU pods are
+recognised, elsewhere:
+  --coordinator=HOST:PORT --process_count=N --process_index=I
+  --coordinator_bind=ADDRESS:PORT   where process 0 listens; default: on all its
+                                    addresses
   --join_timeout=60            seconds until a missing process is an error
   --heartbeat=100              seconds until a dead process ends the others
 
-Exit status: 0 all steps are done; 2 a mistake to correct; 3 it cannot go on; else run it again.
-  --requeue_status=75          the status when a signal stopped it, after a checkpoint; default 0"""
+Exit status: 0 all steps are done; 2 a mistake to correct; 3 it cannot go on;
+else run it again.
+  --requeue_status=75          the status when a signal stopped it, after a
+                               checkpoint; default 0"""
 
 BASE = "configs/base.py"
 
