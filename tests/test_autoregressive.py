@@ -367,7 +367,7 @@ def test_training_samples_and_the_evaluation_says_that_it_is_exact(run, capsys):
     assert eval_command(["likelihood", f"--workdir={run}", "--blocks=4"]) == 0
     table = capsys.readouterr().out
     assert "autoregressive, exact likelihood" in table
-    assert "+-" not in table and "noise levels" not in table and "tail" not in table
+    assert "±" not in table and "noise levels" not in table and "tail" not in table
 
 
 def test_a_command_completes_a_prefix_and_refuses_a_suffix_and_a_draft(run, capsys, tmp_path):

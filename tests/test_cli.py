@@ -15,7 +15,7 @@ from sedd_jax.cli import (
     sample_command,
     train_command,
 )
-from sedd_jax.config import to_json
+from sedd_jax.config import KEYS, to_json
 from sedd_jax.evaluation.report import draw_picture
 from sedd_jax.inference import pretrained as loading
 
@@ -147,7 +147,7 @@ def test_odd_passes_and_no_blocks_are_one_line(capsys, tiny_run):
     line = fails(capsys, eval_command, *run, "--target_standard_error=0")
     assert "target_standard_error 0.0 is not above 0" in line
     line = fails(capsys, eval_command, "perplexity", f"--workdir={tiny_run}")
-    assert "unknown evaluation 'perplexity'; known: likelihood, generative_perplexity" in line
+    assert "unknown evaluation 'perplexity'; did you mean generative_perplexity?" in line
 
 
 def test_a_foreign_config_is_one_line(capsys, tmp_path):
@@ -284,7 +284,7 @@ def test_evaluation_prints_and_writes_the_same_numbers(capsys, tiny_run, tmp_pat
     assert eval_command([*arguments, f"--json={file}"]) == 0
     out, result = capsys.readouterr().out, json.loads(file.read_text())
     bits = result["bits_per_character"]
-    assert f"{bits['bound']:.3f} +- {bits['bound_standard_error']:.3f}" in out
+    assert f"{bits['bound']:.3f}±{bits['bound_standard_error']:.3f}" in out
     assert f"{bits['bigram']:.3f}" in out
     assert result["tokens"] == result["characters"] == 8 * 32
     parts = bits["diffusion"] + bits["tail"] + bits["prior"]
@@ -299,7 +299,7 @@ def test_a_target_that_was_not_reached_is_said(capsys, tiny_run, tmp_path):
     (out, errors), result = capsys.readouterr(), json.loads(file.read_text())
     assert (result["target_standard_error"], result["target_reached"]) == (1e-9, False)
     error = result["nats_per_token"]["bound_standard_error"]
-    assert out.splitlines()[-1] == (
+    assert " ".join(out.splitlines()[-2:]) == (
         f"target 1e-09 nats/token not reached: {error:.3g} after 4 noise levels a block; "
         "raise --max_passes"
     )
@@ -610,3 +610,55 @@ def test_what_a_config_file_derives_from_a_key_follows_the_command_line(tmp_path
 def test_samples_too_short_to_be_measured_are_refused_first(capsys, tiny_run, evaluation):
     line = fails(capsys, eval_command, evaluation, f"--workdir={tiny_run}", "--length=2")
     assert "length 2 is too short" in line and "give at least 4" in line
+
+
+@pytest.mark.parametrize(
+    "command, arguments, message",
+    [
+        (
+            sample_command,
+            ["--stpes=3", "--workdir=x"],
+            "unknown flag --stpes; did you mean --steps",
+        ),
+        (sample_command, ["--wrokdir", "x"], "unknown flag --wrokdir; did you mean --workdir?"),
+        (eval_command, ["likelihood", "--pases=3"], "unknown flag --pases; did you mean --passes"),
+        (eval_command, ["likelhood"], "unknown evaluation 'likelhood'; did you mean likelihood?"),
+        (
+            cli.convert_command,
+            ["--config.seed=1", "--fom=hub"],
+            "--fom; did you mean --from, --form",
+        ),
+        (cli.main, ["trian"], "unknown command 'trian'; did you mean train?"),
+        (cli.report_command, ["--qqq"], "unknown flag --qqq; sedd-report --help lists the flags"),
+    ],
+)
+def test_a_misspelt_flag_gets_a_suggestion(capsys, command, arguments, message):
+    assert message in fails(capsys, command, *arguments)
+
+
+def test_a_value_may_look_like_a_flag(capsys):
+    line = fails(capsys, sample_command, "--prefix=--- a", "--suffix", "--b c", "--format=x")
+    assert "give --workdir" in line
+
+
+def shown_help(capsys, command, *arguments) -> str:
+    assert command([*arguments, "--help"]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_the_helps_say_every_default_and_every_command(capsys):
+    for evaluation in cli.evaluate.EVALUATIONS:
+        if evaluation != "harness":
+            assert "--seed SEED of the" in shown_help(capsys, cli.eval_command, evaluation)
+    text = shown_help(capsys, eval_command, "likelihood")
+    assert "blocks a network call (default: 32)" in text and "None" not in text
+    text = shown_help(capsys, cli.prepare_command)
+    assert "tokens in a block (default: 1024)" in text
+    assert train_command(["--help"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    text = shown_help(capsys, train_command)
+    assert "--config=quickstart " in text and "configs/quickstart.py" not in text
+    for key in KEYS:
+        assert f"--config.{key}=" in text
+    text = shown_help(capsys, cli.main)
+    assert all(f" {name} " in text for name in cli.COMMANDS)

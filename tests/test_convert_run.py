@@ -442,7 +442,7 @@ def test_commands_carry_a_run_there_and_back_and_train_on(tiny_run, tmp_path, ca
     [
         (["--to=x"], "--from"),
         (["--from=nowhere", "--to=x"], "is not a .pth file of a run"),
-        (["--from=nowhere", "--to=x", "--what=1"], "unknown argument '--what=1'"),
+        (["--from=nowhere", "--to=x", "--what=1"], "unknown flag --what; sedd-convert --help"),
         (["--from=nowhere", "--to=x", "--tokenizer=characters"], "is fitted on a corpus"),
         (["--from=nowhere", "--to=x", "--tokenizer_path=y"], "needs --tokenizer"),
         (["--config.model.dtype=[1]"], "config.model.dtype '[1]' is not allowed"),

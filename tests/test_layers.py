@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sedd_jax"
 LAYERS = (
-    ("files", "hub", "diffusion", "kernels", "parallel"),
+    ("console", "files", "hub", "diffusion", "kernels", "parallel"),
     ("data", "models", "state"),
     ("config",),
     ("experiment",),

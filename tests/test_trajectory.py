@@ -81,13 +81,16 @@ def test_every_fault_of_states_is_named(tmp_path):
         show(iter([]), path=tmp_path / "none/a.html")
 
 
-def test_a_terminal_gets_lines_that_fit_and_no_control_characters():
+def test_a_terminal_gets_lines_that_fit_and_no_control_characters(monkeypatch):
+    monkeypatch.delenv("NO_COLOR", raising=False)
     state = some_states("ab\x1b[2J 東京 cd\n" + "x" * 25, known=2)[-1]
     lines = screenful(state, columns=10, lines=4)
     assert lines[0].startswith("\x1b[4mab\x1b[0m·[2J ")
     plain = [re.sub(r"\x1b\[[0-9]m", "", line) for line in lines]
     assert plain == ["ab·[2J 東", "京 cd", "xxxxxxxxxx", "..."]
     assert screenful(some_states("abc")[0], 10, 4) == ["\x1b[2m░░░\x1b[0m"]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert screenful(some_states("abc")[0], 10, 4) == ["░░░"]
 
 
 def test_a_terminal_is_redrawn_in_place_and_left_as_it_was(monkeypatch):

@@ -389,7 +389,7 @@ CASES = [
     Case(f"{COMPARE}out --methods=", "''", "known: sedd_absorbing"),
     Case(f"{COMPARE}out --seeds=0", "--seeds 0", "choose one"),
     Case(f"{COMPARE}out --passes=3", "--passes 3", "even number"),
-    Case(f"{COMPARE}out --steps=3", "'--steps=3'", "--help lists the arguments"),
+    Case(f"{COMPARE}out --steps=3", "flag --steps", "did you mean --seeds?"),
     Case(f"{COMPARE}out --config.graph.name=uniform", "config.graph.name", "leave"),
     Case(f"{COMPARE}out --config.train.stepz=1", "train.stepz", "train.steps"),
     Case(f"{COMPARE}out --config.data.length=3", "length 3", "at least 4"),

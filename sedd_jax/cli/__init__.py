@@ -12,13 +12,15 @@ from absl import flags
 
 from sedd_jax import __version__
 from sedd_jax.cli import compare, convert, evaluate, prepare, report, sample, train
+from sedd_jax.cli.arguments import did_you_mean
 from sedd_jax.cli.messages import SIGPIPE, discard_output, plain_output, reader_is_gone, say
 
 Argv = list[str] | None
+LONG = ("sedd-train", "sedd-compare")  # their log lines have the time
 
 
 def _guarded(name: str, command: Callable[[str, list[str]], int | None], argv: Argv = None) -> int:
-    with plain_output():
+    with plain_output(has_times=name in LONG):
         try:
             status = _run(name, command, sys.argv[1:] if argv is None else argv)
             print(end="", flush=True)
@@ -74,9 +76,11 @@ def main(argv: Argv = None) -> int:
 
 def _explain(name: str, argv: list[str]) -> None:
     if not {"-h", "--help"} & set(argv[:1]):
-        given = argv[0] if argv else ""
-        raise ValueError(f"unknown command {given!r}; known: {', '.join(COMMANDS)}")
-    print(f"usage: python -m {name} {{{','.join(COMMANDS)}}} ...\n")
-    print(
-        f"The same as sedd-prepare and so on; python -m {name} COMMAND --help lists its arguments"
-    )
+        command = argv[0] if argv else ""
+        near = did_you_mean(command, COMMANDS, f"known: {', '.join(COMMANDS)}")
+        raise ValueError(f"unknown command {command!r}; {near}")
+    print(f"usage: python -m {name} COMMAND ...\n")
+    for module in (prepare, train, evaluate, sample, report, compare, convert):
+        command, _, about = module.__doc__.splitlines()[0].partition(": ")
+        print(f"  {command.removeprefix('sedd-'):<10}{about}")
+    print(f"\nThe same as sedd-prepare and so on; python -m {name} COMMAND --help says more")

@@ -2,12 +2,14 @@
 
 import argparse
 import atexit
+import difflib
 import importlib.util
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,15 +19,44 @@ NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
 MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says every default that is one, unless the text does."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has_default = action.default not in (None, "", False) and "default" not in action.help
+        return super()._get_help_string(action) if has_default else action.help
+
+
 class _Parser(argparse.ArgumentParser):
     """Mistakes in the arguments are errors like any other: one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; {self.prog} --help lists the arguments")
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, --config.KEY being known; a misspelt flag is refused first."""
+        flags, is_value = self._option_string_actions, False
+        for argument in args or ():
+            flag = argument.partition("=")[0]
+            is_known = flag in flags or flag.startswith("--config.")
+            if re.fullmatch(r"--[\w.-]+", flag) and not is_known and not is_value:
+                near = did_you_mean(flag, flags, f"{self.prog} --help lists the flags")
+                raise ValueError(f"unknown flag {flag}; {near}")
+            is_value = argument in flags and flags[argument].nargs != 0
+        return super().parse_known_args(args, namespace)
+
 
 def make_parser(name: str, description: str) -> argparse.ArgumentParser:
-    return _Parser(prog=name, description=description, allow_abbrev=False)
+    return _Parser(
+        prog=name, description=description, allow_abbrev=False, formatter_class=_Formatter
+    )
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str) -> str:
+    """A question with the known names that are like this one, or what to say if there are none."""
+    plain = {one.lstrip("-"): one for one in known}  # else all flags would be like each other
+    near = difflib.get_close_matches(name.lstrip("-"), plain, n=3)
+    return f"did you mean {', '.join(plain[one] for one in near)}?" if near else otherwise
 
 
 def path(text: str) -> Path:
@@ -144,11 +175,11 @@ def add_scorer(parser: argparse.ArgumentParser) -> None:
     add("--scorer_dtype", default="float32", help="float32 or bfloat16")
     add_sampling(parser)
     add("--batch_size", type=int, default=16, help="texts at once")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the samples")
 
 
 def add_samples(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_samples", type=int, default=256)
+    parser.add_argument("--num_samples", type=int, default=256, help="texts of the model")
     parser.add_argument("--length", type=int, help="tokens of a sample (default: the model's)")
 
 

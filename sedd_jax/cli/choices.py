@@ -34,7 +34,7 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         "this, as 0.01",
     )
     add("--batch_size", type=int, default=16, help="choices a network call")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the noise")
     add_json(parser)
     options = parser.parse_args(argv)
     from sedd_jax.evaluation.tasks import read_questions

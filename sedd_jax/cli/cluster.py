@@ -13,6 +13,7 @@ from absl import flags
 
 from sedd_jax.cli.arguments import make_parser, named_tokenizer
 from sedd_jax.cli.messages import SIGPIPE, libraries_on_stderr, message_of, reader_is_gone
+from sedd_jax.console import activity
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -87,7 +88,8 @@ def run_on_all(
 
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(libraries_on_stderr())
-        processes.join(cluster)
+        with activity("joining the other processes", cluster.coordinator is not None):
+            processes.join(cluster)
         if processes.is_alone():
             stack.close()
             return action() or 0

@@ -1,4 +1,4 @@
-"""sedd-compare."""
+"""sedd-compare: train several methods alike and compare them."""
 
 import argparse
 import difflib

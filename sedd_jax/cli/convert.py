@@ -1,4 +1,4 @@
-"""sedd-convert."""
+"""sedd-convert: checkpoints to and from the original PyTorch code."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""sedd-eval and its evaluations."""
+"""sedd-eval: score a model: likelihood, generative perplexity, MAUVE and more."""
 
 import argparse
 import contextlib
@@ -22,6 +22,7 @@ from sedd_jax.cli.arguments import (
     check_matplotlib,
     check_run,
     chosen_records,
+    did_you_mean,
     make_parser,
     name_or_path,
     output_file,
@@ -32,12 +33,14 @@ from sedd_jax.cli.arguments import (
 )
 from sedd_jax.cli.choices import answers, choices, harness
 from sedd_jax.cli.cluster import load_model, load_scorer, run_joined
+from sedd_jax.cli.compiled import keep_compiled
 
 log = logging.getLogger(__name__)
 
 
 def run(name: str, argv: list[str]) -> int:
     if argv and argv[0] in EVALUATIONS:
+        keep_compiled()
         evaluate = EVALUATIONS[argv[0]]
         parser = make_parser(f"{name} {argv[0]}", evaluate.__doc__)
         return run_joined(name, parser, argv[1:], functools.partial(evaluate, parser))
@@ -49,7 +52,8 @@ def run(name: str, argv: list[str]) -> int:
         print(f"{name} likelihood --help lists its arguments")
         return 0
     kind = argv[0] if argv else ""
-    raise ValueError(f"unknown evaluation {kind!r}; known: {', '.join(EVALUATIONS)}")
+    near = did_you_mean(kind, EVALUATIONS, f"known: {', '.join(EVALUATIONS)}")
+    raise ValueError(f"unknown evaluation {kind!r}; {near}")
 
 
 def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -80,7 +84,7 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     )
     add("--max_passes", type=int, default=1024, help="the most noise levels a block for that")
     add("--batch_size", type=int, default=32, help="blocks a network call")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the noise")
     add("--baselines", action="store_true", help="add n-gram models of the run's training text")
     add(
         "--values",
@@ -179,8 +183,8 @@ def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add_steps(parser)
     add("--form", default="prefix", help="prefix: the first 50 given; infill: 25 at each end")
     add_records(parser)
-    add("--references", type=int, default=1000)
-    add("--repeats", type=int, default=5)
+    add("--references", type=int, default=1000, help="texts of the split that are completed")
+    add("--repeats", type=int, default=5, help="completions of each, every time with other noise")
     add("--buckets", type=int, help="clusters of MAUVE (default: a tenth of the texts)")
     add_json(parser)
     options = parser.parse_args(argv)

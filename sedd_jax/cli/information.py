@@ -33,7 +33,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add_sampling(parser)
     add("--passes", type=int, default=16, help="noise levels a text, even")
     add("--batch_size", type=int, default=4, help="texts at once: each needs tables of its scores")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the noise and the samples")
     add_json(parser)
     options = parser.parse_args(argv)
     _check(options)

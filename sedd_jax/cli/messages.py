@@ -11,8 +11,11 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+from tqdm.auto import tqdm
+
 from sedd_jax.files import shown
 
+TIME = "%H:%M:%S"
 SIGPIPE = 128 + 13  # the status of what the shell saw end by that signal
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
@@ -50,6 +53,14 @@ def discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _BesideBars(logging.StreamHandler):
+    """Clears the progress bars for each line, and draws them again below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 @contextlib.contextmanager
 def libraries_on_stderr() -> Iterator[TextIO | None]:
     """Within it, what libraries print, as gloo and NCCL do, goes to standard error; yields standard
@@ -68,9 +79,10 @@ def libraries_on_stderr() -> Iterator[TextIO | None]:
 
 
 @contextlib.contextmanager
-def plain_output() -> Iterator[None]:
-    """Within it, the package's own messages are plain lines on standard error, and standard output
-    takes every character: what its encoding lacks, as é in ASCII, is shown as an escape.
+def plain_output(has_times: bool) -> Iterator[None]:
+    """Within it, the package's own messages are plain lines on standard error, with the time of day
+    if has_times, and standard output takes every character: what its encoding lacks, as é in ASCII,
+    is shown as an escape.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is not, and takes all
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -78,7 +90,9 @@ def plain_output() -> Iterator[None]:
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    handler = logging.StreamHandler()  # for each command: a notebook or a test replaces sys.stderr
+    handler = _BesideBars()  # for each command: a notebook or a test replaces sys.stderr
+    if has_times:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", TIME))
     logger.addHandler(handler)
     try:
         yield

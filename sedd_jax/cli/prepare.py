@@ -1,4 +1,4 @@
-"""sedd-prepare."""
+"""sedd-prepare: make records of a corpus, blocks of tokens, for the others."""
 
 import argparse
 

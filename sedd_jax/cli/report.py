@@ -1,4 +1,4 @@
-"""sedd-report."""
+"""sedd-report: write a run's table, samples and picture."""
 
 from sedd_jax.cli.arguments import (
     add_workdir,
@@ -7,7 +7,9 @@ from sedd_jax.cli.arguments import (
     make_parser,
     run_records,
 )
+from sedd_jax.cli.compiled import keep_compiled
 from sedd_jax.cli.sample import show
+from sedd_jax.console import activity
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -17,6 +19,7 @@ def run(name: str, argv: list[str]) -> None:
     parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")
     options = parser.parse_args(argv)
+    keep_compiled()
     from sedd_jax.evaluation.likelihood import likelihood_table
     from sedd_jax.evaluation.report import make_report, write_report
     from sedd_jax.inference.pretrained import load
@@ -44,10 +47,11 @@ def run(name: str, argv: list[str]) -> None:
         print(f"\n{options.template}")
         show(summary["infill"])
     try:  # last: what the work has given is shown by now
-        write_report(workdir, summary, frames)
+        with activity("drawing"):
+            write_report(workdir, summary, frames)
     except OSError as error:
         raise ValueError(
             f"cannot write {SUMMARY} and {PICTURE} in {str(workdir)!r}: {error.strerror}; make the "
             "folder writable, or run it on a copy"
         ) from error
-    print(f"\nwritten: {workdir / SUMMARY}, {workdir / PICTURE}")
+    print(f"\nwritten: {workdir / SUMMARY}\nwritten: {workdir / PICTURE}")

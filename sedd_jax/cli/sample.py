@@ -1,4 +1,4 @@
-"""sedd-sample."""
+"""sedd-sample: draw, infill or revise text with a model."""
 
 import argparse
 import contextlib
@@ -21,6 +21,7 @@ from sedd_jax.cli.arguments import (
     sampling_of,
 )
 from sedd_jax.cli.cluster import load_model, run_joined
+from sedd_jax.cli.compiled import keep_compiled
 from sedd_jax.cli.messages import visible
 from sedd_jax.files import replacing
 
@@ -34,6 +35,7 @@ def run(name: str, argv: list[str]) -> int:
 
 def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     options = _parsed(parser, argv)
+    keep_compiled()
     from sedd_jax import data
     from sedd_jax.inference.sampling import Sampling
     from sedd_jax.inference.trajectory import Animation
@@ -114,8 +116,8 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
     add("--length", type=int, help="tokens of a sample (default: the model's)")
     add("--steps", type=int, help="reverse steps (default: the config's); few make poor text")
     add_sampling(parser)
-    add("--seed", type=int, default=0)
-    add("--num_samples", type=int, default=1)
+    add("--seed", type=int, default=0, help="of the samples")
+    add("--num_samples", type=int, default=1, help="texts; of each draft with --revise")
     add("--batch_size", type=int, default=16, help="samples at once")
     add("--format", default="text", help="text, or jsonl: an object a line, batch by batch")
     add("--out", type=new_file, help="write to this new file (default: standard output)")

@@ -1,7 +1,9 @@
 """A state as lines for a terminal, redrawn in place."""
 
 import itertools
+import os
 import shutil
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator
 from typing import TextIO
@@ -12,13 +14,15 @@ from sedd_jax.inference.trajectory import State
 
 
 def screenful(state: State, columns: int, lines: int) -> list[str]:
-    """The first text as lines for a terminal: masks dim, known tokens underlined.
+    """The first text as lines for a terminal: masks dim, known tokens underlined, unless NO_COLOR
+    is set (no-color.org).
 
     At most `lines` lines of `columns` columns; control characters show as "·".
     """
+    dim, underlined = ("", "") if os.environ.get("NO_COLOR") else ("2", "4")
     kinds = zip(state.pieces[0], state.is_masked[0].tolist(), np.asarray(state.is_known)[0])
     cells = [
-        (character, "2" if masked else "4" if known else "")
+        (character, dim if masked else underlined if known else "")
         for piece, masked, known in kinds
         for character in piece
     ]
@@ -34,13 +38,18 @@ def screenful(state: State, columns: int, lines: int) -> list[str]:
 
 
 class TerminalView:
-    """The lines of a terminal in which each state replaces the one before."""
+    """The lines of a terminal in which each state replaces the one before, not too fast to see."""
+
+    SECONDS = 0.1  # that a state is shown at least: 64 take 6 s
 
     def __init__(self, terminal: TextIO):
         self._terminal, self._lines = terminal, 0
+        self._next = 0.0  # the time from which another state may be drawn
 
     def draw(self, state: State) -> None:
         """Shows the first text of `state` and its step."""
+        time.sleep(max(0.0, self._next - time.monotonic()))
+        self._next = time.monotonic() + self.SECONDS
         columns, rows = shutil.get_terminal_size()
         lines = screenful(state, columns - 1, max(1, rows - 3))
         head = f"step {state.step} of {state.steps}"

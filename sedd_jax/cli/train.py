@@ -1,7 +1,6 @@
-"""sedd-train, and its dry run."""
+"""sedd-train: train a model, or compile its step for a machine that is not there."""
 
 import atexit
-import difflib
 import inspect
 import os
 import runpy
@@ -15,25 +14,30 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from sedd_jax.cli.arguments import joined
+from sedd_jax.cli.arguments import did_you_mean, joined
 from sedd_jax.cli.cluster import CLUSTER, cluster_of, run_on_all
+from sedd_jax.cli.compiled import keep_compiled
 from sedd_jax.cli.messages import say
 from sedd_jax.files import local_path
 
-USAGE = """sedd-train --config=configs/quickstart.py --workdir=DIR [--config.train.steps=100 ...]
+USAGE = """sedd-train --config=quickstart --workdir=DIR [--config.train.steps=100]
 
-To go on with the run in DIR, its own config is enough: sedd-train --workdir=DIR.
-Every key is in configs/base.py.
+To go on with the run in DIR, its config is enough: sedd-train --workdir=DIR.
+--config takes the name of one of the package's configs, or a file of yours,
+FILE[:ARGUMENT]. --config.KEY=VALUE changes a key, as often as you like.
 
 Compile for a machine without having it, and see what fits:
-  --dry_run --target=v5e:4x4   or v4:4x4x4, v5p:4x8x8, v5e:16x16*2 (slices), a100:16, h100:8, cpu:8
+  --dry_run --target=v5e:4x4   or v4:4x4x4, v5p:4x8x8, v5e:16x16*2 (slices),
+                               a100:16, h100:8, cpu:8
   --vocab_size=N               where the tokenizer's is not known from its name
 
 On several machines, the same command on each:
 {cluster}
 
-Exit status: 0 all steps are done; 2 a mistake to correct; 3 it cannot go on; else run it again.
-  --requeue_status=75          the status when a signal stopped it, after a checkpoint; default 0"""
+Exit status: 0 all steps are done; 2 a mistake to correct; 3 it cannot go on;
+else run it again.
+  --requeue_status=75          the status when a signal stopped it, after a
+                               checkpoint; default 0"""
 
 BASE = "configs/base.py"
 
@@ -92,9 +96,9 @@ def parse_train(name: str, argv: list[str]) -> Request:
     try:
         rest = values([name, *joined(argv)])[1:]
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(values), n=3)
-        known = f"did you mean --{', --'.join(near)}?" if near else f"{name} --help lists the flags"
-        raise ValueError(f"unknown flag --{error.flagname}; {known}") from error
+        flag, flags_known = f"--{error.flagname}", [f"--{known}" for known in values]
+        near = did_you_mean(flag, flags_known, f"{name} --help lists the flags")
+        raise ValueError(f"unknown flag {flag}; {near}") from error
     if rest:
         raise ValueError(f"unknown argument {rest[0]!r}; write --config.key=value")
     if values.dry_run != (values.target is not None):
@@ -110,7 +114,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
     for flag, is_there in (("config", config is not None), ("workdir", has_workdir)):
         if not is_there:
             raise ValueError(
-                f"--{flag} is missing; for example {name} --config=configs/quickstart.py "
+                f"--{flag} is missing; for example {name} --config=quickstart "
                 "--workdir=runs/quickstart"
             )
     keys = [key for key in configuration.KEYS if values[f"config.{key}"].present]
@@ -179,10 +183,21 @@ def _find_config(argument: str) -> str:
     )
 
 
+def _keys() -> str:
+    """Every key of a config with its default, a line each."""
+    from sedd_jax.config import flatten
+    from sedd_jax.configs.base import get_config
+
+    head = "The keys, with their defaults (configs/base.py says what they mean):"
+    rows = dict(flatten(get_config())).items()
+    return "\n".join([head, *(f"  --config.{key}={value}" for key, value in rows)])
+
+
 def run(name: str, argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        lines = (f"  {f'--{flag}':<28} {words}" for flag, (_, words) in CLUSTER.items())
+        lines = (f"  {f'--{flag}':<20} {words}" for flag, (_, words) in CLUSTER.items())
         print("usage:", USAGE.replace("{cluster}", "\n".join(lines)))
+        print(f"\n{_keys()}")
         return 0
     request = parse_train(name, argv)
     if request.target is not None:
@@ -194,6 +209,7 @@ def _train_here(name: str, request: Request) -> int:
     from sedd_jax.training.progress import TrainingStopped
     from sedd_jax.training.train import train
 
+    keep_compiled()
     try:
         step = train(request.config, request.workdir)
     except TrainingStopped as error:

@@ -193,7 +193,8 @@ def _encode_all(
         level = logging.WARNING if passed_over else logging.INFO
         log.log(level, "%s%s", corpus.is_read, passed_over)
     read = corpus.progress
-    bar = tqdm(desc="encode", unit=read.unit, unit_scale=True, disable=not progress)
+    options = {"unit": read.unit, "unit_scale": True, "dynamic_ncols": True}
+    bar = tqdm(desc="encode", disable=not progress, **options)
     pending: deque[Future[None]] = deque()  # bounded, and with it the memory
     with bar, ThreadPoolExecutor(workers) as pool:
         for split, documents in jobs:
@@ -209,7 +210,8 @@ def _encode_all(
                     pending.popleft().result()
             num_documents += len(documents)
             bar.total = read.total
-            bar.set_postfix(documents=num_documents, refresh=False)
+            if read.unit == "B":  # else the bar itself counts documents
+                bar.set_postfix(documents=num_documents, refresh=False)
             bar.update(read.done - bar.n)
         for future in pending:
             future.result()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sedd_jax.console import wrapped
 from sedd_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
 from sedd_jax.files import local_path
 
@@ -132,15 +133,15 @@ def describe(records: Records) -> str:
     f = records.fingerprint
     source = ", ".join(f"{k} {v}" for k, v in f["source"].items() if k != "files" and v != "")
     lines = [
-        (
+        *wrapped(
             f"{source}; tokenizer {f['tokenizer']['name']}, {f['tokenizer']['vocab_size']} tokens, "
             f"sha256 {f['tokenizer']['sha256'][:12]}; {f['form']} blocks of {f['length']}"
         ),
-        f"{'split':12}{'documents':>12}{'words':>14}{'tokens':>16}{'blocks':>12}  sha256",
+        f"{'split':11}{'documents':>12}{'words':>14}{'tokens':>16}{'blocks':>12}  sha256",
     ]
     for split, c in f["splits"].items():
         lines.append(
-            f"{split:12}{c['documents']:>12,}{c['words']:>14,}{c['tokens']:>16,}"
+            f"{split:11}{c['documents']:>12,}{c['words']:>14,}{c['tokens']:>16,}"
             f"{c['blocks']:>12,}  {c['sha256'][:12]}"
         )
     return "\n".join([*lines, f"in {records.folder}"])

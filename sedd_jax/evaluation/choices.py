@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from sedd_jax.console import wrapped
 from sedd_jax.diffusion.likelihood import Bound, check_passes
 from sedd_jax.evaluation.statistics import mean_and_error
 from sedd_jax.evaluation.tables import aligned, column, with_error
@@ -253,9 +254,9 @@ def choices_table(result: dict[str, Any]) -> str:
     if "target_reached" in result:
         reached = "is reached" if result["target_reached"] else "takes more questions"
         about += f"; standard error {result['target_standard_error']:g} {reached}"
-    lines = [about]
+    lines = wrapped(about)
     if result["cut_prompts"]:
-        lines.append(
+        lines += wrapped(
             f"{result['cut_prompts']} questions lost the beginning of a prompt, which is longer "
             "than the model"
         )

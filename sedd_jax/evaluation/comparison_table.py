@@ -8,7 +8,6 @@ import csv
 import itertools
 import json
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 
 from sedd_jax import __version__
 from sedd_jax import config as configuration
+from sedd_jax.console import wrapped
 from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.evaluation.comparison import (
     FAILURE,
@@ -195,7 +195,8 @@ def _likelihood_table(rows: Sequence[Row]) -> list[Group]:
         "tokens_per_second": "tok/s",
     }
     return [
-        ("", [column("", map(_label, rows)), column("params", number("parameters"))]),
+        ("", [column("", map(_label, rows))]),
+        ("", [column("params", number("parameters"))]),
         ("training", [column(name, number(key)) for key, name in training.items()]),
         ("", [column("bits/char", likelihood("bits_per_character", False))]),
         ("nats/token", [column("", likelihood("nats_per_token", True)), column("seeds", spread())]),
@@ -237,7 +238,7 @@ def notes(all_runs: Sequence[Run]) -> list[str]:
 
 def terminal(all_runs: Sequence[Run]) -> str:
     """The tables and the notes as aligned text."""
-    return _document(all_runs, aligned, lambda text: textwrap.fill(text, 98))
+    return _document(all_runs, aligned, lambda text: "\n".join(wrapped(text)))
 
 
 def _document(all_runs: Sequence[Run], table, text) -> str:

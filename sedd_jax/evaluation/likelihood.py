@@ -12,8 +12,10 @@ import numpy as np
 import scipy.sparse
 
 from sedd_jax import data
+from sedd_jax.console import activity, wrapped
 from sedd_jax.diffusion.grids import GRIDS
 from sedd_jax.evaluation.scorer import Scorer
+from sedd_jax.evaluation.tables import with_error
 from sedd_jax.evaluation.values import write_values
 from sedd_jax.inference import bounds
 from sedd_jax.inference.curve import Curve, prices
@@ -22,7 +24,7 @@ from sedd_jax.inference.model import SEDD
 ROWS = {
     "bound": "{model}, bound",
     "normalised": "{model}, normalised bound",
-    "paper_protocol": "the paper's protocol (no boundary terms)",
+    "paper_protocol": "the paper's, no boundary terms",
     "gpt2": "GPT-2",
     "bigram": "interpolated bigram, same text",
     "unigram": "unigram, same text",
@@ -56,7 +58,8 @@ def evaluate_split(
     """
     check_records(model, records)
     heldout = data.read_blocks(records, split, blocks)
-    ngrams = {} if train is None else _ngram_nats(*train, heldout)  # refuses before the bound
+    with activity("counting n-grams", progress and train is not None):
+        ngrams = {} if train is None else _ngram_nats(*train, heldout)  # refuses before the bound
     total = model.bound(
         heldout,
         passes=passes,
@@ -69,7 +72,9 @@ def evaluate_split(
     )
     if values_file is not None:
         write_values(values_file, heldout, total.by_token, records.tokenizer)
-    sizes = _sizes(records, split, heldout)
+    with activity("counting, and pricing few calls", progress):
+        sizes = _sizes(records, split, heldout)
+        price = price_of_calls(model, total.curve, CALLS)
     values = bounds.in_units({**total.sums, **ngrams}, **sizes)
     target = {}
     if target_standard_error is not None:
@@ -92,7 +97,7 @@ def evaluate_split(
         "data": _provenance(records, split),
         **values,
         "curve": None if total.curve is None else total.curve.to_dict(),
-        "price_of_calls": price_of_calls(model, total.curve, CALLS),
+        "price_of_calls": price,
     }
 
 
@@ -194,12 +199,13 @@ def likelihood_table(result: dict[str, Any]) -> str:
     is_exact = result.get("is_exact", False)
     has_levels = "passes" in result and not is_exact
     levels = f"; {result['passes']} noise levels a block" if has_levels else ""
+    about = (
+        f"{source} {result['split']}: {result['blocks']} blocks, {result['tokens']:,} tokens, "
+        f"{result['characters']:,} characters, {result['words']:,.0f} words{levels}"
+    )
     lines = [
-        (
-            f"{source} {result['split']}: {result['blocks']} blocks, {result['tokens']:,} tokens, "
-            f"{result['characters']:,} characters, {result['words']:,.0f} words{levels}"
-        ),
-        f"{'':48}{'bits/character':>18}{'nats/token':>18}{'PPL/token':>12}{'PPL/word':>12}",
+        *wrapped(about),
+        f"{'':33}{'bits/char':>13}{'nats/token':>13}{'PPL/token':>10}{'PPL/word':>11}",
     ]
     for key, name in (ROWS | (EXACT if is_exact else {})).items():
         if bits.get(key) is None:
@@ -207,17 +213,17 @@ def likelihood_table(result: dict[str, Any]) -> str:
         cells = []
         for unit in (bits, nats):
             error = None if is_exact else unit.get(f"{key}_standard_error")
-            cells.append(f"{unit[key]:.3f}" + ("" if error is None else f" +- {error:.3f}"))
-        exponentials = f"{perplexity[key]:>12.2f}{per_word[key]:>12.4g}"
+            cells.append(with_error(unit[key], error, 3))
+        exponentials = f"{perplexity[key]:>10.2f}{per_word[key]:>11.4g}"
         name = name.format(model=result.get("model"))
-        lines.append(f"{name:48}{cells[0]:>18}{cells[1]:>18}{exponentials}")
+        lines.append(f"{name:33}{cells[0]:>13}{cells[1]:>13}{exponentials}")
     if "diffusion" not in bits or is_exact:
         return "\n".join(lines)
     parts = ", ".join(f"{part} {bits[part]:.4f}" for part in ("diffusion", "tail", "prior"))
     lines.append(f"the bound's parts, bits/character: {parts}")
     lines += price_table(result.get("price_of_calls"))
     if not result.get("target_reached", True):
-        lines.append(
+        lines += wrapped(
             f"target {result['target_standard_error']:g} nats/token not reached: "
             f"{nats['bound_standard_error']:.3g} after {result['passes']} noise levels a block; "
             "raise --max_passes"
@@ -229,10 +235,10 @@ def price_table(prices: dict[str, dict[str, float]] | None) -> list[str]:
     """What `price_of_calls` returned as lines of aligned text; none of None."""
     if prices is None:
         return []
-    lines = [f"{'network calls a sample':48}" + "".join(f"{calls:>10}" for calls in prices)]
+    lines = [f"{'price of so few network calls':34}" + "".join(f"{calls:>9}" for calls in prices)]
     for grid in next(iter(prices.values())):
-        name = f"price of so few, nats/token, grid {grid}"
-        lines.append(f"{name:48}" + "".join(f"{paid[grid]:>10.4f}" for paid in prices.values()))
+        name = f"nats/token, grid {grid}"
+        lines.append(f"{name:34}" + "".join(f"{paid[grid]:>9.4f}" for paid in prices.values()))
     return lines
 
 

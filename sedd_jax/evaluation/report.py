@@ -41,8 +41,8 @@ def make_report(
     records are the run's. template is infilled three times, None not at all; began is the Unix
     time that `seconds` counts from, None leaves it out.
     """
-    infilled = [] if template is None else model.infill(template, 3, seed=0)
-    states = list(model.stream(num_samples=8, seed=0, updates=12))
+    infilled = [] if template is None else model.infill(template, 3, seed=0, progress=True)
+    states = list(model.stream(num_samples=8, seed=0, updates=12, progress=True))
     samples = states[-1].texts
     heldout = evaluate_split(
         model, records, heldout_split, passes=passes, train=(records, train_split), progress=True

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from sedd_jax import hub
 from sedd_jax.config import DTYPES
+from sedd_jax.console import activity
 from sedd_jax.convert import weights
 from sedd_jax.data import subwords
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
@@ -212,6 +213,7 @@ def _is_within(array, lowest, highest):
     return lowest <= array.min() and array.max() <= highest
 
 
+@activity("loading the scorer")
 def load_scorer(name: str, *, dtype: str = "float32", mesh: Mesh | None = None) -> Scorer:
     """The GPT-2 called name: a row of SCORERS, a hub id owner/name@revision, or a folder.
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from sedd_jax.console import WIDTH, wrapped
 from sedd_jax.evaluation.statistics import DISTINCT_N, REPETITION_N
 from sedd_jax.inference.sampling import Sampling
 
@@ -54,14 +55,14 @@ def perplexity_table(rows: list[Row]) -> str:
         *_distance_columns(measured),
         ("seconds", [column("a sample", (_number(r.get("seconds_a_sample")) for r in made))]),
     ]
-    return "\n".join([about, *aligned(groups)])
+    return "\n".join([*wrapped(about), *aligned(groups)])
 
 
 def describe_mauve(result: Row) -> str:
     """The result of conditional_mauve as text; a warning where it has too few references."""
     value, references = result["mauve"], result["references"]
     lines = [
-        (
+        *wrapped(
             f"MAUVE {value['mean']:.3f} +- {value['standard_deviation']:.3f} (standard deviation "
             f"of {result['repeats']} repeats of {references} references, {value['buckets']} "
             "clusters), "
@@ -77,7 +78,7 @@ def describe_mauve(result: Row) -> str:
         ),
     ]
     if references < MIN_REFERENCES:
-        lines.append(
+        lines += wrapped(
             "not comparable with the paper's 1000 references, 5 repeats: below "
             f"{MIN_REFERENCES} references there are so few clusters that MAUVE is near 1 for any "
             "text; raise --references"
@@ -152,7 +153,20 @@ def with_error(value: float, error: float | None, digits: int) -> str:
 
 
 def aligned(groups: list[Group]) -> list[str]:
-    """A line of titles, one of names and one for each row; everything is flush right."""
+    """A line of titles, one of names and one for each row; everything is flush right.
+
+    Groups that do not fit in WIDTH come below, beside the first group once more.
+    """
+    first, *others = groups
+    parts = [[first]]
+    for group in others:
+        if len(parts[-1]) > 1 and max(map(len, _beside([*parts[-1], group]))) > WIDTH:
+            parts.append([first])
+        parts[-1].append(group)
+    return [line for part in parts for line in _beside(part)]
+
+
+def _beside(groups: list[Group]) -> list[str]:
     lines = [""] * (1 + len(groups[0][1][0]))
     for title, columns in groups:
         widths = [2 + max(map(len, column)) for column in columns]

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
+from sedd_jax.console import ticking
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import Bound, bits_per_character, perplexity
@@ -208,8 +209,12 @@ def batches(
         raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
     size = -(-batch_size // parts) * parts
     hides = not (progress and processes.is_first())
-    for start in tqdm(range(0, count, size), desc=name, unit="batch", disable=hides):
-        yield np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)
+    options = {"unit": "batch", "dynamic_ncols": True, "disable": hides}
+    with ticking(tqdm(range(0, count, size), desc=name, **options)) as bar:
+        bar.set_postfix_str("compiling ...")
+        for start in bar:
+            yield np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)
+            bar.set_postfix_str("", refresh=False)
 
 
 def bound_until(

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from sedd_jax import config as configuration
 from sedd_jax import convert, data, experiment, hub
+from sedd_jax.console import activity
 from sedd_jax.convert import weights
 from sedd_jax.convert.folder import OURS, PICKLED, Pretrained
 from sedd_jax.convert.sisters import FAMILIES
@@ -30,6 +31,7 @@ SOURCES = (
 GPT2_TOKENS = 50257  # the vocabulary of every model that the original code trains on text
 
 
+@activity("loading the model")
 def load(
     source: str | Path,
     *,

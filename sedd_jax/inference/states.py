@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
+from sedd_jax.console import ticking
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.objectives import Autoregressive, Plaid
 from sedd_jax.diffusion.samplers import Known
@@ -102,16 +103,20 @@ def states_of(model: Any, texts: Texts, updates: int, call: Call) -> Iterator[St
     ends = sorted({texts.begin - (-left * j // updates) for j in range(updates + 1)})
     total = left * -(-len(texts.lengths) // call.batch_size)
     hides = not (call.progress and processes.is_first())
-    with tqdm(desc="sample", unit=" steps", total=total, disable=hides) as bar:
+    options = {"unit": " steps", "dynamic_ncols": True, "disable": hides}
+    with tqdm(desc="sample", total=total, **options) as bar:
+        bar.set_postfix_str("compiling ...")
         for part in texts.parts(call.batch_size):
             shape = batches.shape(part.lengths, call.batch_size, model.length, model.mesh)
             rows = sampler.start(key, model.put(part.rows(shape)), part)
             for begin, end in pairwise([part.begin, *ends]):
-                rows = sampler.advance(key, rows, np.int32(begin), np.int32(end), functions)
-                xt, calls = processes.fetch((rows.chain.tokens, rows.chain.calls))
+                with ticking(bar):
+                    rows = sampler.advance(key, rows, np.int32(begin), np.int32(end), functions)
+                    xt, calls = processes.fetch((rows.chain.tokens, rows.chain.calls))
                 tokens, count = part.tokens(xt), len(part.lengths)
                 if (tokens < 0).any():
                     raise NotFiniteError(f"by step {end} of {steps}")
+                bar.set_postfix_str("", refresh=False)
                 bar.update(end - begin)
                 texts = tokens, part.known.is_known, model.tokenizer, part.lengths
                 yield State(end, steps, *texts, calls[:count])

@@ -252,7 +252,8 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._done.wait(max(0.01, self._end - time.monotonic())):
             if time.monotonic() >= self._end:
-                print(f"sedd_jax: error: {self.message}", file=self._stderr, flush=True)
+                clear = "\r\x1b[K" if self._stderr.isatty() else ""  # of a progress bar
+                print(f"{clear}sedd_jax: error: {self.message}", file=self._stderr, flush=True)
                 if self.with_stacks:
                     faulthandler.dump_traceback(file=self._stderr)
                 os._exit(1)

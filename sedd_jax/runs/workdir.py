@@ -154,7 +154,7 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
             length=section.length,
             form=section.form,
             splits=(section.train_split, section.heldout_split),
-            progress=section.corpus != "pydoc",
+            progress=True,
         )
     records = open_records(config, workdir)
     source = records.fingerprint["source"]

@@ -23,6 +23,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
+from sedd_jax.console import activity
 from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.files import write_text
 from sedd_jax.inference import bounds
@@ -31,6 +32,9 @@ from sedd_jax.parallel.devices import GIB
 from sedd_jax.runs import workdir as runs
 
 log = logging.getLogger(__name__)
+
+# 80 columns at 400000 of 1000000 steps, with hours, MFU and a bar of one character.
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
 
 
 class TrainingStopped(RuntimeError):
@@ -154,6 +158,7 @@ class Clock:
     """Where the time goes: seconds by phase. What is in no phase is training steps."""
 
     PHASES = ("compile", "input", "checkpoint", "evaluate", "sample")
+    ACTIVITIES = ("compiling", None, "saving", "evaluating", "sampling")  # that a terminal shows
 
     def __init__(self):
         self.began = time.perf_counter()
@@ -163,7 +168,9 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
         try:
-            yield
+            name = self.ACTIVITIES[self.PHASES.index(phase)]
+            with activity(name, name is not None and processes.is_first()):
+                yield
         finally:
             self.seconds[phase] += time.perf_counter() - began
 
@@ -212,7 +219,8 @@ class Progress:
             desc="train",
             total=steps,
             initial=step,
-            unit="step",
+            bar_format=BAR,
+            dynamic_ncols=True,
             disable=not self._writes,
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
@@ -278,12 +286,10 @@ class Progress:
             values["mfu"] = steps_per_second * self.peak_share_per_step
         values |= {f"{phase}_seconds": s for phase, s in self.clock.seconds.items() if s}
         self._write("train", step, values | device_memory())
-        mfu = f", MFU {values['mfu']:.0%}" if "mfu" in values else ""
-        self._bar.set_postfix_str(
-            f"loss {values['nats_per_token']:.3f} nats/token, "
-            f"{values['tokens_per_second']:,.0f} tokens/s{mfu}",
-            refresh=False,
-        )
+        speed = tqdm.format_sizeof(values["tokens_per_second"])
+        mfu = f" MFU {values['mfu']:.0%}" if "mfu" in values else ""
+        postfix = f"{values['nats_per_token']:.3f} nats/token {speed} tok/s{mfu}"
+        self._bar.set_postfix_str(postfix, refresh=False)
         in_a_row = max(int(m["skipped_in_a_row"]) for m in window)
         if in_a_row >= self.max_skipped:
             raise TrainingStopped(
@@ -303,7 +309,8 @@ class Progress:
         if self._writes:
             error = nats.bound_standard_error  # none: of an autoregressive model it is exact
             kind, spread = ("bound", f" +- {error:.3f}") if error else ("-log p", "")
-            self._bar.write(f"step {step}: held-out {kind} {nats.bound:.3f}{spread} nats/token")
+            value = f"{kind} {nats.bound:.3f}{spread} nats/token"
+            self._bar.write(f"{time.strftime('%H:%M:%S')} step {step}: held-out {value}")
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Write the texts to samples/STEP.txt and to the events."""

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sedd_jax import __version__, data
 from sedd_jax import config as configuration
+from sedd_jax.console import activity
 from sedd_jax.experiment import Experiment, make_experiment, make_mesh
 from sedd_jax.files import local_path
 from sedd_jax.inference import bounds
@@ -49,7 +50,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
 
         folder = workdir / runs.CHECKPOINTS
         checkpoints = stack.enter_context(Checkpoints(folder, keep=config.checkpoint.keep))
-        train_state = restore_or_start(experiment, checkpoints)
+        with activity("preparing the state", processes.is_first()):
+            train_state = restore_or_start(experiment, checkpoints)
         step = int(train_state.step)
         progress = stack.enter_context(make_progress(experiment, records, workdir, step))
         log_start(experiment, records, step)
@@ -143,15 +145,16 @@ def make_progress(
 def log_start(experiment: Experiment, records: data.Records, step: int) -> None:
     """Say what is trained, and from which step."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(experiment.shape.params))
+    mesh = ", ".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items() if size > 1)
     log.info(
-        "%s parameters, %s blocks of %d tokens, mesh %s%s; %s",
+        "%s parameters, %s blocks of %d tokens%s%s",
         f"{parameters:,}",
         f"{records.counts(experiment.config.data.train_split)['blocks']:,}",
         records.length,
-        dict(experiment.mesh.shape),
+        f", mesh {mesh}" if mesh else "",
         "" if processes.is_alone() else f", {jax.process_count()} processes",
-        f"resuming at step {step}" if step else "starting; compiling the train step",
     )
+    log.info(f"resuming at step {step}" if step else "starting; compiling the train step")
 
 
 def compile_step(experiment: Experiment, progress: Progress) -> jax.stages.Compiled:

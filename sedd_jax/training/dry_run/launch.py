@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax import data
+from sedd_jax.console import activity
 from sedd_jax.files import local_path
 from sedd_jax.training.dry_run.collectives import Collective
 from sedd_jax.training.dry_run.costs import Cost
@@ -51,7 +52,8 @@ def dry_run(
         "target": target,
         "text_file": text_file and str(local_path(text_file)),
     }
-    answer = _run_child(machine, request)
+    with activity(f"compiling for {target}"):
+        answer = _run_child(machine, request)
     parameters = tuple(_from_json(Parameter, row) for row in answer.pop("parameters"))
     costs = tuple(_from_json(Cost, row) for row in answer.pop("costs", ()))
     collectives = tuple(_from_json(Collective, row) for row in answer.pop("collectives", ()))

@@ -1,0 +1,97 @@
+"""The commands in a real pseudo-terminal of 80 columns: what a person reads there."""
+
+import itertools
+import re
+import string
+
+import pytest
+from conftest import command_line
+from pseudo_terminal import COLUMNS, draw, in_terminal
+
+TIME = r"\d\d:\d\d:\d\d "
+SILENCE = 15.0  # seconds, where another process may have the processor; alone it is 3
+
+
+def check(capture) -> str:
+    """The final screen, after what holds of every command."""
+    assert capture.status == 0, capture.screen
+    moments = list(itertools.accumulate(piece for _, piece in capture.pieces))
+    for line in itertools.chain.from_iterable(map(draw, moments)):
+        # A bar or a line of log over another, or one that was cut in two.
+        assert not re.search(r"%\|.*(%\||\d parameters|held-out)|\w \.\.\. \d\d:\d\d.", line), line
+    lines = capture.screen.splitlines()
+    assert not re.search(r"\w \.\.\. \d\d:\d\d", capture.screen)  # nothing lasts any more
+    for raw in capture.text.replace("\r", "\n").split("\n"):
+        plain = re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", raw)
+        assert len(plain) <= COLUMNS, plain
+    assert capture.longest_silence < SILENCE
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory):
+    """The folder of a training's workdir, "run", and what a terminal showed of it."""
+    folder = tmp_path_factory.mktemp("terminal")
+    arguments = command_line("run", train__eval_every=4)
+    return folder, in_terminal(folder, "train", *arguments)
+
+
+def test_training_is_a_bar_below_lines_with_the_time(training):
+    _, capture = training
+    screen = check(capture)
+    for activity in ("compiling", "evaluating", "saving"):
+        assert f"{activity} ... 00:0" in capture.text
+    for line in (
+        TIME + r"[\d,]+ parameters, [\d,]+ blocks of 32 tokens",
+        TIME + r"compiled in [\d.]+ s, .* a device",
+        TIME + r"step 4: held-out bound [\d.]+ \+- [\d.]+ nats/token",
+        r"train 100%\|█+\| 8/8 00:00 left, [\d.]+ nats/token [\d.]+k? tok/s",
+    ):
+        assert len(re.findall(f"^{line}$", screen, re.MULTILINE)) == 1, screen
+    assert len(re.findall("^train", screen, re.MULTILINE)) == 1
+
+
+def test_the_bound_is_a_table_of_80_columns(training):
+    folder, _ = training
+    arguments = ("--workdir=run", "--passes=2", "--blocks=4")
+    capture = in_terminal(folder, "eval", "likelihood", *arguments)
+    screen = check(capture)
+    assert "compiling ..." in capture.text and "loading the model ..." in capture.text
+    for line in (
+        " +bits/char +nats/token +PPL/token +PPL/word",
+        r"SEDD, bound +[\d.]+±[\d.]+ +[\d.]+±[\d.]+ +[\d.]+ +[\d.e+]+",
+    ):
+        assert re.search(f"^{line}$", screen, re.MULTILINE), screen
+
+
+def test_a_live_sample_is_slow_enough_to_see(training):
+    folder, _ = training
+    capture = in_terminal(folder, "sample", "--workdir=run", "--steps=8", "--live")
+    screen = check(capture)
+    drawn = [second for second, piece in capture.pieces if "step " in piece]
+    assert drawn[-1] - drawn[0] > 0.7  # nine states, 0.1 s each
+    assert screen.startswith("--- 1 ---") and "step 8 of 8" in capture.text
+
+
+def test_a_report_fits_in_80_columns(training):
+    folder, _ = training
+    pytest.importorskip("matplotlib")
+    capture = in_terminal(folder, "report", "--workdir=run", "--passes=2")
+    assert check(capture).endswith("written: run/summary.json\nwritten: run/picture.png")
+    assert "drawing ... 00:0" in capture.text
+
+
+def test_a_preparation_fits_in_80_columns(tmp_path):
+    lines = (f"{string.ascii_letters} {i}\n" for i in range(2000))
+    (tmp_path / "my.txt").write_text("".join(lines))
+    flags = ("--dataset=text", "--manual_dir=my.txt", "--tokenizer=bytes", "--out=records")
+    screen = check(in_terminal(tmp_path, "prepare", *flags, "--length=64"))
+    line = r"^train +1 +[\d,]+ +[\d,]+ +[\d,]+  [0-9a-f]{12}$"
+    assert re.search(line, screen, re.MULTILINE), screen
+
+
+def test_draw_reads_a_terminals_controls():
+    assert draw("a\rb\r\nlong") == ["b", "long"]
+    assert draw("bar\r\n\rbelow\x1b[A\r   \rlog") == ["log", "below"]
+    assert draw("x" * 81) == ["x" * 80, "x"]
+    assert draw("one\r\ntwo\r\n\x1b[2F\x1b[Jnew") == ["new"]
