@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,13 +30,21 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
 class _Parser(argparse.ArgumentParser):
     """Mistakes in the arguments are errors like any other: one line."""
 
+    takes_some = False  # of the flags; others know the rest
+    add_last: Callable[[argparse.ArgumentParser], None] | None = None  # arguments after all others
+
+    def parse_args(self, *args, **kwargs):
+        if self.add_last is not None:
+            self.add_last(self)
+        return super().parse_args(*args, **kwargs)
+
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; {self.prog} --help lists the arguments")
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse does, --config.KEY being known; a misspelt flag is refused first."""
         flags, is_value = self._option_string_actions, False
-        for argument in args or ():
+        for argument in () if self.takes_some else args or ():
             flag = argument.partition("=")[0]
             is_known = flag in flags or flag.startswith("--config.")
             if re.fullmatch(r"--[\w.-]+", flag) and not is_known and not is_value:

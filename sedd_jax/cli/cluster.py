@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 # Fields of processes.Cluster: type, and what --help says.
 CLUSTER = {
-    "coordinator": (str, "HOST:PORT of process 0; SLURM (in srun) and TPU pods need no flags"),
+    "coordinator": (str, "HOST:PORT of process 0 (not needed in srun, on TPU pods)"),
     "process_count": (int, "how many processes there are, each with the same command"),
-    "process_index": (int, "the number of this one, from 0; process 0 alone prints and writes"),
-    "coordinator_bind": (str, "ADDRESS:PORT where process 0 listens (default: all its addresses)"),
+    "process_index": (int, "this one's number, from 0; process 0 prints and writes"),
+    "coordinator_bind": (str, "ADDRESS:PORT where process 0 listens (default: anywhere)"),
     "join_timeout": (int, "seconds until a missing process is an error (default: 60)"),
-    "heartbeat": (int, "seconds until a lost machine ends the others (default: 100)"),
+    "heartbeat": (int, "seconds until a lost machine ends all (default: 100)"),
 }
 
 
@@ -54,10 +54,11 @@ def run_joined(
 
     parser, with which action parses, gets the flags too, for its help. See `run_on_all`.
     """
-    add_cluster(parser)
+    parser.add_last = add_cluster
     if {"-h", "--help"} & set(argv):
         action(argv)
     flags_alone = make_parser(parser.prog, "")
+    flags_alone.takes_some = True
     add_cluster(flags_alone)
     options, rest = flags_alone.parse_known_args(argv)
 

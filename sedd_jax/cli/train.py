@@ -195,7 +195,7 @@ def _keys() -> str:
 
 def run(name: str, argv: list[str]) -> int:
     if {"-h", "--help"} & set(argv):
-        lines = (f"  {f'--{flag}':<20} {words}" for flag, (_, words) in CLUSTER.items())
+        lines = (f"  {f'--{flag}':<18}  {words}" for flag, (_, words) in CLUSTER.items())
         print("usage:", USAGE.replace("{cluster}", "\n".join(lines)))
         print(f"\n{_keys()}")
         return 0
