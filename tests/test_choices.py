@@ -370,7 +370,7 @@ OWN = {"prompt": "a", "choices": ["b", "c"], "label": 0}
         ("", {**OWN, "prompt": ["a"]}, "prompt must be a text, or a list of 2"),
         ("", {"prompt": "a", "choices": ["b", "c"]}, "no 'label'; write {"),
         ("", {**OWN, "prompt": "a "}, "ends in white space, and ' ' is put after it"),
-        ("", {**OWN, "choices": [" b", "c"]}, "choice ' b' begins with white space"),
+        ("", {**OWN, "choices": [" b", "c"]}, "' b' begins with white space"),
         ("hellaswag:", OWN, "no 'activity_label'; give the published file of hellaswag"),
         ("hellaswag:", {**HELLASWAG, "label": ""}, "label '' is not a number; a test split has"),
         ("hellaswag:", {**HELLASWAG, "ctx_a": 3, "ctx_b": None}, "not in this form; give the"),

@@ -187,3 +187,45 @@ def test_models_that_cannot_be_measured(model):
     ):
         with says(message):
             information.information_measures(one, blocks, **options)
+
+
+# --- input that no model can score
+
+
+@pytest.mark.parametrize(
+    "score, message",
+    [
+        (lambda m: m.log_likelihood(np.array([100, 101, 300])), "not all in [0, 103)"),
+        (lambda m: m.log_likelihood([1, 2]), "a text is a str, or its tokens as an integer array"),
+        (lambda m: m.log_likelihood([np.array([1.5, 2])]), "not float64 (2,)"),
+        (lambda m: m.log_likelihood([np.zeros((1, 2), int)]), "not int64 (1, 2)"),
+        (lambda m: m.log_likelihood("a", passes=2.0), "passes 2.0 must be an even number"),
+        (lambda m: m.log_likelihood_ratio(["a"] * 3, ["b"] * 3, given=["c"] * 2), "2 prompts are"),
+        (lambda m: m.bound(np.full((2, 32), 103)), "tokens from 103 to 103 are not all in"),
+        (lambda m: m.bound(np.zeros((0, 32), int)), "blocks are an array of tokens [N, L]"),
+        (lambda m: m.bound(np.zeros(32, int)), "blocks are an array of tokens [N, L]"),
+        (lambda m: m.bound(np.zeros((1, 4))), "blocks are whole numbers, not float64"),
+        (lambda m: m.bound(np.zeros((1, 64), int)), "blocks have 64 tokens, more than 32"),
+        (
+            lambda m: m.bound(data.Blocks(np.zeros((2, 4), int), np.eye(2, 4, 2) > 2)),
+            "block 0 is padding alone",
+        ),
+        (
+            lambda m: information.information_measures(
+                m, data.Blocks(np.zeros((2, 16), int)), first=20
+            ),
+            "first 20 is not in [1, 16), the texts' length",
+        ),
+    ],
+)
+def test_what_cannot_be_scored_is_refused_at_once(model, score, message):
+    with says(message):
+        score(model)
+
+
+def test_tokens_are_scored_as_their_text(model):
+    tokens = model.tokenizer.encode("a word")
+    a, b = model.log_likelihood(tokens, given="so "), model.log_likelihood("a word", given="so ")
+    np.testing.assert_array_equal(a.total, b.total)
+    prompt = model.log_likelihood([tokens], given=model.tokenizer.encode("so "))
+    np.testing.assert_array_equal(prompt.total, b.total)

@@ -65,7 +65,7 @@ def answers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add("--delimiter", default=" ", help="between prompt and answer")
     add("--passes", type=int, default=16, help="noise levels an answer, even")
     add("--batch_size", type=int, default=16, help="answers a network call")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of the noise")
     add_json(parser)
     options = parser.parse_args(argv)
     from sedd_jax.evaluation.answers import answers_table, evaluate_answers, read_answers

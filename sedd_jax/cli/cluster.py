@@ -68,9 +68,10 @@ def run_joined(
         from sedd_jax import __version__
         from sedd_jax.parallel import processes
 
-        command = {f"argument {i}": text for i, text in enumerate(rest, start=1)}
-        versions = {"sedd_jax": __version__, "jax": jax.__version__}
-        processes.check_same("command", {**versions, **command})
+        if jax.distributed.is_initialized():
+            command = {f"argument {i}": text for i, text in enumerate(rest, start=1)}
+            versions = {"sedd_jax": __version__, "jax": jax.__version__}
+            processes.check_same("command", {**versions, **command})
         action(rest)
 
     return run_on_all(name, cluster_of(vars(options)), same_action, with_signals=True)
@@ -84,6 +85,8 @@ def run_on_all(
     Of several, process 0 alone writes to standard output and says more than warnings, and all end
     when one has an error or dies, each with a line that says so: see `SharedEnd`.
     """
+    import jax
+
     from sedd_jax.parallel import processes
     from sedd_jax.parallel.ending import SharedEnd
 
@@ -91,7 +94,8 @@ def run_on_all(
         out = stack.enter_context(libraries_on_stderr())
         with activity("joining the other processes", cluster.coordinator is not None):
             processes.join(cluster)
-        if processes.is_alone():
+        # Counting processes starts the devices: a mistake in the arguments does not wait for it.
+        if not jax.distributed.is_initialized() or processes.is_alone():
             stack.close()
             return action() or 0
         if not processes.is_first():

@@ -29,17 +29,17 @@ class Bound(NamedTuple):
     Arrays of jax or of numpy. normalised is the diffusion part of the scores rescaled to their true
     total (a valid bound from the same weights, never looser; None where the graph fixes no total,
     or the scores have it by themselves). The variances are of the estimates' noise, with the noise
-    levels of a sequence taken as drawn apart from those of the others and, below 6 passes, with how
-    their means differ counted in: overestimates, a little from 16 passes on, several times at 2
-    and 4. What has a single pass is exact.
+    levels of a sequence taken as drawn apart from those of the others and, below 6 passes, with
+    the differences between their means: overestimates, a little from 16 passes on, several times
+    at 2 and 4. What has a single pass is exact.
     """
 
     diffusion_passes: jax.Array  # [B, passes]
-    reconstruction_passes: jax.Array  # [B, their own number]
+    reconstruction_passes: jax.Array  # [B, reconstruction passes, or 1]
     prior: jax.Array  # [B]
     normalised_passes: jax.Array | None = None  # [B, passes]
     by_token: jax.Array | None = None  # [B, L]: the share of each token in total; None: not known
-    # Of each noised copy of a sequence, [B, passes]; None where no token is masked.
+    # Of each noised copy of a sequence, [B, passes]; None where it is not measured.
     share: jax.Array | None = None  # the probability that a token is masked
     cross_entropy: jax.Array | None = None  # nats of a masked token, by its normalised scores
 
@@ -295,8 +295,8 @@ def stratified(key: jax.Array, index: jax.Array, passes: int) -> jax.Array:
 
 def check_passes(passes: int, name: str = "passes") -> None:
     """ValueError unless the passes can be compared in pairs."""
-    if passes < 2 or passes % 2:
-        raise ValueError(f"{name} {passes} must be an even number of at least 2")
+    if not isinstance(passes, int) or passes < 2 or passes % 2:
+        raise ValueError(f"{name} {passes!r} must be an even number of at least 2")
 
 
 def pairs_variance(values: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ Losses, samplers and the bound take a `ScoreFn` and never see parameters, a mode
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -127,8 +128,10 @@ class DenseScores:
 
     def peak_and_entropy(self, needed: Needed = None) -> tuple[jax.Array, jax.Array]:
         log_p = jax.nn.log_softmax(self._others(), axis=-1)
-        entropy = -(jnp.exp(log_p) * jnp.where(log_p > -jnp.inf, log_p, 0.0)).sum(axis=-1)
-        return log_p.max(axis=-1), entropy
+        # Of p / uniform: where p is nearly uniform, no large terms are summed.
+        log_size = math.log(self.vocab_size)
+        terms = jnp.where(log_p > -jnp.inf, log_p + log_size, 0.0)
+        return log_p.max(axis=-1), log_size - (jnp.exp(log_p) * terms).sum(axis=-1)
 
     def draw(
         self, keys: jax.Array, needed: Needed = None, weights: Weights | None = None

@@ -10,7 +10,7 @@ from sedd_jax.diffusion.likelihood import bits_per_character, check_passes, perp
 from sedd_jax.evaluation.choices import AT_ONCE, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.evaluation.statistics import mean_and_error, ratio_and_error
 from sedd_jax.evaluation.tables import with_error
-from sedd_jax.evaluation.tasks import DELIMITER, check_text, read_rows
+from sedd_jax.evaluation.tasks import DELIMITER, check_spaces, check_text, read_rows
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import check_whole
 from sedd_jax.parallel import processes
@@ -70,9 +70,10 @@ def evaluate_answers(
     pairs = []
     for prompt, answer, where in answers:
         try:
+            check_spaces(prompt, answer, delimiter)
             pairs.append(encoded_pair(model, prompt, delimiter + answer))
         except ValueError as error:
-            raise ValueError(f"{where}: {error}; leave the line out") from error
+            raise ValueError(f"{where}: {error}; or leave the line out") from error
     rows: list[dict[str, Any]] = []
     how = {"passes": passes, "batch_size": batch_size, "seed": seed}
     hides = not (progress and processes.is_first())

@@ -20,7 +20,9 @@ from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.evaluation.statistics import mean_and_error, ratio_and_error
 from sedd_jax.evaluation.tables import with_error
 from sedd_jax.inference import bounds
+from sedd_jax.inference.batches import check_blocks
 from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.sampling import check_whole
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.parallel import processes, sharding
 
@@ -38,17 +40,24 @@ def information_measures(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Measures of the texts in blocks, by the model's scores; nats, the entropy and besides
+    """Measures of the texts in blocks, by the model's scores, in nats: the entropy, and with
 
     against: the KL divergence of the model's distribution from that of another model.
     first: the mutual information of a text's first tokens, so many, and the others.
 
     A measure is {"nats_per_text", "nats_per_token"} and the standard error of each, over texts and
     noise. Each takes passes network calls a text (twice as many for a divergence, three times for
-    the mutual information), and the last two tables of batch_size * length * vocabulary numbers.
-    ValueError, before any work, for a model without scores or two that cannot be compared.
+    the mutual information), and the last two tables of batch_size * length * vocabulary numbers;
+    all do with uniform noise and a network that predicts clean tokens. ValueError, before any
+    work, for a model without scores, two that cannot be compared, or texts that do not fit.
     """
     check(model, against, first, passes)
+    check_whole("seed", seed, 0, 2**32 - 1)
+    for one in (model, against):
+        if one is not None:
+            check_blocks(blocks, one.graph.vocab_size, one.length)
+    if first is not None:
+        _check_first(first, blocks.tokens.shape[1], "the texts' length")
     measures = {"entropy": (model,)}
     if against is not None:
         measures["divergence"] = (model, against)
@@ -96,12 +105,16 @@ def check(model: SEDD, against: SEDD | None, first: int | None, passes: int) -> 
                 "one graph"
             )
     if first is not None:
-        if not 1 <= first < model.length:
-            raise ValueError(
-                f"first {first} is not in [1, {model.length}), the model's length; choose how many "
-                "tokens the first part has"
-            )
+        _check_first(first, model.length, "the model's length")
         model.graph.hidden(jnp.zeros((1, 1), jnp.int32), True)
+
+
+def _check_first(first: int, length: int, of: str) -> None:
+    if not isinstance(first, int) or not 1 <= first < length:
+        raise ValueError(
+            f"first {first} is not in [1, {length}), {of}; choose how many tokens the first part "
+            "has"
+        )
 
 
 def _t_min(model: SEDD) -> float:

@@ -69,7 +69,8 @@ def read_questions(name: str, delimiter: str = DELIMITER) -> tuple[list[Question
         try:
             question = _checked(*make(row), delimiter, where)
             if task is None:
-                _check_spaces(question, delimiter)
+                for prompt, choice in zip(question.prompts, question.choices, strict=True):
+                    check_spaces(prompt, choice, delimiter)
         except KeyError as error:
             raise ValueError(f"{where}: no {error.args[0]!r}; {remedy}") from error
         except (ValueError, TypeError, AttributeError, IndexError) as error:
@@ -167,22 +168,20 @@ def _own(row: Row) -> tuple:
     return row["prompt"], row["choices"], row["label"]
 
 
-def _check_spaces(question: Question, delimiter: str) -> None:
+def check_spaces(prompt: str, text: str, delimiter: str) -> None:
     """ValueError for white space on both sides of a delimiter that is white space."""
     if not delimiter.isspace():
         return
-    for prompt in question.prompts:
-        if prompt[-1:].isspace():
-            raise ValueError(
-                f"the prompt ends in white space, and {delimiter!r} is put after it: strip it, or "
-                "give --delimiter="
-            )
-    for choice in question.choices:
-        if choice[0].isspace():
-            raise ValueError(
-                f"choice {shown(repr(choice))} begins with white space, and {delimiter!r} is put "
-                "before it: strip it, or give --delimiter="
-            )
+    if prompt[-1:].isspace():
+        raise ValueError(
+            f"the prompt ends in white space, and {delimiter!r} is put after it: strip it, or give "
+            "--delimiter="
+        )
+    if text[:1].isspace():
+        raise ValueError(
+            f"{shown(repr(text))} begins with white space, and {delimiter!r} is put before it: "
+            "strip it, or give --delimiter="
+        )
 
 
 # --- published tasks

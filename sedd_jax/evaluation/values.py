@@ -87,7 +87,7 @@ def write_values(file: Path, blocks: Blocks, by_token: np.ndarray, tokenizer: To
 
 
 def check_file(file: Path) -> None:
-    """ValueError for a name that says no form."""
+    """ValueError for an unknown suffix."""
     if file.suffix not in WRITERS:
         known = " or ".join(WRITERS)
         raise ValueError(f"values file {str(file)!r} does not end in {known}; give such a name")

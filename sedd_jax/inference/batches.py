@@ -111,23 +111,57 @@ def is_token(lengths: Sequence[int], length: int) -> np.ndarray:
 Text = str | np.ndarray  # or its tokens, int [n]
 
 
+def listed(texts: Text | Sequence[Text]) -> list[Text]:
+    """The texts as a list; one by itself, str or [n], is one of them."""
+    is_one = isinstance(texts, str) or (isinstance(texts, np.ndarray) and texts.ndim < 2)
+    return [texts] if is_one else list(texts)
+
+
 def tokens_of(text: Text, tokenizer: Tokenizer) -> np.ndarray:
-    """int32 [n]; ValueError for what is no token of the tokenizer."""
+    """int32 [n]; ValueError for what is neither a text nor tokens of the tokenizer."""
     if isinstance(text, str):
-        return tokenizer.encode(text)
-    if text.size and not 0 <= text.min() <= text.max() < tokenizer.vocab_size:
-        raise ValueError(
-            f"tokens from {text.min()} to {text.max()} are not all in [0, {tokenizer.vocab_size}), "
-            f"the ids of tokenizer {tokenizer.name!r}; take the model's own"
-        )
+        return np.asarray(tokenizer.encode(text), np.int32)
+    is_row = isinstance(text, np.ndarray) and text.ndim == 1
+    if not is_row or not np.issubdtype(text.dtype, np.integer):
+        what = f"{text.dtype} {text.shape}" if isinstance(text, np.ndarray) else type(text).__name__
+        raise ValueError(f"a text is a str, or its tokens as an integer array [n], not {what}")
+    check_ids(text, tokenizer.vocab_size)
     return text.astype(np.int32)
+
+
+def check_ids(tokens: np.ndarray, vocab_size: int) -> None:
+    """ValueError for tokens, int of any shape, that are none of the vocabulary."""
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(
+            f"tokens from {tokens.min()} to {tokens.max()} are not all in [0, {vocab_size}), the "
+            "clean tokens of the model; use its own tokenizer"
+        )
+
+
+def check_blocks(blocks: Blocks, vocab_size: int, max_length: int) -> None:
+    """ValueError for blocks that a model of that vocabulary and length cannot score."""
+    tokens, is_token = blocks
+    if not isinstance(tokens, np.ndarray) or tokens.ndim != 2 or 0 in tokens.shape:
+        what = getattr(tokens, "shape", type(tokens).__name__)
+        raise ValueError(f"blocks are an array of tokens [N, L], N and L at least 1, not {what}")
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"blocks are whole numbers, not {tokens.dtype}; give the tokens' ids")
+    if tokens.shape[1] > max_length:
+        raise ValueError(
+            f"blocks have {tokens.shape[1]} tokens, more than {max_length}, the model's length; "
+            "cut them"
+        )
+    if is_token is not None and not is_token.any(axis=1).all():
+        empty = int(np.flatnonzero(~is_token.any(axis=1))[0])
+        raise ValueError(f"block {empty} is padding alone; leave it out")
+    check_ids(tokens if is_token is None else tokens[is_token], vocab_size)
 
 
 def encoded(
     name: str, texts: Text | Sequence[Text], tokenizer: Tokenizer, max_length: int, remedy: str
 ) -> list[np.ndarray]:
     """The tokens of each text; ValueError, which calls it `name`, for an empty or too long one."""
-    rows = [tokens_of(t, tokenizer) for t in ([texts] if isinstance(texts, str) else texts)]
+    rows = [tokens_of(text, tokenizer) for text in listed(texts)]
     if not rows:
         raise ValueError(f"no {name}s; give at least one")
     for number, row in enumerate(rows):
@@ -139,23 +173,30 @@ def encoded(
     return rows
 
 
+def prompts_of(given: Text | Sequence[Text], count: int) -> list[Text]:
+    """What is given before each of count texts: a text for all, or one for each."""
+    prompts = listed(given)
+    is_one_for_all = isinstance(given, str | np.ndarray) and len(prompts) == 1
+    prompts = prompts * count if is_one_for_all else prompts
+    if len(prompts) != count:
+        raise ValueError(
+            f"{len(prompts)} prompts are given for {count} texts; give one for all, or one each"
+        )
+    return prompts
+
+
 def texts_after(
     given: Text | Sequence[Text] | None,
     texts: Text | Sequence[Text],
     tokenizer: Tokenizer,
     max_length: int,
 ) -> TextRows:
-    """The texts, each after what is given: a text for all or one for each, encoded by itself."""
+    """The texts, each after what is given before it, which is encoded by itself."""
     remedy = "cut it, or prepare records and use bound"
     rows = encoded("text", texts, tokenizer, max_length, remedy)
     if given is None:
         return TextRows(rows)
-    prompts = [given] * len(rows) if isinstance(given, str) else list(given)
-    if len(prompts) != len(rows):
-        raise ValueError(
-            f"{len(prompts)} prompts are given for {len(rows)} texts; give one for all, or one each"
-        )
-    tokens = [tokens_of(prompt, tokenizer) for prompt in prompts]
+    tokens = [tokens_of(prompt, tokenizer) for prompt in prompts_of(given, len(rows))]
     for number, (prompt, row) in enumerate(zip(tokens, rows, strict=True)):
         if len(prompt) + len(row) > max_length:
             raise ValueError(

@@ -275,9 +275,9 @@ class SEDD:
 
     def log_likelihood(
         self,
-        texts: str | Sequence[batches.Text],
+        texts: batches.Text | Sequence[batches.Text],
         *,
-        given: str | Sequence[batches.Text] | None = None,
+        given: batches.Text | Sequence[batches.Text] | None = None,
         index: Sequence[int] | None = None,
         passes: int = 16,
         batch_size: int = 16,
@@ -286,10 +286,10 @@ class SEDD:
         """An upper bound on -log p of each text or its tokens, nats: a Bound of float32 [N] arrays.
 
         `.total` is the bound, `.standard_error` its error from the noise drawn and `.by_token` what
-        each token has of it; passes, even, and 2 more network calls a text. Nothing is added to a
-        text, before or after. A text's times and noise depend on the seed and its number alone, or
-        the number in index: texts of one number have the same times, and are masked at the same
-        positions.
+        each token has of it, 0 at what is given. SEDD's takes passes, even, and 2 more network
+        calls a text. Nothing is added to a text, before or after. A text's times and noise depend
+        on the seed and its number alone, or the number in index: texts of one number have the same
+        times, and are masked at the same positions.
 
         given: what comes before the texts, one for all or one for each; then the bound is on
         -log p(text | given), and given stays clean. Both are encoded by themselves. With uniform
@@ -310,10 +310,10 @@ class SEDD:
 
     def log_likelihood_ratio(
         self,
-        a: str | Sequence[str],
-        b: str | Sequence[str],
+        a: batches.Text | Sequence[batches.Text],
+        b: batches.Text | Sequence[batches.Text],
         *,
-        given: str | Sequence[str] | None = None,
+        given: batches.Text | Sequence[batches.Text] | None = None,
         passes: int = 16,
         batch_size: int = 16,
         seed: int = 0,
@@ -324,10 +324,10 @@ class SEDD:
         they share cancels in the difference; most of it where they differ in a word of as many
         tokens. given, passes, batch_size and seed as in `log_likelihood`.
         """
-        a, b = ([texts] if isinstance(texts, str) else list(texts) for texts in (a, b))
+        a, b = batches.listed(a), batches.listed(b)
         if len(a) != len(b):
             raise ValueError(f"{len(a)} texts are compared with {len(b)}; give as many of both")
-        given = given if given is None or isinstance(given, str) else [*given, *given]
+        given = given if given is None else batches.prompts_of(given, len(a)) * 2
         how = {"passes": passes, "batch_size": batch_size, "seed": seed}
         both = self.log_likelihood(a + b, given=given, index=[*range(len(a))] * 2, **how)
         return bounds.LogRatio.of_halves(both)
@@ -353,7 +353,8 @@ class SEDD:
         """
         check_whole("seed", seed, 0, 2**32 - 1)
         check_passes(passes)
-        blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(blocks)
+        blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(np.asarray(blocks))
+        batches.check_blocks(blocks, self.graph.vocab_size, self.length)
         how = {"passes": passes, "batch_size": batch_size, "by_token": by_token}
         how |= {"t_min": self.objective.t_min, "mesh": self.mesh, "progress": progress}
 
