@@ -7,11 +7,9 @@ more devices or another platform is skipped.
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -31,14 +29,6 @@ else:
     # The processes of pytest -n share the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-# What one process has compiled the others load, those that tests start too: pytest -n's workers
-# inherit the folder from the first process, which removes it.
-COMPILED = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    COMPILED = tempfile.mkdtemp(prefix="compiled-by-tests-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-
 # A background job of a script (nohup ... &, cron, a CI's) inherits that SIGINT and SIGHUP are
 # ignored, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,11 +38,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_configure(config):
     config.addinivalue_line("markers", "devices(count): needs so many devices")
     config.addinivalue_line("markers", "platforms(*names, reason): runs on these alone")
-
-
-def pytest_unconfigure():
-    if COMPILED is not None:
-        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 def pytest_sessionstart():

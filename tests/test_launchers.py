@@ -226,7 +226,7 @@ TPU = ("--name=n", "--zone=z")
         ("tpu_pod.sh", ["run", *TPU, "--", "boil"], {}, "unknown command 'boil' after --; known"),
         (
             "tpu_pod.sh",
-            ["run", *TPU, "--", "eval", "likelihood", "--workdir=r"],
+            ["run", *TPU, "--", "train", "--workdir=r"],
             {},
             "--workdir 'r' is not an absolute",
         ),

@@ -85,7 +85,8 @@ def test_a_preparation_fits_in_80_columns(tmp_path):
     lines = (f"{string.ascii_letters} {i}\n" for i in range(2000))
     (tmp_path / "my.txt").write_text("".join(lines))
     flags = ("--dataset=text", "--manual_dir=my.txt", "--tokenizer=bytes", "--out=records")
-    screen = check(in_terminal(tmp_path, "prepare", *flags, "--length=64"))
+    screen = in_terminal(tmp_path, "prepare", *flags, "--length=64")
+    check(screen.replace(str(tmp_path), ""))  # the last line names the folder, whatever its length
     line = r"^train +1 +[\d,]+ +[\d,]+ +[\d,]+  [0-9a-f]{12}$"
     assert re.search(line, screen, re.MULTILINE), screen
 

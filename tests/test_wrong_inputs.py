@@ -108,7 +108,7 @@ CASES = [
     Case(f"{TRAIN} --process_count=two", "two", "process_count"),
     Case(f"{TRAIN} extra", "'extra'", "--config.key=value"),
     Case("prepare", "--dataset", "--help"),
-    Case("prepare --dataset=text --out=records --nonsense=1", "--nonsense=1", "--help"),
+    Case("prepare --dataset=text --out=records --nonsense=1", "--nonsense", "--help"),
     Case("prepare --dataset=bookcorpus --out=records", "'bookcorpus'", "wikitext2"),
     Case(TOKENS + " --tokenizer=words", "'words'", "bytes"),
     Case(TOKENS + " --tokenizer=bytes --form=loose", "'loose'", "packed"),

@@ -33,14 +33,12 @@ from sedd_jax.cli.arguments import (
 )
 from sedd_jax.cli.choices import answers, choices, harness
 from sedd_jax.cli.cluster import load_model, load_scorer, run_joined
-from sedd_jax.cli.compiled import keep_compiled
 
 log = logging.getLogger(__name__)
 
 
 def run(name: str, argv: list[str]) -> int:
     if argv and argv[0] in EVALUATIONS:
-        keep_compiled()
         evaluate = EVALUATIONS[argv[0]]
         parser = make_parser(f"{name} {argv[0]}", evaluate.__doc__)
         return run_joined(name, parser, argv[1:], functools.partial(evaluate, parser))

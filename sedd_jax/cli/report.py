@@ -7,7 +7,6 @@ from sedd_jax.cli.arguments import (
     make_parser,
     run_records,
 )
-from sedd_jax.cli.compiled import keep_compiled
 from sedd_jax.cli.sample import show
 from sedd_jax.console import activity
 
@@ -19,7 +18,6 @@ def run(name: str, argv: list[str]) -> None:
     parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")
     options = parser.parse_args(argv)
-    keep_compiled()
     from sedd_jax.evaluation.likelihood import likelihood_table
     from sedd_jax.evaluation.report import make_report, write_report
     from sedd_jax.inference.pretrained import load

@@ -21,7 +21,6 @@ from sedd_jax.cli.arguments import (
     sampling_of,
 )
 from sedd_jax.cli.cluster import load_model, run_joined
-from sedd_jax.cli.compiled import keep_compiled
 from sedd_jax.cli.messages import visible
 from sedd_jax.files import replacing
 
@@ -35,7 +34,6 @@ def run(name: str, argv: list[str]) -> int:
 
 def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     options = _parsed(parser, argv)
-    keep_compiled()
     from sedd_jax import data
     from sedd_jax.inference.sampling import Sampling
     from sedd_jax.inference.trajectory import Animation

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from sedd_jax.cli.arguments import did_you_mean, joined
 from sedd_jax.cli.cluster import CLUSTER, cluster_of, run_on_all
-from sedd_jax.cli.compiled import keep_compiled
 from sedd_jax.cli.messages import say
 from sedd_jax.files import local_path
 
@@ -209,7 +208,6 @@ def _train_here(name: str, request: Request) -> int:
     from sedd_jax.training.progress import TrainingStopped
     from sedd_jax.training.train import train
 
-    keep_compiled()
     try:
         step = train(request.config, request.workdir)
     except TrainingStopped as error:
