@@ -143,7 +143,9 @@ def load_scorer(name: str, dtype: str = "float32") -> "Scorer":
 def _mesh() -> "Mesh | None":
     """Of several processes, all devices: each has the whole weights and a part of every batch."""
     from sedd_jax.parallel import processes, sharding
+    from sedd_jax.parallel.devices import check_platform
 
+    check_platform()
     if processes.is_alone():
         return None
     return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})

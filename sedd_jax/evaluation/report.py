@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sedd_jax import data
+from sedd_jax.diffusion.likelihood import check_passes
 from sedd_jax.evaluation.likelihood import evaluate_split, read_parts, stream_of
 from sedd_jax.files import write_text
 from sedd_jax.inference.model import SEDD
@@ -41,6 +42,7 @@ def make_report(
     records are the run's. template is infilled three times, None not at all; began is the Unix
     time that `seconds` counts from, None leaves it out.
     """
+    check_passes(passes)
     infilled = [] if template is None else model.infill(template, 3, seed=0, progress=True)
     states = list(model.stream(num_samples=8, seed=0, updates=12, progress=True))
     samples = states[-1].texts
