@@ -206,21 +206,16 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=output_file, help="also write the numbers to this file")
 
 
-def _writes() -> bool:
-    """Whether this is the process that writes; without several, no device is started to ask."""
-    import jax
-
-    return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-
 def output_file(text: str) -> Path:
     """An argparse type, a file to write, new or old: what prevents that is seen before the work.
 
     All of several processes do the same, so the others than the first write to a file of that name
     that is thrown away.
     """
+    from sedd_jax.parallel import processes
+
     file = path(text)
-    if not _writes():
+    if not processes.is_first():
         folder = tempfile.mkdtemp()
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return Path(folder, file.name)
@@ -236,7 +231,9 @@ def output_file(text: str) -> Path:
 
 def new_file(text: str) -> Path:
     """An argparse type, an output_file that is not there yet."""
-    if _writes() and path(text).exists():
+    from sedd_jax.parallel import processes
+
+    if processes.is_first() and path(text).exists():
         raise argparse.ArgumentTypeError(f"{text!r} exists already; move it or give a new path")
     return output_file(text)
 

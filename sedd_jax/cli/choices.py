@@ -3,14 +3,19 @@
 import argparse
 import importlib.util
 
-from sedd_jax.cli.arguments import (
-    add_json,
-    add_model,
-    path,
-    show_result,
-)
+from sedd_jax.cli.arguments import add_json, add_model, path, show_result
 from sedd_jax.cli.cluster import load_model
 from sedd_jax.files import sha256
+
+NOISE = ("passes", "batch_size", "seed")
+
+
+def _add_noise(parser: argparse.ArgumentParser, one: str, several: str) -> None:
+    """The flags of NOISE; what is scored is called `one` and `several`."""
+    add = parser.add_argument
+    add("--passes", type=int, default=16, help=f"noise levels {one}, even")
+    add("--batch_size", type=int, default=16, help=f"{several} a network call")
+    add("--seed", type=int, default=0, help="of the noise")
 
 
 def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -26,15 +31,13 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     )
     add("--delimiter", default=" ", help="between prompt and choice of one's own lines")
     add("--limit", type=int, help="the first so many questions (default: all)")
-    add("--passes", type=int, default=16, help="noise levels a choice, even")
+    _add_noise(parser, "a choice", "choices")
     add(
         "--target_standard_error",
         type=float,
         help="take the questions in random order and stop when the accuracy's standard error is "
         "this, as 0.01",
     )
-    add("--batch_size", type=int, default=16, help="choices a network call")
-    add("--seed", type=int, default=0, help="of the noise")
     add_json(parser)
     options = parser.parse_args(argv)
     from sedd_jax.evaluation.tasks import read_questions
@@ -46,8 +49,7 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from sedd_jax.evaluation.choices import choices_table, evaluate_choices
 
     model = load_model(options)
-    names = ("passes", "batch_size", "seed", "target_standard_error")
-    chosen = {name: getattr(options, name) for name in names}
+    chosen = {name: getattr(options, name) for name in (*NOISE, "target_standard_error")}
     result = evaluate_choices(model, questions[: options.limit], progress=True, **chosen)
     show_result(choices_table(result), {**about, **result}, options.json)
 
@@ -63,9 +65,7 @@ def answers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         help='a .jsonl file of lines {"prompt": "...", "answer": "..."}',
     )
     add("--delimiter", default=" ", help="between prompt and answer")
-    add("--passes", type=int, default=16, help="noise levels an answer, even")
-    add("--batch_size", type=int, default=16, help="answers a network call")
-    add("--seed", type=int, default=0, help="of the noise")
+    _add_noise(parser, "an answer", "answers")
     add_json(parser)
     options = parser.parse_args(argv)
     from sedd_jax.evaluation.answers import answers_table, evaluate_answers, read_answers
@@ -74,7 +74,7 @@ def answers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     about = {"pairs": str(options.pairs), "sha256": sha256(options.pairs)}
 
     model = load_model(options)
-    chosen = {name: getattr(options, name) for name in ("passes", "batch_size", "seed")}
+    chosen = {name: getattr(options, name) for name in NOISE}
     chosen["delimiter"] = options.delimiter
     result = evaluate_answers(model, pairs, progress=True, **chosen)
     show_result(answers_table(result), {**about, **result}, options.json)

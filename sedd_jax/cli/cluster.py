@@ -68,7 +68,7 @@ def run_joined(
         from sedd_jax import __version__
         from sedd_jax.parallel import processes
 
-        if jax.distributed.is_initialized():
+        if not processes.is_alone():
             command = {f"argument {i}": text for i, text in enumerate(rest, start=1)}
             versions = {"sedd_jax": __version__, "jax": jax.__version__}
             processes.check_same("command", {**versions, **command})
@@ -85,8 +85,6 @@ def run_on_all(
     Of several, process 0 alone writes to standard output and says more than warnings, and all end
     when one has an error or dies, each with a line that says so: see `SharedEnd`.
     """
-    import jax
-
     from sedd_jax.parallel import processes
     from sedd_jax.parallel.ending import SharedEnd
 
@@ -94,8 +92,7 @@ def run_on_all(
         out = stack.enter_context(libraries_on_stderr())
         with activity("joining the other processes", cluster.coordinator is not None):
             processes.join(cluster)
-        # Counting processes starts the devices: a mistake in the arguments does not wait for it.
-        if not jax.distributed.is_initialized() or processes.is_alone():
+        if processes.is_alone():
             stack.close()
             return action() or 0
         if not processes.is_first():
@@ -143,9 +140,7 @@ def load_scorer(name: str, dtype: str = "float32") -> "Scorer":
 def _mesh() -> "Mesh | None":
     """Of several processes, all devices: each has the whole weights and a part of every batch."""
     from sedd_jax.parallel import processes, sharding
-    from sedd_jax.parallel.devices import check_platform
 
-    check_platform()
     if processes.is_alone():
         return None
     return sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1})

@@ -18,12 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from sedd_jax.diffusion.likelihood import (
-    Bound,
-    Examples,
-    check_passes,
-    stratified,
-)
+from sedd_jax.diffusion.likelihood import Bound, Examples, check_passes, stratified
 from sedd_jax.diffusion.losses import Loss, Mean, independent_times
 from sedd_jax.diffusion.scores import Tokens, draw_categorical
 

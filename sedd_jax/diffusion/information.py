@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graph import Graph
-from sedd_jax.diffusion.likelihood import Examples, check_passes, control_variate, stratified
+from sedd_jax.diffusion.likelihood import Examples, check_passes, controlled, stratified
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn, Sigma, Tokens
 
@@ -85,5 +85,4 @@ def divergence(
 
     u = stratified(key_levels, index, passes)
     cost, weight, mean_weight = jax.lax.map(one_pass, (jnp.arange(passes), u))  # [passes, B, L]
-    controlled = weight * cost - control_variate(cost, weight, mean_weight)
-    return jnp.sum(controlled, axis=-1, where=is_token).T
+    return controlled(cost, weight, mean_weight, is_token).sum(axis=-1).T

@@ -240,8 +240,7 @@ def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
     cost, weight, mean_weight, share = jax.lax.map(one_pass, (jnp.arange(len(u)), u))
 
     def estimate(cost):
-        controlled = weight * cost - control_variate(cost, weight, mean_weight)
-        return jnp.where(is_token, controlled, 0.0)
+        return controlled(cost, weight, mean_weight, is_token)
 
     if cost.normalised is None:
         return estimate(cost.value), None, None
@@ -252,6 +251,14 @@ def _diffusion(key, u, examples, score_fn, graph, schedule, t_min):
     cross_entropy = (weight * cost.normalised).sum(axis=-1) / weight.sum(axis=-1)
     value = normalised + jnp.where(is_token, weight * penalty, 0.0)
     return value, normalised, (share, cross_entropy)
+
+
+def controlled(
+    cost: jax.Array, weight: jax.Array, mean_weight: jax.Array, is_token: jax.Array
+) -> jax.Array:
+    """weight * cost less its control variate at the tokens that count, [passes, B, L]."""
+    value = weight * cost - control_variate(cost, weight, mean_weight)
+    return jnp.where(is_token, value, 0.0)
 
 
 def control_variate(cost: jax.Array, weight: jax.Array, mean_weight: jax.Array) -> jax.Array:

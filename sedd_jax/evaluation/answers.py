@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from sedd_jax.diffusion.likelihood import bits_per_character, check_passes, perplexity
+from sedd_jax.diffusion.likelihood import bits_per_character, perplexity
 from sedd_jax.evaluation.choices import AT_ONCE, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.evaluation.statistics import mean_and_error, ratio_and_error
 from sedd_jax.evaluation.tables import with_error
 from sedd_jax.evaluation.tasks import DELIMITER, check_spaces, check_text, read_rows
+from sedd_jax.inference.bounds import check_noise
 from sedd_jax.inference.model import SEDD
-from sedd_jax.inference.sampling import check_whole
 from sedd_jax.parallel import processes
 
 REMEDY = 'write {"prompt": "...", "answer": "..."} a line'
@@ -63,9 +63,7 @@ def evaluate_answers(
     Characters are the answer's, without the delimiter before it, which is scored with it.
     ValueError, before any is scored, for an answer that the model cannot score.
     """
-    check_whole("batch_size", batch_size, 1)
-    check_whole("seed", seed, 0, 2**32 - 1)
-    check_passes(passes)
+    check_noise(passes, batch_size, seed)
     check_scorable(model)
     pairs = []
     for prompt, answer, where in answers:
@@ -76,8 +74,9 @@ def evaluate_answers(
             raise ValueError(f"{where}: {error}; or leave the line out") from error
     rows: list[dict[str, Any]] = []
     how = {"passes": passes, "batch_size": batch_size, "seed": seed}
-    hides = not (progress and processes.is_first())
-    with tqdm(total=len(pairs), desc="answers", unit="answer", disable=hides) as bar:
+    with tqdm(
+        total=len(pairs), desc="answers", unit="answer", disable=not processes.shows(progress)
+    ) as bar:
         for start in range(0, len(pairs), AT_ONCE * batch_size):
             part = pairs[start : start + AT_ONCE * batch_size]
             index = range(start, start + len(part))

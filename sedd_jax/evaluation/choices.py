@@ -14,12 +14,12 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from sedd_jax.console import wrapped
-from sedd_jax.diffusion.likelihood import Bound, check_passes
+from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.evaluation.statistics import mean_and_error
 from sedd_jax.evaluation.tables import aligned, column, with_error
 from sedd_jax.evaluation.tasks import Question
+from sedd_jax.inference.bounds import check_noise
 from sedd_jax.inference.model import SEDD
-from sedd_jax.inference.sampling import check_whole
 from sedd_jax.parallel import processes
 
 # What a choice's bound is divided by; lm-evaluation-harness's acc, acc_norm and acc_bytes.
@@ -109,9 +109,7 @@ def evaluate_choices(
     seed until the error is that small. ValueError, before any is scored, for a question that the
     model cannot score.
     """
-    check_whole("batch_size", batch_size, 1)
-    check_whole("seed", seed, 0, 2**32 - 1)
-    check_passes(passes)
+    check_noise(passes, batch_size, seed)
     check_scorable(model)
     target = target_standard_error
     if target is not None and not 0.0 < target < 1.0:
@@ -125,8 +123,9 @@ def evaluate_choices(
         order = np.random.default_rng(seed).permutation(order)
     rows: dict[int, dict[str, Any]] = {}
     error = math.inf
-    hides = not (progress and processes.is_first())
-    with tqdm(total=len(order), desc="choices", unit="question", disable=hides) as bar:
+    with tqdm(
+        total=len(order), desc="choices", unit="question", disable=not processes.shows(progress)
+    ) as bar:
         for part in _parts(order, pairs, AT_ONCE * batch_size):
             flat = [pair for number in part for pair in pairs[number]]
             index = [number for number in part for _ in pairs[number]]

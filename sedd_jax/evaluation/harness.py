@@ -17,14 +17,13 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from sedd_jax.diffusion.likelihood import check_passes
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.evaluation.choices import AT_ONCE, Pair, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.inference.batches import Texts
+from sedd_jax.inference.bounds import check_noise
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.options import Call
 from sedd_jax.inference.pretrained import load
-from sedd_jax.inference.sampling import check_whole
 from sedd_jax.inference.states import states_of
 
 if TYPE_CHECKING:
@@ -81,9 +80,7 @@ class SeddLM(LM):
         if (model is None) == (workdir is None):
             raise ValueError("give a model, or workdir, in a command --model_args workdir=DIR")
         self.batch_size = 16 if batch_size in (None, "auto") else int(batch_size)
-        check_whole("batch_size", self.batch_size, 1)
-        check_whole("seed", seed, 0, 2**32 - 1)
-        check_passes(passes)
+        check_noise(passes, self.batch_size, seed)
         self.model = load(workdir, step=step, dtype=dtype) if model is None else model
         check_scorable(self.model)
         self.model.chosen(**sampling)  # refuses what cannot be meant

@@ -14,12 +14,13 @@ from tqdm.auto import tqdm
 from sedd_jax.console import ticking
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graph import Graph
-from sedd_jax.diffusion.likelihood import Bound, bits_per_character, perplexity
+from sedd_jax.diffusion.likelihood import Bound, bits_per_character, check_passes, perplexity
 from sedd_jax.diffusion.objectives import Objective
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.inference.batches import filled
 from sedd_jax.inference.curve import Curve
+from sedd_jax.inference.sampling import check_whole
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel import processes, sharding
@@ -171,6 +172,13 @@ def corpus_bound(
     )
 
 
+def check_noise(passes: int, batch_size: int, seed: int) -> None:
+    """ValueError for what no texts can be noised and scored with."""
+    check_whole("batch_size", batch_size, 1)
+    check_whole("seed", seed, 0, 2**32 - 1)
+    check_passes(passes)
+
+
 def text_bounds(
     bound_of: Callable[[tuple], Bound], batches: Iterable[tuple[np.ndarray, tuple]]
 ) -> Bound:
@@ -208,8 +216,7 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
     size = -(-batch_size // parts) * parts
-    hides = not (progress and processes.is_first())
-    options = {"unit": "batch", "dynamic_ncols": True, "disable": hides}
+    options = {"unit": "batch", "dynamic_ncols": True, "disable": not processes.shows(progress)}
     with ticking(tqdm(range(0, count, size), desc=name, **options)) as bar:
         bar.set_postfix_str("compiling ...")
         for start in bar:

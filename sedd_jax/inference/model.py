@@ -295,9 +295,7 @@ class SEDD:
         -log p(text | given), and given stays clean. Both are encoded by themselves. With uniform
         noise, whose scores are not told which tokens are clean, it is looser.
         """
-        check_whole("batch_size", batch_size, 1)
-        check_whole("seed", seed, 0, 2**32 - 1)
-        check_passes(passes)
+        bounds.check_noise(passes, batch_size, seed)
         if given is not None and self.objective.is_continuous:
             raise ValueError("a PLAID model bounds whole texts alone; leave given out")
         rows = batches.texts_after(given, texts, self.tokenizer, self.length)

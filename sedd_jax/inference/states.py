@@ -102,7 +102,7 @@ def states_of(model: Any, texts: Texts, updates: int, call: Call) -> Iterator[St
     updates = min(updates, max(left, 1))
     ends = sorted({texts.begin - (-left * j // updates) for j in range(updates + 1)})
     total = left * -(-len(texts.lengths) // call.batch_size)
-    hides = not (call.progress and processes.is_first())
+    hides = not processes.shows(call.progress)
     options = {"unit": " steps", "dynamic_ncols": True, "disable": hides}
     with tqdm(desc="sample", total=total, **options) as bar:
         bar.set_postfix_str("compiling ...")

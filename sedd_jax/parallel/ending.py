@@ -114,17 +114,18 @@ class SharedEnd:
             with server:
                 self._accept(server, token, faults.count("") - 1)
         linked = json.loads(processes.gather_text(json.dumps([*self._peers.values()]))[0])
-        if server is None and jax.process_index() not in linked:
+        if server is not None:
+            for index in sorted({*range(1, len(faults))} - {*linked}):
+                log.warning(
+                    "process %d has no connection with process 0 (%s); if one of them dies, the "
+                    "other ends after --heartbeat seconds",
+                    index,
+                    faults[index] or f"none came through within {PATIENCE:g} s",
+                )
+        elif jax.process_index() not in linked:
             for link in [*self._peers]:
                 self._unwatch(link)
                 link.close()
-        for index in sorted({*range(1, len(faults))} - {*linked}) if server is not None else ():
-            log.warning(
-                "process %d has no connection with process 0 (%s); if one of them dies, the other "
-                "ends after --heartbeat seconds",
-                index,
-                faults[index] or f"none came through within {PATIENCE:g} s",
-            )
 
     def _accept(self, server: socket.socket, token: str, count: int) -> None:
         end = time.monotonic() + PATIENCE

@@ -264,13 +264,18 @@ class Watchdog:
 
 
 def is_alone() -> bool:
-    """Whether there is one process."""
-    return jax.process_count() == 1
+    """Whether there is one process. Where none was joined no device is started to ask."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes what all would."""
-    return jax.process_index() == 0
+    """Whether this is the process that writes what all would; as `is_alone`."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def shows(progress: bool) -> bool:
+    """Whether this process shows the bar that progress asks for: of several the first does."""
+    return progress and is_first()
 
 
 def is_shared(mesh: Mesh) -> bool:

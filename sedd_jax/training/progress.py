@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
@@ -157,8 +157,14 @@ class Profile:
 class Clock:
     """Where the time goes: seconds by phase. What is in no phase is training steps."""
 
-    PHASES = ("compile", "input", "checkpoint", "evaluate", "sample")
-    ACTIVITIES = ("compiling", None, "saving", "evaluating", "sampling")  # that a terminal shows
+    # And what a terminal shows meanwhile.
+    PHASES: ClassVar[dict[str, str | None]] = {
+        "compile": "compiling",
+        "input": None,
+        "checkpoint": "saving",
+        "evaluate": "evaluating",
+        "sample": "sampling",
+    }
 
     def __init__(self):
         self.began = time.perf_counter()
@@ -168,7 +174,7 @@ class Clock:
     def __call__(self, phase: str) -> Iterator[None]:
         began = time.perf_counter()
         try:
-            name = self.ACTIVITIES[self.PHASES.index(phase)]
+            name = self.PHASES[phase]
             with activity(name, name is not None and processes.is_first()):
                 yield
         finally:

@@ -187,6 +187,7 @@ def mathematics() -> None:
     print(likelihood.perplexity(nats / x0.size), likelihood.bits_per_character(nats, 16))
     print(likelihood.stratified(key, index, 4), likelihood.pairs_variance(ones(2, 4)))
     print(likelihood.control_variate(ones(2), ones(2), ones(2)))
+    print(likelihood.controlled(ones(2), ones(2), ones(2), ones(2)))
     likelihood.check_passes(4, "passes")
     examples = likelihood.Examples(x0, index, x0 < 3)
     print(examples.noised(key, graph, t), examples.probed(key, index / 2, graph, schedule, 1e-3))
