@@ -1,5 +1,6 @@
 """What a user of pip gets: the sdist and the wheel made of it, tried outside the repository."""
 
+import json
 import os
 import re
 import runpy
@@ -151,10 +152,13 @@ def test_the_wheel_works_outside_the_repository(installed, tmp_path):
 def test_the_version_and_the_address_are_the_same_everywhere():
     citation = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {sedd_jax.__version__}\n" in citation
-    if address := WEB["REPOSITORY"]:
+    address = WEB["REPOSITORY"]
+    if address:
         assert f"\nrepository-code: {address}\n" in citation
         colab = address.replace("https://github.com", "https://colab.research.google.com/github")
         assert f"]({colab}/blob/" in (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    source = f'SOURCE = "{address and f"git+{address}"}"'
     for path in (REPOSITORY / "notebooks").glob("*.ipynb"):
-        source = address and f"git+{address}"
-        assert f'SOURCE = os.environ.get(\\"SEDD_SOURCE\\", \\"{source}\\")' in path.read_text()
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        lines = "".join(line for cell in cells for line in cell["source"]).splitlines()
+        assert lines.count(source) == 1
