@@ -1,6 +1,6 @@
 """Where the project is found on the web, and Markdown whose links work there.
 
-setup.py (PyPI's page) and docs_hooks.py (the site) read this file; it imports nothing of ours.
+setup.py (PyPI's page) and site.py (the docs) read this file; it imports nothing of ours.
 """
 
 import re
@@ -19,11 +19,14 @@ _LINK = re.compile(
 )
 
 
-def absolute_links(markdown: str, repository: str, ref: str, folder: str = "") -> str:
+def absolute_links(
+    markdown: str, repository: str, ref: str, folder: str = "", site: str | None = None
+) -> str:
     """Markdown of a file in `folder` whose relative links also work outside the repository.
 
     Links point at the files of `ref`, a tag or branch, on `repository`'s website, images at their
-    bytes. Without a website links become their text, and images are left out.
+    bytes. Without a website links become their text, and images are left out. What is in the
+    folder `site` is linked relative to that.
     """
 
     def absolute(match: re.Match[str]) -> str:
@@ -33,9 +36,11 @@ def absolute_links(markdown: str, repository: str, ref: str, folder: str = "") -
         if not match["image"]:
             text = _LINK.sub(absolute, text)  # a picture that is a link
         if not re.match(r"[a-z]+:|#", target):
+            path = _in_repository(folder, target)
+            if site and path.startswith(f"{site}/"):
+                return f"{match['image']}[{text}]({path.removeprefix(f'{site}/')})"
             if not repository:
                 return "" if match["image"] else text
-            path = _in_repository(folder, target)
             target = f"{repository}/{'raw' if match['image'] else 'blob'}/{ref}/{path}"
         return f"{match['image']}[{text}]({target})"
 

@@ -41,6 +41,8 @@ def test_relative_links_alone_become_absolute(markdown, with_site, without):
 def test_links_of_a_file_in_a_folder_start_there():
     assert absolute_links("[a](../b.py)", SITE, "v1", "docs") == f"[a]({SITE}/blob/v1/b.py)"
     assert absolute_links("[a](b.md)", SITE, "v1", "docs") == f"[a]({SITE}/blob/v1/docs/b.md)"
+    inside = absolute_links("[a](b.md#c) [d](../b.py)", SITE, "v1", "docs", site="docs")
+    assert inside == f"[a](b.md#c) [d]({SITE}/blob/v1/b.py)"
 
 
 def test_every_link_of_the_readme_leads_to_a_file():
