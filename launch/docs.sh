@@ -4,9 +4,9 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 install docs
-export DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=true
+export NO_MKDOCS_2_WARNING=1  # the theme's advertisement of its successor
 if [ "${1:-build}" = serve ]; then exec "$VENV/bin/mkdocs" serve; fi
-"$VENV/bin/mkdocs" build --quiet
+"$VENV/bin/mkdocs" build  # not --quiet, which loses the warnings that should be errors
 if grep -rEo '<(script|link|img|iframe)[^>]* (src|href)="?(https?:)?//[^" >]+' build/site --include='*.html'; then
   echo "the pages above would load these from the network" >&2
   exit 1
