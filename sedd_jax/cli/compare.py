@@ -62,7 +62,7 @@ def _parsed(name: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add = parser.add_argument
     add("--config", required=True, help="a config, as for sedd-train, which each method changes")
     add("--out", type=path, required=True, help="a new folder, or a comparison to go on with")
-    add("--methods", default=METHODS, help=f"of configs/rivals.py (default: {METHODS})")
+    add("--methods", default=METHODS, help=f"of sedd_jax.configs.rivals (default: {METHODS})")
     add("--seeds", type=int, default=1, help="runs of each method, from config.seed on")
     add("--passes", type=int, default=16, help="noise levels a block of the bound, even")
     add("--blocks", type=int, help="held-out blocks that are scored (default: all)")

@@ -38,7 +38,7 @@ else run it again.
   --requeue_status=75          the status when a signal stopped it, after a
                                checkpoint; default 0"""
 
-BASE = "configs/base.py"
+BASE = "sedd_jax.configs.base"
 
 
 class Request(NamedTuple):
@@ -187,7 +187,7 @@ def _keys() -> str:
     from sedd_jax.config import flatten
     from sedd_jax.configs.base import get_config
 
-    head = "The keys, with their defaults (configs/base.py says what they mean):"
+    head = "The keys, with their defaults (sedd_jax.configs.base says what they mean):"
     rows = dict(flatten(get_config())).items()
     return "\n".join([head, *(f"  --config.{key}={value}" for key, value in rows)])
 

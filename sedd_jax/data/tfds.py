@@ -15,7 +15,7 @@ BATCH = 1024  # documents that are read at once
 
 
 def open_tfds(name: str, data_dir: str | Path) -> Corpus:
-    """Returns dataset "tfds:NAME[/CONFIG][:VERSION]" that lies in data_dir, with its own splits.
+    """Returns dataset `tfds:NAME[/CONFIG][:VERSION]` that lies in data_dir, with its own splits.
 
     A document is the feature `text`, or the only one of type Text. Nothing is downloaded:
     ValueError says how to prepare what is not there. The source holds the shards' sha256.

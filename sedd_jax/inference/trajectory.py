@@ -59,7 +59,7 @@ class State:
 
     @property
     def pieces(self) -> list[list[str]]:
-        """The text of each position, [N][its length]; joined they are `texts`."""
+        """The text of each position, N lists; joined they are `texts`."""
         return [self.tokenizer.pieces(row) for row in self.rows]
 
     @property
