@@ -125,6 +125,7 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
         (["--model", "some/one"], "give --workdir, a run's folder, or --model"),
         (["--out", "/"], "--out: '/' exists already"),
         (["--html", "/none/a.html"], "--html: '/none/a.html' is in no folder"),
+        (["--animation", "a.mp4"], "--html: 'a.mp4' has none of the endings of an animation"),
         (["--batch_size", "0"], "batch_size 0 is not a whole number in"),
         (["--steps", "0"], "steps 0 is not a whole number in [1, 1000000]"),
         (["--steps", "3000000000"], "steps 3000000000 is not a whole number in"),
@@ -264,7 +265,7 @@ def test_a_terminal_shows_the_first_sample_while_it_is_drawn(capsys, tiny_run, m
     assert texts == quiet
     assert sample_command([f"--workdir={tiny_run}", "--steps=4", "--live"]) == 0
     out = capsys.readouterr().out
-    shown = re.findall(r"step (\d) of 4\n", out)
+    shown = re.findall(r"step (\d) of 4, \d+% masked\n", out)
     assert shown == ["0", "1", "2", "3", "4"] and out.count("\x1b[J") == 5
     assert re.split(r"--- \d+ -+\n", out)[1] == texts[0] + "\n"
 
