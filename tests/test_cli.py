@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 from conftest import command_line, start
 
@@ -16,7 +17,7 @@ from sedd_jax.cli import (
     train_command,
 )
 from sedd_jax.config import KEYS, to_json
-from sedd_jax.evaluation.report import draw_picture
+from sedd_jax.evaluation.report import _draw_curve, draw_picture
 from sedd_jax.inference import pretrained as loading
 
 
@@ -480,6 +481,33 @@ def test_an_older_checkpoint_is_sampled_and_scored(capsys, tiny_run, tmp_path):
     for source in (str(tmp_path / "model"), "owner/name"):
         with pytest.raises(ValueError, match="is not a run with checkpoints; leave step 4 out"):
             loading.load(source, step=4)
+
+
+def test_the_picture_names_its_lines_has_errors_and_does_not_begin_at_0():
+    figures = pytest.importorskip("matplotlib.figure", reason="needs the [plot] extra")
+    heldout = {"bound": 2.5, "bound_standard_error": 0.02}
+    metrics = [
+        *({"kind": "train", "step": step, "nats_per_token": 2 + 9 / step} for step in range(1, 9)),
+        *({"kind": "heldout", "step": step, **heldout} for step in (4, 8)),
+    ]
+    bits = {"bound": 3.6, "bound_standard_error": 0.01, "unigram": 4.5, "bigram": 3.61}
+    result = {"bits_per_character": bits, "tokens": 2, "characters": 2, "step": 8}
+    axes = figures.Figure().subplots()
+    _draw_curve(axes, metrics, result)
+    low, high = axes.get_ylim()
+    assert 2 < low < (2 + 9 / 8) / np.log(2) and 4.5 < high < 11 / np.log(2)
+    names = {text.get_text(): text.xyann[1] for text in axes.texts}
+    assert sorted(names, key=names.get) == [
+        "held out, all blocks: 3.600±0.010",
+        "held-out bound",
+        "bigram: 3.610",
+        "unigram: 4.500",
+        "training loss",
+    ]
+    assert (np.diff(sorted(names.values())) > 0.05 * (high - low)).all()
+    bars = [bar.get_segments() for lines in axes.containers for bar in lines.lines[2]]
+    sizes = [segment[1, 1] - segment[0, 1] for segments in bars for segment in segments]
+    np.testing.assert_allclose(sizes[-3:], [0.04 / np.log(2)] * 2 + [0.02])
 
 
 def test_the_picture_takes_frames_of_different_lengths(tmp_path, tiny_run):
