@@ -112,7 +112,7 @@ class WeightsAndBiases:
                 f"W&B begins no run: {reason}; run `wandb login`, set WANDB_MODE=offline, or take "
                 "wandb out of config.train.trackers"
             ) from error
-        if self._run.url:  # none offline
+        if not self._run.offline:
             log.info("W&B: %s", self._run.url)
         # Their own step may not fall, which after a kill it does: the newest checkpoint is older.
         for kind in ("train", "heldout", "samples"):
