@@ -97,6 +97,7 @@ setup(
         "torch": ["torch>=2.10"],
         "eval": ["lm-eval>=0.4.13", "mauve-text"],
         "plot": ["matplotlib"],
+        "wandb": ["wandb"],
         "test": TEST,
         "docs": DOCS,
         "dev": TEST + DOCS,

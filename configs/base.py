@@ -91,6 +91,8 @@ def get_config():
     config.train.max_skipped = 50  # steps skipped in a row, for loss or gradient not finite
     # The process ends after so long without a step, batch or save (compiling counts); 0: never
     config.train.stuck_seconds = 3600
+    # Where metrics and samples go beside the run's files: tensorboard, wandb, or both with a comma
+    config.train.trackers = "tensorboard"
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = 10_000  # steps

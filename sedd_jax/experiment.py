@@ -69,6 +69,11 @@ class Experiment:
         shape = jax.eval_shape(self.fresh)
         return sharding.with_shardings(shape, sharding.tree_shardings(shape, self.mesh))
 
+    def learning_rate(self, train_state: TrainState) -> float:
+        """That of the last update, before the first one that of the first."""
+        state = optax.tree_utils.tree_get(train_state.opt_state, "ScaleByScheduleState")
+        return float(make_learning_rate(self.config)(max(int(state.count) - 1, 0)))
+
     @property
     def shardings(self) -> Any:
         """The sharding of each leaf of the state."""
@@ -246,17 +251,23 @@ def init_params(config: ConfigDict, model: Transformer, key: jax.Array) -> Any:
     return model.init(key, *model.example(config.data.length), deterministic=True)["params"]
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up to a constant learning rate, of clipped gradients."""
+def make_learning_rate(config: ConfigDict) -> optax.Schedule:
+    """A linear warm-up to a constant rate."""
     o = config.optimizer
 
     def learning_rate(count):  # count is 0 at the first update, which takes 1/warmup of the rate
         return o.learning_rate * jnp.minimum((count + 1) / max(o.warmup_steps, 1), 1.0)
 
+    return learning_rate
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """AdamW with the rates of `make_learning_rate`, of clipped gradients."""
+    o = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
         optax.adamw(
-            learning_rate,
+            make_learning_rate(config),
             b1=o.b1,
             b2=o.b2,
             eps=o.eps,

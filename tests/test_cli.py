@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 from conftest import command_line, start
 
@@ -16,7 +17,7 @@ from sedd_jax.cli import (
     train_command,
 )
 from sedd_jax.config import KEYS, to_json
-from sedd_jax.evaluation.report import draw_picture
+from sedd_jax.evaluation.report import _draw_curve, draw_picture
 from sedd_jax.inference import pretrained as loading
 
 
@@ -125,6 +126,7 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
         (["--model", "some/one"], "give --workdir, a run's folder, or --model"),
         (["--out", "/"], "--out: '/' exists already"),
         (["--html", "/none/a.html"], "--html: '/none/a.html' is in no folder"),
+        (["--animation", "a.mp4"], "--html: 'a.mp4' has none of the endings of an animation"),
         (["--batch_size", "0"], "batch_size 0 is not a whole number in"),
         (["--steps", "0"], "steps 0 is not a whole number in [1, 1000000]"),
         (["--steps", "3000000000"], "steps 3000000000 is not a whole number in"),
@@ -264,7 +266,7 @@ def test_a_terminal_shows_the_first_sample_while_it_is_drawn(capsys, tiny_run, m
     assert texts == quiet
     assert sample_command([f"--workdir={tiny_run}", "--steps=4", "--live"]) == 0
     out = capsys.readouterr().out
-    shown = re.findall(r"step (\d) of 4\n", out)
+    shown = re.findall(r"step (\d) of 4, \d+% masked\n", out)
     assert shown == ["0", "1", "2", "3", "4"] and out.count("\x1b[J") == 5
     assert re.split(r"--- \d+ -+\n", out)[1] == texts[0] + "\n"
 
@@ -479,6 +481,33 @@ def test_an_older_checkpoint_is_sampled_and_scored(capsys, tiny_run, tmp_path):
     for source in (str(tmp_path / "model"), "owner/name"):
         with pytest.raises(ValueError, match="is not a run with checkpoints; leave step 4 out"):
             loading.load(source, step=4)
+
+
+def test_the_picture_names_its_lines_has_errors_and_does_not_begin_at_0():
+    figures = pytest.importorskip("matplotlib.figure", reason="needs the [plot] extra")
+    heldout = {"bound": 2.5, "bound_standard_error": 0.02}
+    metrics = [
+        *({"kind": "train", "step": step, "nats_per_token": 2 + 9 / step} for step in range(1, 9)),
+        *({"kind": "heldout", "step": step, **heldout} for step in (4, 8)),
+    ]
+    bits = {"bound": 3.6, "bound_standard_error": 0.01, "unigram": 4.5, "bigram": 3.61}
+    result = {"bits_per_character": bits, "tokens": 2, "characters": 2, "step": 8}
+    axes = figures.Figure().subplots()
+    _draw_curve(axes, metrics, result)
+    low, high = axes.get_ylim()
+    assert 2 < low < (2 + 9 / 8) / np.log(2) and 4.5 < high < 11 / np.log(2)
+    names = {text.get_text(): text.xyann[1] for text in axes.texts}
+    assert sorted(names, key=names.get) == [
+        "held out, all blocks: 3.600±0.010",
+        "held-out bound",
+        "bigram: 3.610",
+        "unigram: 4.500",
+        "training loss",
+    ]
+    assert (np.diff(sorted(names.values())) > 0.05 * (high - low)).all()
+    bars = [bar.get_segments() for lines in axes.containers for bar in lines.lines[2]]
+    sizes = [segment[1, 1] - segment[0, 1] for segments in bars for segment in segments]
+    np.testing.assert_allclose(sizes[-3:], [0.04 / np.log(2)] * 2 + [0.02])
 
 
 def test_the_picture_takes_frames_of_different_lengths(tmp_path, tiny_run):

@@ -132,6 +132,7 @@ BAD = {
     "train.eval_every": -5,
     "train.max_skipped": 0,
     "train.stuck_seconds": -1,
+    "train.trackers": 3,
     "checkpoint.every": 0,
     "checkpoint.keep": 0,
     "evaluate.blocks": 0,

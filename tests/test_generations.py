@@ -257,6 +257,11 @@ def test_a_table_shows_temperatures_options_and_errors(tiny_run, scorer_folder, 
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_ticks_of_network_calls_do_not_touch():
+    assert frontier._spaced([1, 5, 9, 17, 32, 33, 65, 129]) == [1, 5, 9, 17, 33, 65, 129]
+    assert frontier._spaced([33]) == [33] and frontier._spaced([32, 33]) == [32, 33]
+
+
 @pytest.mark.parametrize("form", ["prefix", "infill"])
 def test_mauve_completes_references_that_it_was_given_half_of(
     capsys, long_run, scorer_folder, tmp_path, form

@@ -25,8 +25,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from sedd_jax import config as configuration
 from sedd_jax import experiment, state
 from sedd_jax.cli import eval_command, sample_command, train_command
+from sedd_jax.inference.bounds import CorpusBound
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.runs.workdir import check_workdir, read_metrics
+from sedd_jax.training import trackers
 from sedd_jax.training.progress import Progress, Signals, TrainingStopped
 from sedd_jax.training.train import train
 
@@ -212,6 +214,11 @@ def test_a_finished_run_leaves_its_config_metrics_events_and_checkpoints(tiny_ru
     assert [row["step"] for row in rows if row["kind"] == "heldout"] == [4, 8]
     assert all(np.isfinite(row["nats_per_token"]) for row in rows if row["kind"] == "train")
     assert all(row["bound_standard_error"] > 0 for row in rows if row["kind"] == "heldout")
+    warm_up, rate = tiny_config.optimizer.warmup_steps, tiny_config.optimizer.learning_rate
+    for row in rows:
+        if row["kind"] == "train":
+            expected = rate * min(row["step"] / max(warm_up, 1), 1.0)
+            assert row["learning_rate"] == pytest.approx(expected)
     assert list((tiny_run / "tensorboard").glob("events.out.tfevents.*"))
     with Checkpoints(tiny_run / "checkpoints") as checkpoints:
         assert checkpoints.newest() == 8
@@ -406,8 +413,12 @@ def test_two_signals_before_a_handler_is_called_are_two():
         signal.raise_signal(signal.SIGINT)
 
 
-def make_progress(workdir, step):
-    options = {"tokens_per_sequence": 1.0, "tokens_per_step": 1.0, "peak_share_per_step": None}
+def make_progress(workdir, step, **more):
+    options = more | {
+        "tokens_per_sequence": 1.0,
+        "tokens_per_step": 1.0,
+        "peak_share_per_step": None,
+    }
     return Progress(workdir, step, steps=9, max_skipped=9, **options)
 
 
@@ -443,7 +454,7 @@ def test_a_resumed_run_draws_no_step_twice_and_its_seconds_go_on(tmp_path):
         for step in steps:
             metrics = dict.fromkeys(("loss", "grad_norm", "skipped", "skipped_in_a_row"), 0)
             progress.collect({name: jnp.asarray(value) for name, value in metrics.items()})
-            progress.train(step)
+            progress.train(step, 0.1)
 
     with make_progress(tmp_path, 0) as progress:
         progress.clock.began -= 1000.0
@@ -476,6 +487,83 @@ def test_a_viewer_shows_samples_as_they_are(tmp_path):
     )
     assert all(line.startswith("    ") for line in text.splitlines())  # Markdown's form of code
     assert textwrap.dedent(text).splitlines()[1:4] == ["* one", "", "# two"]
+
+
+def log_once(progress, step):
+    metrics = dict.fromkeys(("loss", "grad_norm", "skipped", "skipped_in_a_row"), 0)
+    progress.collect({name: jnp.asarray(value) for name, value in metrics.items()})
+    progress.train(step, 0.25)
+
+
+def test_a_tracker_of_a_users_own_gets_what_the_runs_folder_gets(tmp_path, monkeypatch):
+    got = []
+
+    class Mine:
+        def __init__(self, workdir, step, config):
+            got.append((workdir, step, config))
+
+        def scalars(self, step, kind, values):
+            got.append({"kind": kind, "step": step} | values)
+
+        def text(self, step, name, text):
+            got.append((step, name, text))
+
+        def close(self):
+            got.append("closed")
+
+    monkeypatch.setitem(trackers.TRACKERS, "mine", Mine)
+    with make_progress(tmp_path, 3, trackers=" mine", config={"seed": 1}) as progress:
+        log_once(progress, 4)
+        progress.samples(5, ["a", "<b>"])
+    (row,) = read_metrics(tmp_path)
+    text = "--- 1 ---\na\n\n--- 2 ---\n<b>"
+    assert got == [(tmp_path, 3, {"seed": 1}), row, (5, "samples", text), "closed"]
+    assert row["learning_rate"] == 0.25
+    assert (tmp_path / "samples/5.txt").read_text() == text + "\n"
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_trackers_that_cannot_be_opened_are_refused_before_any_work(
+    tmp_path, tiny_config, monkeypatch
+):
+    tiny_config.train.trackers = "tensorboard,mlflow"
+    with says("config.train.trackers names 'mlflow'; known: tensorboard, wandb"):
+        train(tiny_config, tmp_path / "run")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    tiny_config.train.trackers = "wandb"
+    with says("names wandb, which is not installed", "[wandb]"):
+        train(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_training_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="Weights & Biases needs the [wandb] extra")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    started, init = [], wandb.init
+    monkeypatch.setattr(
+        wandb, "init", lambda **options: started.append(init(**options)) or started[-1]
+    )
+    for step in (0, 4):  # step 6 is logged twice: the run was killed before its checkpoint
+        with make_progress(tmp_path, step, trackers="wandb", config={"seed": 1}) as progress:
+            log_once(progress, 6)
+            progress.samples(6, ["<b> & ░"])
+            progress.heldout(6, CorpusBound(2.0, 0.1, 1.8, 0.1, 0.1, None, None, None, 2))
+            summary = dict(started[-1].summary)
+        assert summary["train/learning_rate"] == 0.25 and summary["heldout/bound"] == 2.0
+        assert summary["step"] == 6 and started[-1].config["seed"] == 1
+    assert started[0].id == started[1].id == (tmp_path / "wandb_run").read_text()
+    pages = [file.read_text() for file in (tmp_path / "wandb").rglob("*.html")]
+    assert len(pages) == 2 and all("<pre>--- 1 ---\n&lt;b&gt; &amp; ░</pre>" in p for p in pages)
+    monkeypatch.setattr(
+        wandb, "init", lambda **options: raising(wandb.errors.UsageError("No\nkey."))
+    )
+    with says("W&B begins no run: No key; run `wandb login`, set WANDB_MODE=offline"):
+        make_progress(tmp_path, 4, trackers="wandb")
+
+
+def raising(error):
+    raise error
 
 
 def test_either_signal_after_the_first_acts_as_usual():

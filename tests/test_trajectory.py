@@ -1,5 +1,6 @@
 """States of sampling, and the page that plays them, opened in a real browser where there is one."""
 
+import dataclasses
 import html
 import io
 import json
@@ -11,6 +12,7 @@ import sys
 import types
 from functools import cache
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +20,10 @@ from conftest import real, says
 
 from sedd_jax.cli.terminal import TerminalView, screenful
 from sedd_jax.data.tokenizers import GPT2, Bytes, Characters
+from sedd_jax.diffusion.graphs import Absorbing, Uniform
+from sedd_jax.diffusion.schedules import Geometric
+from sedd_jax.inference.sampling import Sampling
+from sedd_jax.inference.states import DiffusionSampler
 from sedd_jax.inference.trajectory import Animation, State, _changes, show
 
 HOSTILE = (
@@ -38,7 +44,9 @@ def some_states(text, tokenizer=None, *, known=0, samples=1, updates=8, uniform=
     for k in range(updates + 1):
         noise = generator.integers(tokenizer.vocab_size, size=x0.shape)
         xt = np.where(moments > 1.0 - k / updates, x0, noise if uniform else tokenizer.vocab_size)
-        states.append(State(3 * k, 3 * updates, xt.astype(np.int32), is_known, tokenizer))
+        level = 1.0 - k / updates if uniform else None
+        state = State(3 * k, 3 * updates, xt.astype(np.int32), is_known, tokenizer)
+        states.append(dataclasses.replace(state, noise_level=level))
     return states
 
 
@@ -51,9 +59,9 @@ def test_a_state_shows_its_texts_and_where_the_masks_are():
     assert state.texts == ["\na░b", "░░░░"]
     assert state.pieces == [["\n", "a", "░", "b"], ["░"] * 4]
     np.testing.assert_array_equal(state.is_masked, tokens == 3)
-    assert str(state) == "step 2 of 8\n--- 1 ---\n\na░b\n--- 2 ---\n░░░░"
+    assert str(state) == "step 2 of 8, 62% masked\n--- 1 ---\n\na░b\n--- 2 ---\n░░░░"
     one = State(8, 8, tokens[:1], np.zeros((1, 4), bool), Characters("\nab"))
-    assert str(one) == repr(one) == "step 8 of 8\n\na░b"
+    assert str(one) == repr(one) == "step 8 of 8, 25% masked\n\na░b"
 
 
 def test_a_state_in_a_notebook_escapes_its_text_and_stops_after_a_few():
@@ -102,7 +110,8 @@ def test_a_terminal_is_redrawn_in_place_and_left_as_it_was(monkeypatch):
     view.draw(last)
     view.close()
     assert terminal.getvalue() == (
-        "step 0 of 24\n\x1b[2m░░░\x1b[0m\n\x1b[2F\x1b[Jstep 24 of 24\nabc\n\x1b[2F\x1b[J"
+        "step 0 of 24, 100% masked\n\x1b[2m░░░\x1b[0m\n"
+        "\x1b[2F\x1b[Jstep 24 of 24, 0% masked\nabc\n\x1b[2F\x1b[J"
     )
 
 
@@ -170,6 +179,111 @@ def test_the_page_holds_no_address_and_no_markup_of_a_text(tmp_path):
     assert animation.save(tmp_path / "animation.html").stat().st_size == len(page.encode())
     page = Animation(some_states("some text")).html
     assert "default-src 'none'" in page and not re.search(r"https?:|src=|@import|url\(", page)
+
+
+def test_the_noise_level_of_a_state_is_the_share_of_tokens_that_its_time_has_noised():
+    schedule = Geometric(1e-3, 6.0)
+    sampling = Sampling(steps=4, grid="cosine", t_min=0.01)
+    steps = np.array([0, 1, 3, 4])
+    times = 0.01 + 0.99 * np.cos(np.pi / 2 * steps / 4)
+    noised = 1.0 - np.exp(-(1e-3 ** (1 - times)) * 6.0**times)
+    for graph, expected in ((Uniform(5), [*noised[:3], 0.0]), (Absorbing(5), None)):
+        sampler = DiffusionSampler(types.SimpleNamespace(graph=graph, schedule=schedule))
+        levels = sampler.noise_levels(steps, sampling.functions())
+        if expected is None:
+            assert levels is None  # its masks are counted
+        else:
+            np.testing.assert_allclose(levels, expected, rtol=1e-5)
+
+
+# --- frames
+
+
+def text_in(frame):
+    return "\n".join("".join(cell.character for cell in line) for line in frame.lines)
+
+
+def test_frames_break_lines_between_words_and_alike_in_every_state():
+    text = " ".join(["word"] * 40) + "\n\n  indented " + "x" * 100 + "\n東京\ttab"
+    states = some_states(text, known=5)
+    frames = Animation(states).frames()
+    lines = text_in(frames[-1]).split("\n")
+    assert lines[:3] == [" ".join(["word"] * 14) + " "] * 2 + [" ".join(["word"] * 12)]
+    assert lines[3:5] == ["", "  indented "] and lines[5] == "x" * 72 and lines[6] == "x" * 28
+    assert lines[7] == "東京·tab"
+    kinds = [{cell.kind for line in frame.lines for cell in line} for frame in frames]
+    assert kinds[0] == {"known", "masked"} and kinds[3] == {"known", "masked", "new", ""}
+    assert kinds[-1] == {"known", "new", ""}
+    for frame, state in zip(frames, states, strict=True):
+        assert frame.caption == state.caption(0) and frame.noise == state.noise[0]
+        masked = {cell.position for line in frame.lines for cell in line if cell.kind == "masked"}
+        assert masked == set(np.flatnonzero(state.is_masked[0]))
+
+
+def test_a_masked_token_is_as_wide_as_what_it_becomes():
+    words = types.SimpleNamespace(
+        vocab_size=3, decode="".join, pieces=lambda row: [[" ab", "c", "\n", "░"][i] for i in row]
+    )
+    tokens = np.array([[1, 0, 2, 0]])
+    states = [
+        State(0, 1, np.full((1, 4), 3), np.zeros((1, 4), bool), words),
+        State(1, 1, tokens, np.zeros((1, 4), bool), words),
+    ]
+    first, last = Animation(states).frames()
+    assert text_in(last) == "c ab\n ab"
+    shape = [[(cell.kind, cell.position) for cell in line] for line in first.lines]
+    masked = [("masked", 0), ("", 1), ("masked", 1), ("masked", 1), ("masked", 2)]
+    assert shape == [masked, [("", 3), ("masked", 3), ("masked", 3)]]
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_gif_begins_at_noise_and_plays_once(tmp_path, uniform):
+    image = pytest.importorskip("PIL.Image", reason="Pillow comes with matplotlib, of [plot]")
+    states = some_states("some text of a few words " * 6, known=4, uniform=uniform)
+    with image.open(Animation(states, title="A <title>").save(tmp_path / "a.GIF")) as gif:
+        assert gif.n_frames == len(states) and "loop" not in gif.info
+        shown, pictures = [], []
+        for number in range(gif.n_frames):
+            gif.seek(number)
+            shown.append(gif.info["duration"])
+            pictures.append(np.asarray(gif.convert("RGB"), int))
+        assert shown == [800, *[400] * 7, 3000]
+    bar = pictures[0][61, 24:-24]  # its length is the share that is noise
+    for state, picture in zip(states, pictures):
+        is_bar = (np.abs(picture[61, 24:-24] - bar[0]) < 24).all(axis=-1)
+        expected = round(state.noise[0] * len(bar))
+        assert abs(is_bar.sum() - expected) <= 1
+    assert (pictures[0] != pictures[-1]).any(axis=-1).mean() > 0.05
+
+
+def test_an_svg_shows_each_state_once_and_its_texts_as_they_are(tmp_path):
+    states = some_states(HOSTILE, known=3)
+    show(states, title=HOSTILE, path=tmp_path / "a.svg")
+    root = ElementTree.parse(tmp_path / "a.svg").getroot()
+    space = {"svg": "http://www.w3.org/2000/svg"}
+    groups = root.findall("svg:g", space)
+    assert [group.get("visibility") for group in groups] == ["hidden"] * 8 + ["visible"]
+    times = [group.find("svg:animate", space) for group in groups]
+    spans = [(one.get("values"), one.get("keyTimes").split(";")) for one in times]
+    assert spans[0][0] == "visible;hidden" and spans[-1][0] == "hidden;visible"
+    assert all(values == "hidden;visible;hidden" for values, _ in spans[1:-1])
+    assert [t[1] for _, t in spans[1:]] == [spans[0][1][1], *[t[2] for _, t in spans[1:-1]]]
+    assert all(one.get("fill") == "freeze" and one.get("repeatCount") is None for one in times)
+    captions = [group.find("svg:text[@class='head']", space).text for group in groups]
+    assert captions == [state.caption(0) for state in states]
+    drawn = "".join(text.text for text in groups[-1].findall("svg:text", space)[1:])
+    kept = [c for c in HOSTILE if c.isprintable() and c != " "]
+    assert [c for c in drawn if c not in " ·"] == kept
+    file = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert "<script" not in file and root.find(".//svg:title", space).text == HOSTILE
+
+
+def test_an_ending_of_no_animation_is_refused_before_any_work(tmp_path, monkeypatch):
+    with says("'a.webm' has none of the endings of an animation, .html, .gif, .svg; give one"):
+        show(iter([]), path=tmp_path / "a.webm")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with says("a .gif is drawn with matplotlib, which is not installed; pip install"):
+        show(iter([]), path=tmp_path / "a.gif")
 
 
 # --- notebooks
@@ -292,7 +406,7 @@ def test_the_page_shows_the_sample_and_its_states(browse):
     states = some_states(HOSTILE, known=4, samples=2)
     animation = Animation(states, title=HOSTILE)
     for fragment, state, n in (
-        ("", -1, 0),
+        ("", -1, 0),  # played, once
         ("#state=0", 0, 0),
         ("#state=4&sample=1", 4, 1),
         ("#state=-2", -2, 0),
@@ -301,7 +415,7 @@ def test_the_page_shows_the_sample_and_its_states(browse):
     ):
         document = browse(animation.html, fragment)
         assert text_of(document, "text") == states[state].texts[n], fragment
-        assert text_of(document, "count") == f"step {states[state].step} of 24"
+        assert text_of(document, "count") == states[state].caption(n)
         assert text_of(document, "title") == 2 * HOSTILE  # <title> and the heading
         assert "data-errors" not in document and "data-owned" not in document
         masks = len(re.findall(r'class="t masked', document))
@@ -339,18 +453,38 @@ def test_the_page_answers_to_keys_and_pointer(browse):
       seen.push(document.body.className, get("play").ariaLabel);
       document.body.dataset.seen = JSON.stringify(seen);
     }</script></body>"""
-    document = browse(Animation(states).html.replace("</body>", acts))
+    document = browse(Animation(states).html.replace("</body>", acts), "#state=-1")
     assert "data-errors" not in document
     seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', document)[1]))
     assert seen == [
-        "count: step 21 of 24",
-        "count: step 24 of 24",
+        f"count: {states[-2].caption(0)}",
+        "count: step 24 of 24, 0% masked",
         f'about: position 0 · token {ord("s")} · "s" · given',
         f"about: position 3 · masked · settled by step {settled(states, 3)}",
         f"text: {states[0].texts[0]}",
         "order",
         "Play",
     ]
+
+
+def test_the_page_begins_at_noise_and_plays_once(browse):
+    watch = """<script>{
+      const seen = [], get = id => document.getElementById(id);
+      const note = () => seen.push([get("count").textContent, get("play").ariaLabel]);
+      note();
+      new MutationObserver(note).observe(get("count"), {childList: true});
+      setInterval(() => { document.body.dataset.seen = JSON.stringify(seen);
+        if (get("play").ariaLabel === "Play again" && seen.length < 14) get("play").click();
+      }, 9000);
+    }</script></body>"""
+    for uniform, kind in ((False, "masked"), (True, "noise")):
+        states = some_states("some text", uniform=uniform, updates=10)
+        document = browse(Animation(states).html.replace("</body>", watch))
+        seen = json.loads(html.unescape(re.search(r'data-seen="([^"]*)"', document)[1]))
+        captions = [state.caption(0) for state in states]
+        # At its end once more: what was new is new no more. Then the button plays it again.
+        assert [one for one, _ in seen] == [*captions, captions[-1], *captions, captions[-1]]
+        assert seen[0][0] == f"step 0 of 30, 100% {kind}"
 
 
 def settled(states, position):
@@ -365,7 +499,7 @@ def test_the_page_works_inside_a_notebooks_frame(browse):
       const frame = document.querySelector("iframe"), inside = frame.contentDocument;
       document.getElementById("found").textContent = inside.getElementById("text").textContent;
       document.body.dataset.height = parseInt(frame.style.height);
-    }}, 500);</script></body></html>"""
+    }}, 9000);</script></body></html>"""
     document = browse(page)
     assert text_of(document, "found") == HOSTILE
     assert 150 < int(re.search(r'data-height="(\d+)"', document)[1]) <= 680

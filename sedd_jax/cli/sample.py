@@ -53,7 +53,7 @@ def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     sampling = model.chosen(**named)
     chosen = {key: getattr(sampling, key) for key in OPTIONS} | named
     is_live = options.live and sys.stdout.isatty() and (options.format == "text" or options.out)
-    is_watched = options.html or processes.on_first_process(lambda: bool(is_live))
+    is_watched = options.animation or processes.on_first_process(lambda: bool(is_live))
     how = {
         "updates": 64 if is_watched else 20,
         "batch_size": options.batch_size,
@@ -74,7 +74,7 @@ def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     def samples() -> Iterator[dict[str, Any]]:
         index = itertools.count()
         for state in _watched(states, is_live):
-            if options.html:
+            if options.animation:
                 seen.append(state)
             if state.step == state.steps:
                 calls = [0] * len(state.rows) if state.calls is None else state.calls.tolist()
@@ -86,10 +86,10 @@ def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
                     yield sample | about
 
     FORMATS[options.format](samples(), options.out)
-    if options.html:
+    if options.animation:
         steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {options.seed}"
         steps += f", strength {revised['strength']:g}" if revised else ""
-        Animation(seen, f"{Path(source).name}: {steps}").save(options.html)
+        Animation(seen, f"{Path(source).name}: {steps}").save(options.animation)
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -119,7 +119,14 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
     add("--batch_size", type=int, default=16, help="samples at once")
     add("--format", default="text", help="text, or jsonl: an object a line, batch by batch")
     add("--out", type=new_file, help="write to this new file (default: standard output)")
-    add("--html", type=new_file, help="also write a page that plays the sampling to this new file")
+    add(
+        "--animation",
+        "--html",
+        type=_animation_file,
+        metavar="FILE",
+        help="also write the sampling as an animation to this new file: .html, a page that plays "
+        "it, or .gif or .svg of the first sample",
+    )
     add("--explain", action="store_true", help="say what would be done and its price; draw nothing")
     add("--live", action="store_true", help="show the first sample in the terminal as it comes")
     options = parser.parse_args(argv)
@@ -138,9 +145,20 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
         options.drafts = _drafts(options.revise)
     if options.format not in FORMATS:
         raise ValueError(f"unknown format {options.format!r}; known: {', '.join(FORMATS)}")
-    if options.out is not None and options.out == options.html:
-        raise ValueError(f"--out and --html are both {str(options.out)!r}; give two paths")
+    if options.out is not None and options.out == options.animation:
+        raise ValueError(f"--out and --animation are both {str(options.out)!r}; give two paths")
     return options
+
+
+def _animation_file(text: str) -> Path:
+    """An argparse type, a new_file with an ending of an animation."""
+    from sedd_jax.inference.trajectory import format_of
+
+    try:
+        format_of(path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return new_file(text)
 
 
 def _drafts(file: Path) -> list[str]:

@@ -4,12 +4,11 @@ import itertools
 import os
 import shutil
 import time
-import unicodedata
-from collections.abc import Iterable, Iterator
 from typing import TextIO
 
 import numpy as np
 
+from sedd_jax.inference.frames import Cell, wrap
 from sedd_jax.inference.trajectory import State
 
 
@@ -22,15 +21,16 @@ def screenful(state: State, columns: int, lines: int) -> list[str]:
     dim, underlined = ("", "") if os.environ.get("NO_COLOR") else ("2", "4")
     kinds = zip(state.pieces[0], state.is_masked[0].tolist(), np.asarray(state.is_known)[0])
     cells = [
-        (character, dim if masked else underlined if known else "")
-        for piece, masked, known in kinds
+        Cell(character, dim if masked else underlined if known else "", position)
+        for position, (piece, masked, known) in enumerate(kinds)
         for character in piece
     ]
-    wrapped = list(itertools.islice(_wrap(cells, columns), lines + 1))
+    wrapped = list(itertools.islice(wrap(cells, columns), lines + 1))
     styled = [
         "".join(
-            f"\x1b[{style}m{''.join(c for c, _ in run)}\x1b[0m" if style else _join(run)
-            for style, run in itertools.groupby(line, key=lambda cell: cell[1])
+            f"\x1b[{style}m{text}\x1b[0m" if style else text
+            for style, run in itertools.groupby(line, key=lambda cell: cell.kind)
+            for text in ["".join(cell.character for cell in run)]
         )
         for line in wrapped[:lines]
     ]
@@ -52,7 +52,7 @@ class TerminalView:
         self._next = time.monotonic() + self.SECONDS
         columns, rows = shutil.get_terminal_size()
         lines = screenful(state, columns - 1, max(1, rows - 3))
-        head = f"step {state.step} of {state.steps}"
+        head = state.caption(0)
         self._terminal.write(self._home() + "\n".join([head, *lines, ""]))
         self._terminal.flush()
         self._lines = 1 + len(lines)
@@ -64,26 +64,3 @@ class TerminalView:
 
     def _home(self) -> str:
         return f"\x1b[{self._lines}F\x1b[J" if self._lines else ""
-
-
-def _join(cells: Iterable[tuple[str, str]]) -> str:
-    return "".join(character for character, _ in cells)
-
-
-def _wrap(cells: list[tuple[str, str]], columns: int) -> Iterator[list[tuple[str, str]]]:
-    """Yields lines of (character, style), each of at most `columns` columns."""
-    line, width = [], 0
-    for character, style in cells:
-        if character == "\n":
-            yield line
-            line, width = [], 0
-            continue
-        if not character.isprintable():
-            character = "·"
-        wide = 2 if unicodedata.east_asian_width(character) in "WF" else 1
-        if width + wide > columns:
-            yield line
-            line, width = [], 0
-        line.append((character, style))
-        width += 0 if unicodedata.combining(character) else wide
-    yield line

@@ -173,14 +173,17 @@ def _why_not(row: Row, settings: dict[str, Any]) -> str:
 def draw_picture(path: Path, rows: list[Row]) -> None:
     """Generative perplexity against entropy and against network calls, as PNG; needs matplotlib.
 
-    A curve for each predictor and temperature; beside its points stand the network calls. The
+    A curve for each predictor and temperature; beside its points stand the network calls, as many
+    as can be read. The
     perplexity is the mean of exponentials; bars are standard errors. A star is the text that the
     samples were compared with.
     """
     from matplotlib.figure import Figure  # not pyplot, which would open a window
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    points: list[tuple[float, ...]] = []  # (network calls, entropy, perplexity)
     curves: dict[str, list[Row]] = {}
     for row in rows:
         curves.setdefault(_curve(row), []).append(row)
@@ -191,24 +194,50 @@ def draw_picture(path: Path, rows: list[Row]) -> None:
         style = {"fmt": f"{marker}-", "capsize": 2, "label": label, "alpha": 0.8}
         left.errorbar(x, y, yerr=y_error, xerr=x_error, **style)
         right.errorbar(calls, y, yerr=y_error, **style)
-        for *point, count in zip(x, y, calls, strict=True):
-            left.annotate(
-                f"{count:g}", point, xytext=(4, 4), textcoords="offset points", fontsize=8
-            )
+        points += [(count, *point) for *point, count in zip(x, y, calls, strict=True)]
     if "reference_measures" in rows[0]:
-        (x,), _, (y,), _ = _points([rows[0]["reference_measures"]])
-        left.plot(x, y, "k*", markersize=11, label=f"text ({rows[0]['split']})")
+        x, x_error, y, y_error = _points([rows[0]["reference_measures"]])
+        label = f"text ({rows[0]['split']})"
+        left.errorbar(x, y, y_error, x_error, fmt="k*", markersize=11, capsize=2, label=label)
     scorer = Path(rows[0]["scorer"]).name
     left.set(yscale="log", xlabel="unigram entropy (nats)")
     left.set_ylabel(f"generative perplexity ({scorer}, mean of exp)")
+    low, high = left.get_ylim()
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(6))
+    left.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    left.yaxis.set_minor_formatter(NullFormatter())
     left.legend(frameon=False)
-    calls = sorted({row["nfe"] for row in rows})
     right.set(xscale="log", xlabel="network calls")
-    right.set_xticks(calls, [f"{count:g}" for count in calls])
+    ticks = _spaced(sorted({row["nfe"] for row in rows}))
+    right.set_xticks(ticks, [f"{count:g}" for count in ticks])
     right.set_xticks([], minor=True)
+    _write_calls(figure, left, points)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
+
+
+def _spaced(values: list[float]) -> list[float]:
+    """Of rising values those that can stand beside each other on a logarithmic axis."""
+    ticks = values[-1:]
+    for value in values[-2::-1]:
+        if (ticks[0] / value) ** 20 >= values[-1] / values[0]:  # a 20th of the axis
+            ticks.insert(0, value)
+    return ticks
+
+
+def _write_calls(figure, axes, points: list[tuple[float, ...]]) -> None:
+    """Writes the network calls beside the points, but over no other of them."""
+    figure.draw_without_rendering()  # from here on it is known where each point is
+    size = np.array([26.0, 13.0])  # pixels of a number
+    corners: list[np.ndarray] = []
+    for count, *point in points:
+        corner = axes.transData.transform(point)
+        if not any((np.abs(corner - other) < size).all() for other in corners):
+            corners.append(corner)
+            axes.annotate(
+                f"{count:g}", point, xytext=(4, 4), textcoords="offset points", fontsize=8
+            )
 
 
 def _points(rows: list[Row]) -> tuple[list[float], ...]:

@@ -105,23 +105,66 @@ def draw_picture(
 
 
 def _draw_curve(axes, metrics: list[dict[str, Any]], result: dict[str, Any]) -> None:
-    """Training loss and held-out bound by step, beside the n-gram models, bits per character."""
+    """Training loss and held-out bound by step, beside the n-gram models, bits per character.
+
+    Bars are standard errors. Each line is named at its right end.
+    """
     bits = result["bits_per_character"]
     bits_per_nat = result["tokens"] / result["characters"] / np.log(2.0)  # of nats per token
-    for kind, name, style in (
-        ("train", "nats_per_token", {"color": "#9db7d5", "label": "training loss"}),
-        ("heldout", "bound", {"color": "#1f4e8c", "marker": "o", "label": "held-out bound"}),
+    ends = []  # (height, name, colour) of each line's right end
+    heights = []  # that the axis shows
+    for kind, name, label, color, style in (
+        ("train", "nats_per_token", "training loss", "#7f9fc4", {"linewidth": 1.2}),
+        ("heldout", "bound", "held-out bound", "#1f4e8c", {"marker": "o", "capsize": 3}),
     ):
-        rows = {row["step"]: row[name] for row in metrics if row["kind"] == kind}
+        rows = list({row["step"]: row for row in metrics if row["kind"] == kind}.values())
         # A window in which every step was skipped has None: a gap in the curve.
-        values = np.array(list(rows.values()), float)
-        axes.plot(list(rows), values * bits_per_nat, **style)
-    for name, color in (("unigram", "#bbbbbb"), ("bigram", "#d9822b")):
+        values = bits_per_nat * np.array([row[name] for row in rows], float)
+        errors = bits_per_nat * np.array([row.get(f"{name}_standard_error") or 0 for row in rows])
+        axes.errorbar([row["step"] for row in rows], values, errors, color=color, **style)
+        finite = values[np.isfinite(values)]
+        if finite.size:
+            ends.append((finite[-1], label, color))
+            heights += [finite.min(), np.quantile(finite, 0.9)]  # the loss begins far above
+    if "bound" in bits:  # of all blocks, where training scores some
+        error = bits["bound_standard_error"] or 0.0
+        style = {"fmt": "D", "mfc": "white", "capsize": 3, "color": "#1f4e8c"}
+        axes.errorbar([result["step"]], [bits["bound"]], [error], **style)
+        spread = f"±{error:.3f}" if error else ""
+        label = f"held out, all blocks: {bits['bound']:.3f}{spread}"
+        ends.append((bits["bound"], label, "#1f4e8c"))
+    for name, color in (("unigram", "#8a8a8a"), ("bigram", "#c26a12")):
         if name in bits:
-            axes.axhline(bits[name], color=color, linestyle="--", label=f"{name}, held out")
-    axes.set(xlabel="step", ylabel="bits per character", ylim=(0, None))
-    axes.legend(frameon=False)
+            axes.axhline(bits[name], color=color, linestyle="--", linewidth=1)
+            ends.append((bits[name], f"{name}: {bits[name]:.3f}", color))
+    heights += [height for height, *_ in ends]
+    if heights:
+        margin = 0.06 * (max(heights) - min(heights)) or 0.1
+        axes.set_ylim(min(heights) - margin, max(heights) + margin)
+    axes.set(xlabel="step", ylabel="bits per character")
+    axes.margins(x=0.02)
     axes.spines[["top", "right"]].set_visible(False)
+    _name_lines(axes, ends)
+
+
+def _name_lines(axes, ends: list[tuple[float, str, str]]) -> None:
+    """Writes (height, name, colour) right of the axes, no two names over each other."""
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)  # the height of a name
+    previous = -np.inf
+    for height, name, color in sorted(ends):
+        previous = max(height, previous + gap)
+        axes.annotate(
+            name,
+            (1.0, height),
+            (1.03, previous),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords=axes.get_yaxis_transform(),
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "relpos": (0, 0.5)},
+            annotation_clip=False,
+            color=color,
+            va="center",
+        )
 
 
 def _draw_denoising(axes, frames: list[str]) -> None:

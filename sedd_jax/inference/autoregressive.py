@@ -74,6 +74,9 @@ class AutoregressiveSampler:
         chain = write(self.model.params, key, rows, cache, begin, end, sampling, **how)
         return rows._replace(chain=chain)
 
+    def noise_levels(self, steps: np.ndarray, sampling: Sampling) -> None:
+        return None  # what is not written yet is masked
+
 
 def first_free(known: Known) -> jax.Array:
     """The first position that is free in any row, int32 []; the number of positions if none is."""

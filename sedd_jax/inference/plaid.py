@@ -12,6 +12,7 @@ from sedd_jax.diffusion.samplers import Known
 from sedd_jax.inference.batches import Texts
 from sedd_jax.inference.sampling import GAUSSIAN, Rows, Sampling, params_in_loop
 from sedd_jax.models.head import make_score_fn
+from sedd_jax.parallel import processes
 
 OPTIONS = ("steps", "greedy")  # of Sampling, that mean something here
 CAN = "an absorbing or uniform model"  # what does what a PLAID model cannot
@@ -57,6 +58,11 @@ class PlaidSampler:
         how = {"is_greedy": sampling.greedy, "network": self.model.network}
         chain = reverse_steps(self.model.params, key, rows, begin, end, sampling.steps, **how)
         return rows._replace(chain=chain)
+
+    def noise_levels(self, steps: np.ndarray, sampling: Sampling) -> np.ndarray:
+        diffusion = make_score_fn(self.model.network, self.model.params, None)
+        variance = gaussian.noise_scale(diffusion.schedule.gamma(1.0 - steps / sampling.steps)) ** 2
+        return np.where(steps < sampling.steps, processes.fetch(variance), 0.0)
 
 
 @functools.partial(jax.jit, static_argnames=("is_greedy", "network"))

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -44,6 +45,9 @@ class Sampler(Protocol):
     ) -> Rows:
         """The rows after the steps begin <= i < end; sampling holds functions, not their names."""
 
+    def noise_levels(self, steps: np.ndarray, sampling: Sampling) -> np.ndarray | None:
+        """`State.noise_level` after so many steps, float [N]; None where the mask shows it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionSampler:
@@ -74,6 +78,13 @@ class DiffusionSampler:
         chain = reverse_steps(model.params, key, rows, begin, end, sampling, **how)
         return rows._replace(chain=chain)
 
+    def noise_levels(self, steps: np.ndarray, sampling: Sampling) -> np.ndarray | None:
+        if hasattr(self.model.graph, "mask"):
+            return None
+        times = jnp.asarray(sampling.grid(steps, sampling.steps, sampling.t_min))
+        noised = -jnp.expm1(-self.model.schedule.sigma(times))
+        return np.where(steps < sampling.steps, noised, 0.0)  # the denoiser comes with the last
+
 
 EVERY_STEP = 2**31 - 1  # updates, of which no more are made than there are steps
 
@@ -101,6 +112,8 @@ def states_of(model: Any, texts: Texts, updates: int, call: Call) -> Iterator[St
         return
     updates = min(updates, max(left, 1))
     ends = sorted({texts.begin - (-left * j // updates) for j in range(updates + 1)})
+    levels = sampler.noise_levels(np.array(ends), functions)
+    levels = dict(zip(ends, [None] * len(ends) if levels is None else levels.tolist()))
     total = left * -(-len(texts.lengths) // call.batch_size)
     hides = not processes.shows(call.progress)
     options = {"unit": " steps", "dynamic_ncols": True, "disable": hides}
@@ -119,7 +132,7 @@ def states_of(model: Any, texts: Texts, updates: int, call: Call) -> Iterator[St
                 bar.set_postfix_str("", refresh=False)
                 bar.update(end - begin)
                 texts = tokens, part.known.is_known, model.tokenizer, part.lengths
-                yield State(end, steps, *texts, calls[:count])
+                yield State(end, steps, *texts, calls[:count], levels[end])
 
 
 def last_states(

@@ -1,15 +1,15 @@
-"""A state of sampling, as text and in a notebook, and all states as one page that plays them.
-
-trajectory.html is the page's template.
+"""A state of sampling, as text and in a notebook, and all states as one animation: a page that
+plays them, of which trajectory.html is the template, a GIF or an SVG.
 """
 
 import html
+import importlib.util
 import itertools
 import json
 import re
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
@@ -19,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from sedd_jax.data.tokenizers import Tokenizer
-from sedd_jax.files import local_path, write_text
+from sedd_jax.files import local_path, replacing, write_text
+from sedd_jax.inference import frames
 
 MAX_TEXTS = 4  # of a state in a notebook's output
+DEFAULT_TITLE = "From noise to text"
 PAUSE = 0.1  # seconds between two updates of a notebook's output, at least
 
 
@@ -36,6 +38,8 @@ class State:
     tokenizer: Tokenizer
     lengths: np.ndarray = None  # int [N]: tokens of each text, then 0s; left out: all L
     calls: np.ndarray | None = None  # int32 [N]: network calls that each needed so far
+    # Of noise without a mask: the share of the tokens that is noised, of PLAID's of the variance
+    noise_level: float | None = None
 
     def __post_init__(self):
         tokens, is_known = np.shape(self.tokens), np.shape(self.is_known)
@@ -67,12 +71,25 @@ class State:
         """Which positions hold the mask, bool [N, L]."""
         return np.asarray(self.tokens) >= self.tokenizer.vocab_size
 
+    @property
+    def noise(self) -> np.ndarray:
+        """The share of each text that is still noise, float [N]: masked, or else noise_level."""
+        if self.noise_level is not None:
+            return np.full(len(self.tokens), self.noise_level)
+        masks = zip(self.is_masked, self.lengths)
+        return np.array([is_masked[:length].mean() for is_masked, length in masks])
+
+    def caption(self, n: int | None = None) -> str:
+        """The step and the share that is noise of text n, of all texts if left out."""
+        share = self.noise.mean() if n is None else self.noise[n]
+        kind = "masked" if self.noise_level is None else "noise"
+        return f"step {self.step} of {self.steps}, {share:.0%} {kind}"
+
     def __str__(self) -> str:
-        head = f"step {self.step} of {self.steps}"
         if len(self.tokens) == 1:
-            return f"{head}\n{self.texts[0]}"
+            return f"{self.caption()}\n{self.texts[0]}"
         texts = (f"--- {n} ---\n{text}" for n, text in enumerate(self.texts, start=1))
-        return "\n".join([head, *texts])
+        return "\n".join([self.caption(), *texts])
 
     __repr__ = __str__
 
@@ -88,7 +105,7 @@ class State:
         more = len(self.tokens) - MAX_TEXTS
         rows += f"and {more} more" if more > 0 else ""
         return (
-            f'<div style="font:.85em system-ui,sans-serif">step {self.step} of {self.steps}'
+            f'<div style="font:.85em system-ui,sans-serif">{self.caption()}'
             f'<div style="{part}rgba(128,128,128,.25);max-width:16em;margin:.4em 0">'
             f'<div style="{part}#d08a12;width:{100 * self.step / max(self.steps, 1):.1f}%"></div>'
             f"</div>{rows}</div>"
@@ -117,7 +134,7 @@ def encodable(text: str) -> str:
 
 @dataclass(eq=False)
 class Animation:
-    """The states of one call of sampling as a page that plays them.
+    """The states of one call of sampling, to be played: as a page, a GIF or an SVG.
 
     Batches that came one after the other are put together, state by state.
     """
@@ -136,17 +153,41 @@ class Animation:
             resources.files("sedd_jax.inference").joinpath("trajectory.html").read_text("utf-8")
         )
         content = {
-            "@TITLE@": html.escape(self.title or "From noise to text"),
+            "@TITLE@": html.escape(self.title or DEFAULT_TITLE),
             "@STATES@": _script_safe({"title": self.title, **_changes(self.states)}),
         }
         page = re.sub("|".join(content), lambda match: content[match.group()], template)
         return encodable(page)
 
     def save(self, path: str | Path) -> Path:
-        """Writes the page to `path`, whole or not at all; what is there is replaced."""
+        """Writes to `path`, whole or not at all; what is there is replaced.
+
+        Its ending says what: .html the page, which has every text; .gif (needs matplotlib, the
+        [plot] extra) or .svg, which show the first text and play once. ValueError for another one.
+        """
         path = local_path(path)
-        write_text(path, self.html)
+        format_of(path)(self, path)
         return path
+
+    def frames(self, n: int = 0) -> list[frames.Frame]:
+        """Text n of each state as lines."""
+        states = self.states
+        length = states[-1].lengths[n]
+        last = [
+            "  " if is_masked else encodable(piece)
+            for piece, is_masked in zip(states[-1].pieces[n], states[-1].is_masked[n])
+        ]
+        made, before = [], states[0].tokens[n]
+        for state in states:
+            tokens = state.tokens[n]
+            kinds = np.where(tokens != before, "new", "").astype("U6")[:length]
+            kinds[state.is_known[n][:length]] = "known"
+            kinds[state.is_masked[n][:length]] = "masked"
+            pieces = [encodable(piece) for piece in state.pieces[n]]
+            lines = frames.laid_out(pieces, kinds.tolist(), last)
+            made.append(frames.Frame(state.caption(n), float(state.noise[n]), lines))
+            before = tokens
+        return made
 
     def _repr_html_(self) -> str:
         return (  # in a div, for IPython warns of a frame alone
@@ -166,6 +207,38 @@ class Animation:
         return f"Animation of {len(self.states)} states: {n} x {length} tokens"
 
 
+def _save_page(animation: Animation, path: Path) -> None:
+    write_text(path, animation.html)
+
+
+def _save_gif(animation: Animation, path: Path) -> None:
+    with replacing(path, "wb") as file:
+        file.write(frames.gif(animation.frames(), animation.title or DEFAULT_TITLE))
+
+
+def _save_svg(animation: Animation, path: Path) -> None:
+    write_text(path, encodable(frames.svg(animation.frames(), animation.title or DEFAULT_TITLE)))
+
+
+FORMATS = {".html": _save_page, ".gif": _save_gif, ".svg": _save_svg}
+
+
+def format_of(path: Path) -> Callable[[Animation, Path], None]:
+    """What writes the file of this name; ValueError for another ending, or without a library."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(
+            f"{path.name!r} has none of the endings of an animation, {', '.join(FORMATS)}; give one"
+        )
+    if path.suffix.lower() == ".gif" and not all(
+        importlib.util.find_spec(name) for name in ("matplotlib", "PIL")
+    ):
+        raise ValueError(
+            "a .gif is drawn with matplotlib, which is not installed; pip install "
+            '"sedd_jax[plot]", or give a .svg'
+        )
+    return FORMATS[path.suffix.lower()]
+
+
 def show(
     states: Iterable[State],
     *,
@@ -178,14 +251,16 @@ def show(
     Args:
       states: of one call: SEDD.stream's, or a list. A list is not shown state by state.
       title: the heading above the text.
-      path: a file to write the page to as well.
+      path: a file to write it to as well, of an ending of `Animation.save`.
       live: whether to show the states in a notebook's output; elsewhere nothing is shown.
 
     Raises:
-      ValueError: no states, states of different shapes, or a path in no folder.
+      ValueError: no states, states of different shapes, or a path in no folder or of no format.
     """
-    if path is not None and not local_path(path).absolute().parent.is_dir():
-        raise ValueError(f"no folder for the page {str(path)!r}; make it, or give another path")
+    if path is not None:
+        format_of(local_path(path))
+        if not local_path(path).absolute().parent.is_dir():
+            raise ValueError(f"no folder for the page {str(path)!r}; make it, or give another path")
     handle = None
     if live and not isinstance(states, list | tuple) and _in_notebook():
         from IPython import get_ipython
@@ -243,8 +318,9 @@ def _joined(states: list[State]) -> list[State]:
 def _changes(states: list[State]) -> dict[str, Any]:
     """The states as JSON: the first of each text, and what every later state changes in it.
 
-    {"vocab_size", "steps": [step of each state], "of", "table": [[id, text]], "samples":
-    [{"known": "0110...", "first": [L entries of table], "changes": [[gap, entry, gap, entry...]]}]}
+    {"vocab_size", "steps": [step of each state], "of", "noise": [noise_level of each] or null,
+    "table": [[id, text]], "samples": [{"known": "0110...", "first": [L entries of table],
+    "changes": [[gap, entry, gap, entry...]]}]}
     where the first gap of a state counts from position 0, the others from the change before.
     """
     table: dict[tuple[int, str], int] = {}
@@ -266,6 +342,7 @@ def _changes(states: list[State]) -> dict[str, Any]:
         "vocab_size": states[0].tokenizer.vocab_size,
         "steps": [state.step for state in states],
         "of": states[-1].steps,
+        "noise": None if states[0].noise_level is None else [s.noise_level for s in states],
         "table": list(table),
         "samples": samples,
     }

@@ -4,6 +4,7 @@ config.json      what the run is; data.json: what its data is; tokenizer.json
 records/         the packed corpus, unless data.records names another folder
 checkpoints/     of Checkpoints; quarantine/ beside it: the damaged ones
 metrics.jsonl    a JSON object a line; tensorboard/: the same as events
+wandb_run        the id of its run of Weights & Biases, with files in wandb/: if it has one
 samples/         STEP.txt, and profile/: where the config asks for them
 original.json    the config that an imported run came with
 curve.json       cross entropy by mask share, of the last sedd-eval likelihood
@@ -36,7 +37,7 @@ log = logging.getLogger(__name__)
 CONFIG, DATA, TOKENIZER = "config.json", "data.json", "tokenizer.json"
 RECORDS, CHECKPOINTS = "records", "checkpoints"
 METRICS, TENSORBOARD, SAMPLES, PROFILE = "metrics.jsonl", "tensorboard", "samples", "profile"
-IN_USE = "in_use"
+IN_USE, WANDB_RUN = "in_use", "wandb_run"
 ORIGINAL, SUMMARY, PICTURE = "original.json", "summary.json", "picture.png"
 CURVE = "curve.json"
 

@@ -4,14 +4,12 @@ Takes numbers and paths, no config.
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
 import select
 import signal
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -20,16 +18,15 @@ from typing import Any, ClassVar, Self
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 from tqdm.auto import tqdm
 
 from sedd_jax.console import activity
 from sedd_jax.diffusion.scores import NotFiniteError
-from sedd_jax.files import write_text
 from sedd_jax.inference import bounds
 from sedd_jax.parallel import processes
 from sedd_jax.parallel.devices import GIB
 from sedd_jax.runs import workdir as runs
+from sedd_jax.training.trackers import open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +189,7 @@ class Clock:
 
 
 class Progress:
-    """Progress bar, metrics.jsonl and TensorBoard events; reads the device only when logging."""
+    """The bar, and what trackers get; reads the device only when logging."""
 
     COUNTERS = ("skipped", "skipped_in_a_row")
 
@@ -206,19 +203,20 @@ class Progress:
         tokens_per_step: float,
         peak_share_per_step: float | None,  # seconds of the devices' peak that a step needs
         max_skipped: int,
+        trackers: str = "tensorboard",
+        config: dict[str, Any] | None = None,
     ):
         """Goes on after `step` of `steps`; metrics of later steps, which a kill undid, go.
 
         `seconds` goes on from the last row that is left; goodput and the phases are this process's.
-
         A window's MFU is its steps a second times peak_share_per_step, where the peak is known.
+        trackers and config are those of `open_trackers`.
         """
         self.workdir, self.clock = workdir, Clock()
         self.tokens_per_sequence, self.tokens_per_step = tokens_per_sequence, tokens_per_step
         self.peak_share_per_step, self.max_skipped = peak_share_per_step, max_skipped
         self._pending: list[dict[str, jax.Array]] = []
         self._in_flight: jax.Array | None = None  # the loss of the last step
-        self._seconds_before = 0.0
         self._since = self._training_seconds()
         self._writes = processes.is_first()
         self._bar = tqdm(
@@ -230,23 +228,20 @@ class Progress:
             disable=not self._writes,
             mininterval=0.5 if sys.stderr.isatty() else 15.0,
         )
-        if self._writes:
-            rows = runs.read_metrics(workdir, last_step=step)
-            self._seconds_before = rows[-1].get("seconds", 0.0) if rows else 0.0
-            file = workdir / runs.METRICS
-            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-            self._lines = file.open("a", encoding="utf-8")
-            # A viewer drops what earlier processes have written from this step on.
-            self._events = SummaryWriter(str(workdir / runs.TENSORBOARD), purge_step=step + 1)
+        rows = runs.read_metrics(workdir, last_step=step) if self._writes else []
+        self._seconds_before = rows[-1].get("seconds", 0.0) if rows else 0.0
+        self._trackers = processes.on_all_processes(
+            lambda: open_trackers(trackers, workdir, step, config or {}) if self._writes else []
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception) -> None:
         self._bar.close()
-        if self._writes:
-            self._lines.close()
-            self._events.close()
+        with contextlib.ExitStack() as stack:  # each, whatever becomes of the others
+            for tracker in self._trackers:
+                stack.callback(tracker.close)
 
     def collect(self, metrics: dict[str, jax.Array]) -> None:
         """The metrics of the step just dispatched; waits for the one before.
@@ -264,8 +259,10 @@ class Progress:
             self._in_flight = None
             self._bar.update()
 
-    def train(self, step: int) -> None:
+    def train(self, step: int, learning_rate: float) -> None:
         """Log the mean over the steps since the last call; steps that were skipped do not count.
+
+        learning_rate is that of the last of them.
 
         TrainingStopped where max_skipped steps in a row were skipped.
         """
@@ -283,6 +280,7 @@ class Progress:
         values = {
             "nats_per_token": means.pop("loss") / self.tokens_per_sequence,
             "grad_norm": means.pop("grad_norm"),
+            "learning_rate": learning_rate,
             "tokens_per_second": steps_per_second * self.tokens_per_step,
             "skipped": int(window[-1]["skipped"]),
             "goodput": self.clock.steps / self.clock.total,
@@ -319,14 +317,10 @@ class Progress:
             self._bar.write(f"{time.strftime('%H:%M:%S')} step {step}: held-out {value}")
 
     def samples(self, step: int, texts: list[str]) -> None:
-        """Write the texts to samples/STEP.txt and to the events."""
-        if self._writes:
-            text = "\n\n".join(f"--- {n} ---\n{one}" for n, one in enumerate(texts, start=1))
-            folder = self.workdir / runs.SAMPLES
-            folder.mkdir(exist_ok=True)
-            write_text(folder / f"{step}.txt", text + "\n")
-            # Indented, the viewer's Markdown shows a text as it is.
-            self._events.add_text("samples", textwrap.indent(text, "    ", lambda line: True), step)
+        """Give the texts to the trackers: samples/STEP.txt and others."""
+        text = "\n\n".join(f"--- {n} ---\n{one}" for n, one in enumerate(texts, start=1))
+        for tracker in self._trackers:
+            tracker.text(step, runs.SAMPLES, text)
 
     @contextlib.contextmanager
     def scores_may_diverge(self, step: int) -> Iterator[None]:
@@ -341,16 +335,9 @@ class Progress:
                 self._bar.write(f"step {step}: {error}; training goes on", file=sys.stderr)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        if not self._writes:
-            return
         seconds = round(self._seconds_before + self.clock.total, 3)
-        row = {"kind": kind, "step": step, "seconds": seconds}
-        # JSON has no NaN: a window in which every step was skipped has null.
-        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._lines.write(json.dumps(row) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            self._events.add_scalar(f"{kind}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.scalars(step, kind, {"seconds": seconds} | values)
 
 
 def device_memory() -> dict[str, float]:

@@ -23,6 +23,7 @@ from sedd_jax.runs import workdir as runs
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState
 from sedd_jax.training.progress import Profile, Progress, Signals, watchdog
+from sedd_jax.training.trackers import check_trackers
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
             step += 1
             progress.collect(metrics)
             if is_due(config.train.log_every):
-                progress.train(step)
+                progress.train(step, experiment.learning_rate(train_state))
             if is_due(config.checkpoint.every):
                 with progress.clock("checkpoint"):
                     checkpoints.save(step, train_state)  # copied; written in the background
@@ -103,6 +104,7 @@ def set_up(
     processes.check_same("config", dict(configuration.flatten(config)))
     processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
     configuration.check(config)
+    check_trackers(config.train.trackers)
     config = runs.with_stored_data(config)
     mesh = make_mesh(config)
     processes.on_all_processes(lambda: runs.check_workdir(config, workdir))
@@ -139,6 +141,8 @@ def make_progress(
         tokens_per_step=tokens * config.train.batch_size,
         peak_share_per_step=peak and experiment.flops / (peak.flops * mesh.size),
         max_skipped=config.train.max_skipped,
+        trackers=config.train.trackers,
+        config=dict(configuration.flatten(config)),
     )
 
 

@@ -57,6 +57,9 @@ def streams(model: sedd_jax.SEDD) -> sedd_jax.Animation:
         pieces: list[list[str]] = state.pieces
         print(state.tokens.shape, state.is_known, state.is_masked, state.lengths.sum(), state.calls)
         print(state.tokenizer.vocab_size, rows, pieces)
+        level: float | None = state.noise_level
+        caption: str = state.caption(0)
+        print(state.noise.mean(), level, caption)
     for state in model.stream_revisions(["a", "b"], strength=0.5, keep="a", updates=4, steps=8):
         print(state)
     animation = sedd_jax.show(
