@@ -570,6 +570,8 @@ def test_the_states_end_with_the_samples():
     states = list(model.stream(num_samples=2, updates=3, steps=6, seed=4))
     assert [state.step for state in states] == [0, 2, 4, 6]
     assert [int(state.calls[0]) for state in states] == [0, 2, 4, 7]
+    levels = [state.noise_level for state in states]  # of the variance: more than 0 at every time
+    assert 1 > levels[0] > levels[1] > levels[2] > levels[3] == 0
     np.testing.assert_array_equal(states[-1].tokens, model.sample_tokens(2, steps=6, seed=4))
 
 

@@ -22,6 +22,7 @@ from sedd_jax.cli.arguments import (
 )
 from sedd_jax.cli.cluster import load_model, run_joined
 from sedd_jax.cli.messages import visible
+from sedd_jax.console import activity
 from sedd_jax.files import replacing
 
 OPTIONS = ("steps", "predictor", "draw", "grid")  # that every sample says it was drawn with
@@ -89,7 +90,8 @@ def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     if options.animation:
         steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {options.seed}"
         steps += f", strength {revised['strength']:g}" if revised else ""
-        Animation(seen, f"{Path(source).name}: {steps}").save(options.animation)
+        with activity("drawing", processes.is_first()):
+            Animation(seen, f"{Path(source).name}: {steps}").save(options.animation)
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

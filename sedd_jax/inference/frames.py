@@ -129,9 +129,10 @@ def laid_out(pieces: Sequence[str], kinds: Sequence[str], last: Sequence[str]) -
 
 
 def seconds(count: int) -> list[float]:
-    """How long each of `count` frames is shown, the last one at least."""
+    """How long each of `count` frames is shown; noise and the last one for longer."""
     pause = min(0.4, max(0.04, 9.0 / max(1, count - 1)))
-    return [0.8, *[pause] * (count - 2), 3.0][:count] if count > 1 else [3.0]
+    first, last = [0.8][: count - 1], [3.0]
+    return [*first, *[pause] * (count - 2), *last]
 
 
 def _runs(line: list[Cell]) -> Iterator[tuple[int, int, str, str]]:
@@ -220,9 +221,10 @@ def _draw(draw, frame: Frame, title: str, fonts: tuple) -> None:
                 draw.rounded_rectangle(box, 3, LIGHT["new"])
             if kind == "known":
                 draw.line((left, top + 22, box[2], top + 22), LIGHT["known"], 2)
-            for character in text:
-                draw.text((left, top + 3), character, LIGHT["ink"], font)
-                left += columns_of(character) * ADVANCE
+            is_even = font.getlength(text) == width * ADVANCE  # else each character is placed
+            for part in [text] if is_even else text:
+                draw.text((left, top + 3), part, LIGHT["ink"], font)
+                left += columns_of(part) * ADVANCE if len(part) == 1 else 0
 
 
 def svg(frames: Sequence[Frame], title: str) -> str:
@@ -290,6 +292,7 @@ def _svg_frame(frame: Frame, width: int) -> str:
     return "".join([*parts, *paths, *texts])
 
 
+# The letters of SIZE, and blocks a little lower than a LINE.
 _STYLE = """
 text{font:16px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}
 .head{font:13px system-ui,'DejaVu Sans',sans-serif}

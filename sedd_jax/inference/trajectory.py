@@ -180,7 +180,8 @@ class Animation:
         made, before = [], states[0].tokens[n]
         for state in states:
             tokens = state.tokens[n]
-            kinds = np.where(tokens != before, "new", "").astype("U6")[:length]
+            is_new = (tokens != before) & (state is not states[-1])  # then the text stands alone
+            kinds = np.where(is_new, "new", "").astype("U6")[:length]
             kinds[state.is_known[n][:length]] = "known"
             kinds[state.is_masked[n][:length]] = "masked"
             pieces = [encodable(piece) for piece in state.pieces[n]]
