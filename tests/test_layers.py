@@ -16,6 +16,7 @@ PACKAGE = ROOT / "sedd_jax"
 LAYERS = (
     ("console", "files", "hub", "diffusion", "kernels", "parallel"),
     ("data", "models", "state"),
+    ("registry",),
     ("config",),
     ("experiment",),
     ("runs",),
