@@ -186,11 +186,10 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
             stored["tokenizer"] = records.tokenizer.name
     values = dict(configuration.flatten(config))
     for field, value in stored.items():
-        if value != values[f"data.{field}"]:
+        if value != (requested := values[f"data.{field}"]):
             raise ValueError(
                 f"the records in {str(folder)!r} have {field} {value!r}, config.data.{field} is "
-                f"{values[f'data.{field}']!r}; name another folder in config.data.records or change the "
-                "config"
+                f"{requested!r}; name another folder in config.data.records or change the config"
             )
     if not is_new and section.corpus == "text" and section.path:
         _check_text(records, section.path, section.heldout_fraction)
