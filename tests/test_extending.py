@@ -1,7 +1,6 @@
 """Parts of a user's own: the code of docs/extend.md, run as a user would, and what is refused."""
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -117,56 +116,53 @@ def test_the_page_has_a_module_for_each_part():
     assert list(BLOCKS) == ALL
 
 
-def test_the_run_goes_on_and_loads_with_its_own_parts(run, cache_of_run, tmp_path, monkeypatch):
+def test_the_run_loads_with_its_own_parts_and_so_does_its_export(
+    run, cache_of_run, tmp_path, monkeypatch
+):
     saved = json.loads((run / "config.json").read_text())
     assert saved["imports"] == ALL and saved["schedule"]["parameters"] == {"eps": 0.01}
     assert {file.name for file in (run / "imports").iterdir()} == {*ALL}
-    copy = shutil.copytree(run, tmp_path / "run")
-    request = parse_train("sedd-train", [f"--workdir={copy}", "--config.train.steps=3"])
-    assert train(request.config, request.workdir) == 3
-
-    forget()
-    model = sedd_jax.load(copy)
-    assert model.step == 3
+    model = sedd_jax.load(run)
     assert type(model.schedule).__name__ == "Cosine" and model.schedule.eps == 0.01
     assert type(model.graph).__name__ == "Zipf" and model.graph.power == POWER
     assert model.objective.factor == 0.5
-    texts = model.sample(2)
-    module = sys.modules[registry.KINDS["predictor"].table["warm"].__module__]
-    assert texts == model.sample(
-        2,
-        predictor=functools.partial(module.warm, share=SHARE),
-        grid=functools.partial(module.power_grid, power=3),
+    predictor, (grid,) = (
+        model.sampling.functions().predictor,
+        jax.tree_util.tree_leaves([model.sampling.functions().grid.func]),
     )
-    assert texts != model.sample(2, parameters={"share": 0.1})
+    assert (predictor.func.__name__, predictor.keywords) == ("warm", {"share": SHARE})
+    assert (grid.func.__name__, grid.keywords) == ("power_grid", {"power": 3})
     assert model.chosen(predictor="tweedie").parameters == {"power": 3}  # it takes no share
 
     folder = tmp_path / "export"
     model.save_pretrained(folder)
     assert (folder / "imports" / "cosine.py").read_text() == BLOCKS["cosine.py"]
-    assert str(tmp_path) not in (folder / "sedd_jax.json").read_text()
+    assert str(run.parent) not in (folder / "sedd_jax.json").read_text()
     forget()
-    assert sedd_jax.load(folder).sample(2) == texts  # its code is named already
+    exported = sedd_jax.load(folder)  # its code is named already
+    assert exported.sampling == model.sampling and exported.graph.power == POWER
 
     another_machine(monkeypatch, tmp_path)
-    for source in (folder, copy):
+    for source in (folder, run):
         with says("'cosine.py'", f"--imports={source}/imports/cosine.py"):
             sedd_jax.load(source)
-    assert not any(registry.is_registered("schedule", name) for name in ("cosine",))
+    assert not registry.is_registered("schedule", "cosine")
     imports = [str(folder / "imports" / name) for name in ALL]
     assert sedd_jax.load(folder, imports=imports).schedule.eps == 0.01
     forget()
-    assert sedd_jax.load(copy).schedule.eps == 0.01  # named once
+    assert sedd_jax.load(run).schedule.eps == 0.01  # named once
 
 
-def test_a_fresh_process_samples_and_scores_the_run(run, cache_of_run, tmp_path):
-    code = (
-        "import sys; from sedd_jax.cli import eval_command, sample_command\n"
-        f"sys.argv = ['sedd-sample', '--workdir={run}', '--num_samples=1']\n"
-        "assert not sample_command()\n"
-        "sys.argv = ['sedd-eval', 'likelihood', '--passes=2', '--blocks=4', "
-        f"'--workdir={run}']\n"
-        "assert not eval_command()\n"
+def test_a_fresh_process_goes_on_with_the_run_samples_and_scores(run, cache_of_run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    commands = [
+        ("train_command", [f"--workdir={copy}", "--config.train.steps=3"]),
+        ("sample_command", [f"--workdir={copy}", "--num_samples=1"]),
+        ("eval_command", ["likelihood", f"--workdir={copy}", "--passes=2", "--blocks=4"]),
+    ]
+    code = "import sys; from sedd_jax import cli\n" + "".join(
+        f"sys.argv = {['sedd', *arguments]}; assert not cli.{name}()\n"
+        for name, arguments in commands
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -177,7 +173,7 @@ def test_a_fresh_process_samples_and_scores_the_run(run, cache_of_run, tmp_path)
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "nats" in done.stdout
+    assert "resuming at step 2" in done.stderr and "nats" in done.stdout
 
 
 def test_a_module_that_has_changed_does_not_go_on_with_the_run(run, files, tmp_path):
@@ -247,7 +243,8 @@ def test_with_power_0_the_graph_by_tables_is_uniform(zipf):
         lambda graph: graph.divergence_from_uniform(scores, sigma_t, xt),
         lambda graph: graph.ancestral(clean[1], xt, sigma_t, sigma_s, kappa=0.7).probabilities(),
     ):
-        np.testing.assert_allclose(question(ours), question(theirs), rtol=1e-3, atol=1e-5)
+        values = jax.jit(lambda question=question: (question(ours), question(theirs)))()
+        np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5)
 
 
 def test_the_prior_of_the_graph_is_the_largest_over_the_clean_tokens(zipf):
