@@ -33,6 +33,8 @@ PAGE = (REPOSITORY / "docs" / "extend.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
 ALL = ["cosine.py", "zipf.py", "sampler.py", "squares.py", "halved.py"]
 POWER, SHARE = 0.5, 0.8
+# Compiling is nearly all of the time.
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 
 
 def forget() -> None:
@@ -66,6 +68,24 @@ def files(tmp_path):
     return {name: str(tmp_path / name) for name in BLOCKS}
 
 
+def commands(cache, *lines):
+    """The commands one after the other, in a process of their own on one device."""
+    code = "import sys; from sedd_jax import cli\n" + "".join(
+        f"sys.argv = {['sedd', *arguments]}; assert not cli.{name}_command()\n"
+        for name, arguments in lines
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cache.parent,
+        env={**os.environ, **QUICK, "XDG_CACHE_HOME": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with every part of the page: trained for 2 steps, its modules then gone."""
@@ -93,14 +113,7 @@ def run(tmp_path_factory):
         "train.steps": 2,
     }
     flags = [f"--config.{key}={value}" for key, value in keys.items()]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        forget()
-        request = parse_train(
-            "sedd-train", ["--config=quickstart", f"--workdir={folder}/r", *flags]
-        )
-        assert train(request.config, request.workdir) == 2
-        forget()
+    commands(folder / "cache", ("train", ["--config=quickstart", f"--workdir={folder}/r", *flags]))
     for name in BLOCKS:
         (folder / name).unlink()
     return folder / "r"
@@ -153,26 +166,14 @@ def test_the_run_loads_with_its_own_parts_and_so_does_its_export(
     assert sedd_jax.load(run).schedule.eps == 0.01  # named once
 
 
-def test_a_fresh_process_goes_on_with_the_run_samples_and_scores(run, cache_of_run, tmp_path):
+def test_a_fresh_process_goes_on_with_the_run_samples_and_scores(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    commands = [
-        ("train_command", [f"--workdir={copy}", "--config.train.steps=3"]),
-        ("sample_command", [f"--workdir={copy}", "--num_samples=1"]),
-        ("eval_command", ["likelihood", f"--workdir={copy}", "--passes=2", "--blocks=4"]),
-    ]
-    code = "import sys; from sedd_jax import cli\n" + "".join(
-        f"sys.argv = {['sedd', *arguments]}; assert not cli.{name}()\n"
-        for name, arguments in commands
+    done = commands(
+        run.parent / "cache",
+        ("train", [f"--workdir={copy}", "--config.train.steps=3"]),
+        ("sample", [f"--workdir={copy}", "--num_samples=1"]),
+        ("eval", ["likelihood", f"--workdir={copy}", "--passes=2", "--blocks=4"]),
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "XLA_FLAGS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
     assert "resuming at step 2" in done.stderr and "nats" in done.stdout
 
 
