@@ -4,7 +4,6 @@
 tables of the parts themselves, so a part that is added there is allowed here.
 """
 
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
-from sedd_jax import registry
+from sedd_jax import imports, registry
 from sedd_jax.configs import base
 from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
 from sedd_jax.diffusion.graphs import GRAPHS
@@ -231,44 +230,6 @@ def check_value(key: str, value: Any) -> None:
         )
 
 
-def parse(key: str, text: str) -> Any:
-    """The value of --config.KEY=TEXT on a command line; ValueError as by check_value.
-
-    A whole number may be written 1e6 too, several imports with commas, and parameters as JSON; the
-    key schedule.parameters.NAME is of one of them.
-    """
-    section, _, parameter = key.partition(".parameters.")
-    if parameter and f"{section}.parameters" in KEYS:
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
-    booleans = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
-    readings: list[Any] = [text]
-    names = tuple(filter(None, text.split(",")))
-    for read in (
-        float,
-        int,
-        _whole_of_float,
-        lambda text: booleans[text.lower()],
-        lambda text: names,
-        json.loads,
-    ):
-        with contextlib.suppress(ValueError, LookupError):
-            readings.append(read(text))
-    allowed = (value for value in readings if key in KEYS and KEYS[key].holds(value))
-    value = next(allowed, text)
-    check_value(key, value)
-    return value
-
-
-def _whole_of_float(text: str) -> int:
-    number = float(text)
-    if not number.is_integer():
-        raise ValueError(f"{text!r} is not a whole number")
-    return int(number)
-
-
 def check(config: ConfigDict) -> None:
     """ValueError for the first value or combination that is not allowed.
 
@@ -327,11 +288,11 @@ def _import(values: Mapping[str, Any]) -> None:
     """Run the modules of "imports", which the user names: a folder's run before, or not at all."""
     names = values.get("imports", ())
     check_value("imports", names)
-    files = [name for name in registry.copied_names(names) if name.endswith(".py")]
+    files = [name for name in imports.copied_names(names) if name.endswith(".py")]
     for name in files:
         if files.count(name) > 1:
             raise ValueError(f"config.imports holds two files called {name!r}; rename one")
-    registry.import_modules(names)
+    imports.import_modules(names)
 
 
 def _check_parameters(values: Mapping[str, Any]) -> None:
@@ -387,24 +348,6 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     return config
 
 
-def with_texts(config: ConfigDict, texts: Mapping[str, str]) -> ConfigDict:
-    """`with_values` of what is written after --config.KEY=, see `parse`; schedule.parameters.NAME
-    changes one of the parameters."""
-    imports = parse("imports", texts["imports"]) if "imports" in texts else None
-    _import({"imports": config.get("imports", ()) if imports is None else imports})
-    values: dict[str, Any] = {}
-    for key in sorted(texts, key=lambda key: ".parameters." in key):  # last
-        value = parse(key, texts[key])
-        if ".parameters." in key:
-            whole, _, parameter = key.rpartition(".")
-            section = config.get(whole.partition(".")[0], {})
-            before = values.get(whole, section.get("parameters", {}))
-            values[whole] = {**before, parameter: value}
-        else:
-            values[key] = value
-    return with_values(config, values)
-
-
 def _set(config: ConfigDict, key: str, value: Any) -> None:
     section, _, name = key.rpartition(".")
     if KEYS[key] is _PARAMETERS:  # the whole of them
@@ -446,8 +389,8 @@ def from_json(text: str, where: str = "the config") -> ConfigDict:
             f"{where}, {' '.join(text.split())[:60]!r}, is not a config of sedd_jax; give the "
             "folder of a run"
         )
-    imports = values.setdefault("imports", ())
-    values["imports"] = tuple(imports) if isinstance(imports, list) else imports
+    names = values.setdefault("imports", ())
+    values["imports"] = tuple(names) if isinstance(names, list) else names
     for key in RETIRED:
         section, _, name = key.rpartition(".")
         values[section].pop(name, None)

@@ -18,7 +18,7 @@ from conftest import REPOSITORY, TINY, says
 
 import sedd_jax
 from sedd_jax import config as configuration
-from sedd_jax import registry
+from sedd_jax import imports, registry
 from sedd_jax.cli.compare import _runs
 from sedd_jax.cli.train import parse_train
 from sedd_jax.configs import base, quickstart
@@ -160,8 +160,8 @@ def test_the_run_loads_with_its_own_parts_and_so_does_its_export(
         with says("'cosine.py'", f"--imports={source}/imports/cosine.py"):
             sedd_jax.load(source)
     assert not registry.is_registered("schedule", "cosine")
-    imports = [str(folder / "imports" / name) for name in ALL]
-    assert sedd_jax.load(folder, imports=imports).schedule.eps == 0.01
+    named = [str(folder / "imports" / name) for name in ALL]
+    assert sedd_jax.load(folder, imports=named).schedule.eps == 0.01
     forget()
     assert sedd_jax.load(run).schedule.eps == 0.01  # named once
 
@@ -192,7 +192,7 @@ def test_a_module_that_has_changed_does_not_go_on_with_the_run(run, files, tmp_p
 
 @pytest.fixture
 def zipf(files, monkeypatch):
-    registry.import_modules([files["zipf.py"]])
+    imports.import_modules([files["zipf.py"]])
 
     def rate(dim):
         weights = (1.0 + np.arange(dim)) ** -1.0
@@ -257,7 +257,7 @@ def test_the_prior_of_the_graph_is_the_largest_over_the_clean_tokens(zipf):
 
 
 def test_the_schedule_has_its_slope(files):
-    registry.import_modules([files["cosine.py"]])
+    imports.import_modules([files["cosine.py"]])
     schedule = registry.KINDS["schedule"].table["cosine"](eps=0.01)
     t = jnp.linspace(0.01, 1.0, 50)
     slope = jax.vmap(jax.grad(schedule.sigma))(t)
@@ -266,7 +266,7 @@ def test_the_schedule_has_its_slope(files):
 
 
 def test_the_corpus_says_its_name_and_parameters(files):
-    registry.import_modules([files["squares.py"]])
+    imports.import_modules([files["squares.py"]])
     corpus = make_corpus("squares", heldout_fraction=0.2, parameters={"count": 10})
     assert list(corpus.documents("validation")) == ["0 times 0 is 0.", "1 times 1 is 1."]
     assert len([*corpus.documents("train")]) == 8
@@ -363,17 +363,17 @@ def test_one_line_says_what_is_wrong_in_the_module(tmp_path, code, words):
     file = tmp_path / "mine.py"
     file.write_text(f"import sedd_jax\nimport sedd_jax.diffusion.graph\n{code}\n")
     with says("mine.py", *words):
-        registry.import_modules([str(file)])
+        imports.import_modules([str(file)])
     assert not [name for name in sys.modules if name.startswith("mine_")]
 
 
 def test_a_name_belongs_to_the_module_that_registered_it(files, tmp_path):
-    registry.import_modules([files["cosine.py"]])
-    registry.import_modules([files["cosine.py"]])  # the same once more
+    imports.import_modules([files["cosine.py"]])
+    imports.import_modules([files["cosine.py"]])  # the same once more
     other = tmp_path / "other.py"
     other.write_text(BLOCKS["cosine.py"])
     with says("other.py", "'cosine' is registered already", "cosine_"):
-        registry.import_modules([str(other)])
+        imports.import_modules([str(other)])
 
 
 def test_a_cell_of_a_notebook_may_run_again():

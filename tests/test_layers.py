@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sedd_jax"
 LAYERS = (
     ("console", "files", "hub", "diffusion", "kernels", "parallel"),
-    ("data", "models", "state"),
+    ("data", "models", "state", "imports"),
     ("registry",),
     ("config",),
     ("experiment",),

@@ -107,11 +107,11 @@ def add_imports(parser: argparse.ArgumentParser) -> None:
 
 def _imported(text: str) -> tuple[str, ...]:
     """An argparse type that runs the modules: the other arguments may name what they register."""
-    from sedd_jax import registry
+    from sedd_jax.imports import import_modules
 
     names = tuple(filter(None, text.split(",")))
     try:
-        registry.import_modules(names)
+        import_modules(names)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return names

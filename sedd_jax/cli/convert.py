@@ -56,7 +56,7 @@ def run(name: str, argv: list[str]) -> None:
 
 def _changes(arguments: list[str]) -> dict[str, Any]:
     """{"data.records": "DIR"} of --config.data.records=DIR."""
-    from sedd_jax.config import parse
+    from sedd_jax.cli.keys import parse
 
     changes = {}
     for argument in arguments:

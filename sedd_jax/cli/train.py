@@ -62,6 +62,7 @@ class _WholeNumber(flags.IntegerParser):
 def parse_train(name: str, argv: list[str]) -> Request:
     """--config=FILE[:ARGUMENT], --config.key=value, --workdir=DIR and the flags of `USAGE`."""
     from sedd_jax import config as configuration
+    from sedd_jax.cli.keys import with_texts
     from sedd_jax.runs.workdir import saved_config
 
     values = flags.FlagValues()
@@ -112,7 +113,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
             )
     texts = {k: values[f"config.{k}"].value for k in keys if values[f"config.{k}"].present}
     return Request(
-        config=configuration.with_texts(config, texts),
+        config=with_texts(config, texts),
         workdir=workdir,
         cluster=cluster_of({flag: values[flag].value for flag in CLUSTER}),
         requeue_status=values.requeue_status,
@@ -125,10 +126,10 @@ def _read_config(argument: str) -> ConfigDict:
     """What get_config of FILE[:ARGUMENT] returns; ValueError for any mistake in the file."""
     path, colon, text = _find_config(argument).partition(":")
     arguments = [text] if colon else []
-    from sedd_jax import registry
+    from sedd_jax import imports
 
     # As a module: config.imports may name the same file.
-    get_config = getattr(registry.execute(path, "config file", REMEDY), "get_config", None)
+    get_config = getattr(imports.execute(path, "config file", REMEDY), "get_config", None)
     is_function = callable(get_config)
     if not is_function:
         raise ValueError(f"config file {path!r} has no function get_config; write one as in {BASE}")
@@ -137,7 +138,7 @@ def _read_config(argument: str) -> ConfigDict:
     except TypeError as error:
         rule = f"no argument; leave out {text!r}" if colon else "one: --config=FILE:ARGUMENT"
         raise ValueError(f"get_config of config file {path!r} takes {rule}") from error
-    with registry.errors_of(path, "config file", REMEDY):
+    with imports.errors_of(path, "config file", REMEDY):
         config = get_config(*arguments)
     if isinstance(config, FrozenConfigDict):
         return ConfigDict(config)

@@ -10,7 +10,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from sedd_jax import config as configuration
-from sedd_jax import convert, data, experiment, hub, registry
+from sedd_jax import convert, data, experiment, hub
 from sedd_jax.console import activity
 from sedd_jax.convert import weights
 from sedd_jax.convert.folder import OURS, PICKLED, Pretrained
@@ -18,6 +18,7 @@ from sedd_jax.convert.sisters import FAMILIES
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import check_settings
 from sedd_jax.files import local_path
+from sedd_jax.imports import FOLDER, import_modules
 from sedd_jax.inference.curve import Curve
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
@@ -67,7 +68,7 @@ def load(
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
     check_platform()
     check_settings()
-    registry.import_modules(imports)
+    import_modules(imports)
     is_shared = mesh is not None and processes.is_shared(mesh)
 
     def read() -> tuple[Pretrained, str | None]:
@@ -130,9 +131,7 @@ def _download(name: str, revision: str | None) -> Path:
     if revision is not None and pinned is not None:
         raise ValueError(f"{name!r} names a revision and revision {revision!r} another; give one")
     try:
-        folder = weights.download(
-            repository, pinned or revision, optional=[OURS, f"{registry.FOLDER}/*.py"]
-        )
+        folder = weights.download(repository, pinned or revision, optional=[OURS, f"{FOLDER}/*.py"])
         if weights.locate(folder) is None:  # an older model: torch's own format, read by a child
             folder = hub.download(repository, folder.name, [PICKLED])
     except ValueError as error:

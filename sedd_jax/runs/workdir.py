@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import data, experiment, registry
+from sedd_jax import data, experiment, imports
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.files import appearing, check_new, claimed, load_json, local_path, write_text
 from sedd_jax.parallel import processes
@@ -49,7 +49,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """ValueError if another config's run, or somebody's files, are in workdir."""
     saved = saved_config(workdir)
     if saved is not None:
-        registry.check_copies(workdir, config.imports)
+        imports.check_copies(workdir, config.imports)
         lines = configuration.differences(saved, config)
         if lines:
             more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
@@ -60,9 +60,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             )
     elif workdir.exists():
         # A start that was interrupted leaves these, and nothing else.
-        names = "|".join(
-            map(re.escape, (RECORDS, CONFIG, DATA, TOKENIZER, registry.FOLDER, IN_USE))
-        )
+        names = "|".join(map(re.escape, (RECORDS, CONFIG, DATA, TOKENIZER, imports.FOLDER, IN_USE)))
         ours = re.compile(
             rf"({names})(\.part|\.removing|\.\d+\.dead)?|\.({names})\.\S+|\.seen-by-all-\S+"
         )
@@ -114,13 +112,13 @@ def write_identity(config: ConfigDict, workdir: Path, records: data.Records) -> 
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / DATA, json.dumps(records.fingerprint, indent=1))
         write_text(workdir / TOKENIZER, json.dumps(records.tokenizer.to_dict()))
-        registry.write_files(workdir, registry.read_files(config.imports))
+        imports.write_files(workdir, imports.read_files(config.imports))
         write_text(workdir / CONFIG, configuration.to_json(_with_copied_names(config)))
 
 
 def _with_copied_names(config: ConfigDict) -> ConfigDict:
     copied = config.copy_and_resolve_references()
-    copied.imports = registry.copied_names(config.imports)
+    copied.imports = imports.copied_names(config.imports)
     return copied
 
 
@@ -131,7 +129,7 @@ def saved_config(workdir: Path) -> ConfigDict | None:
         return None
     config = configuration.from_json(file.read_text(encoding="utf-8"), repr(str(file)))
     configuration.check_value("imports", config.imports)
-    config.imports = registry.names_in(Path(workdir), config.imports)
+    config.imports = imports.names_in(Path(workdir), config.imports)
     return config
 
 
@@ -267,7 +265,7 @@ def missing_files(folder: Path) -> list[str]:
 
 def open_workdir(folder: Path) -> Workdir:
     """A training run's folder; ValueError if it is none, or holds code that may not run: see
-    `registry.import_modules`."""
+    `imports.import_modules`."""
     folder = Path(folder)
     missing = missing_files(folder)
     if missing:
@@ -276,7 +274,7 @@ def open_workdir(folder: Path) -> Workdir:
             "--workdir of a sedd-train that has saved a checkpoint"
         )
     config = saved_config(folder)
-    registry.import_modules(config.imports, read_in=folder)
+    imports.import_modules(config.imports, read_in=folder)
     configuration.check(config)
     file = folder / ORIGINAL
     original = load_json(file.read_bytes(), repr(str(file))) if file.exists() else None
@@ -385,7 +383,7 @@ def write_workdir(
     folder = Path(folder)
     check_new(folder)
     with appearing(folder) as part:
-        registry.write_files(part, registry.read_files(config.imports))
+        imports.write_files(part, imports.read_files(config.imports))
         text = configuration.to_json(_with_copied_names(config))
         (part / CONFIG).write_text(text, encoding="utf-8")
         (part / TOKENIZER).write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
