@@ -91,19 +91,20 @@ def _runs(name: str, options: argparse.Namespace, keys: list[str]) -> tuple[Any,
     from sedd_jax.inference.sampling import check_whole
     from sedd_jax.runs.workdir import RECORDS
 
+    out, shared = options.out.absolute(), [f"--config={options.config}", *keys]
+    if not {*options.methods.split(",")} <= {*RIVALS}:  # a module of config.imports may add one
+        parse_train(name, [*shared, f"--workdir={out}"])
+    methods = _methods(options.methods)
     for flag in ("seeds", "num_samples", "blocks"):
         if (value := getattr(options, flag)) is not None:
             check_whole(f"--{flag}", value, 1)
     check_passes(options.passes, "--passes")
-    out, shared = options.out.absolute(), [f"--config={options.config}", *keys]
-    # Before the methods are looked up: a module of config.imports may add one.
-    base = parse_train(name, [*shared, f"--workdir={out}"]).config
-    methods = _methods(options.methods)
     changed = set().union(*(RIVALS[method] for method in methods))
     for argument in keys:
         key = argument.lstrip("-").removeprefix("config.").partition("=")[0]
         if key in changed:
             raise ValueError(f"config.{key} is what the methods differ in; leave {argument} out")
+    base = parse_train(name, [*shared, f"--workdir={out}"]).config
     check_length(base.data.length)
     runs = []
     for seed in range(base.seed, base.seed + options.seeds):
