@@ -75,6 +75,15 @@ def _module_name(path: Path, code: bytes) -> str:
     return f"{path.stem}_{hashlib.sha256(code).hexdigest()[:12]}"
 
 
+def module_names(names: Iterable[str]) -> list[str]:
+    """What the modules are called in sys.modules."""
+    paths = {name: local_path(name) for name in names if name.endswith(".py")}
+    return [
+        _module_name(paths[name], _read(paths[name], None)) if name in paths else name
+        for name in names
+    ]
+
+
 def execute(path: Path | str, title: str, remedy: str = "correct the file") -> ModuleType:
     """The module in a file, run; ValueError, with the line, for whatever it raises."""
     path = Path(path)

@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from sedd_jax.data.catalogue import REGISTERED, is_corpus
@@ -172,6 +172,18 @@ def is_registered(kind: str, name: Any) -> bool:
     """Whether it is there and not one of sedd_jax's."""
     about = KINDS[kind]
     return isinstance(name, str) and name in about.table and name not in about.built_in
+
+
+def defined_elsewhere(values: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """The registered parts that a config's values name and that none of the modules defines."""
+    inside = tuple(f"{module}." for module in modules)
+    named = {kind: values[about.key] for kind, about in KINDS.items()}
+    return [
+        f"{kind} {name!r}"
+        for kind, name in named.items()
+        if is_registered(kind, name)
+        and not f"{_identity(KINDS[kind].table[name])[0]}.".startswith(inside)
+    ]
 
 
 def registered_for(key: str) -> list[str]:

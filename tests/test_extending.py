@@ -394,6 +394,15 @@ def test_a_cell_of_a_notebook_may_run_again():
     assert registry.KINDS["schedule"].table["cell"].mark == 0.2
 
 
+def test_a_part_that_no_named_module_registers_is_noticed(files):
+    values = {**dict(configuration.flatten(base.get_config())), "schedule.name": "cosine"}
+    imports.import_modules([files["cosine.py"]])
+    assert registry.defined_elsewhere(values, imports.module_names([files["cosine.py"]])) == []
+    for others in ([], [files["zipf.py"]], ["json"]):
+        elsewhere = registry.defined_elsewhere(values, imports.module_names(others))
+        assert elsewhere == ["schedule 'cosine'"]
+
+
 def test_a_name_of_sampling_is_reserved():
     assert {*sampling.PREDICTORS} == {*registry.KINDS["predictor"].built_in}
     assert {*sampling.GRIDS} == {*registry.KINDS["grid"].built_in}

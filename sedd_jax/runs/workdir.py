@@ -25,7 +25,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import data, experiment, imports
+from sedd_jax import data, experiment, imports, registry
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.files import appearing, check_new, claimed, load_json, local_path, write_text
 from sedd_jax.parallel import processes
@@ -113,6 +113,13 @@ def write_identity(config: ConfigDict, workdir: Path, records: data.Records) -> 
         write_text(workdir / DATA, json.dumps(records.fingerprint, indent=1))
         write_text(workdir / TOKENIZER, json.dumps(records.tokenizer.to_dict()))
         imports.write_files(workdir, imports.read_files(config.imports))
+        values = dict(configuration.flatten(config))
+        for part in registry.defined_elsewhere(values, imports.module_names(config.imports)):
+            log.warning(
+                "no module of config.imports registers %s: another process cannot open this run; "
+                "put it into a .py file and name that",
+                part,
+            )
         write_text(workdir / CONFIG, configuration.to_json(_with_copied_names(config)))
 
 
