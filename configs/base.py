@@ -9,6 +9,9 @@ import ml_collections
 def get_config():
     config = ml_collections.ConfigDict()
     config.seed = 0  # of parameters, noise, dropout and data order
+    # Modules, names or .py files, that register schedules, graphs, objectives, predictors, grids or
+    # corpora of your own: docs/extend.md. Their parameters are in the sections' `parameters`
+    config.imports = ()
 
     config.data = ml_collections.ConfigDict()
     # text (your own files), pydoc (ships with Python), a published one: text8, wikitext2,
@@ -18,6 +21,7 @@ def get_config():
     # .parquet (column text) files, split by names such as train/ and valid.jsonl; a published
     # corpus: folder with its archive or files, empty to download them; tfds: TFDS's data_dir
     config.data.path = ""
+    config.data.parameters = ml_collections.ConfigDict()  # of a corpus of your own
     config.data.tokenizer = "gpt2"  # gpt2, bert, json, sentencepiece, text8, ...
     # gpt2, bert, json (a tokenizer.json of the `tokenizers` library): its folder, the file or
     # hub id@commit, empty for the published GPT-2 or BERT;
@@ -36,12 +40,14 @@ def get_config():
     config.graph = ml_collections.ConfigDict()
     config.graph.name = "absorbing"  # absorbing or uniform
     config.graph.scale_by_sigma = True  # absorbing: log_score = logits - log expm1(sigma) - log V
+    config.graph.parameters = ml_collections.ConfigDict()  # of a graph of your own
 
     config.schedule = ml_collections.ConfigDict()
     config.schedule.name = "log_linear"  # log_linear or geometric
     config.schedule.eps = 1e-3  # log_linear: share of the tokens still clean at t = 1
     config.schedule.sigma_min = 1e-5  # geometric: total noise at t = 0
     config.schedule.sigma_max = 20.0  # geometric: total noise at t = 1
+    config.schedule.parameters = ml_collections.ConfigDict()  # of a schedule of your own
 
     config.objective = ml_collections.ConfigDict()
     # dwdse (the paper's score entropy), or a rival: normalised (MDLM, MD4, RADD; uniform noise:
@@ -52,6 +58,7 @@ def get_config():
     config.objective.times = "independent"  # independent (the paper) or stratified over the batch
     config.objective.discrete_steps = 1000  # d3pm: noise levels
     config.objective.embedding_dim = 16  # plaid: of the tokens' embeddings, which it noises
+    config.objective.parameters = ml_collections.ConfigDict()  # of an objective of your own
 
     config.model = ml_collections.ConfigDict()
     config.model.hidden_size = 768
@@ -109,6 +116,7 @@ def get_config():
     config.sample.t_min = 1e-5  # time of the final denoising
     config.sample.draw = "exact"  # exact, or float32_gumbel: the original's, rare tokens underdrawn
     config.sample.grid = "uniform"  # times of the steps: uniform, or cosine: short ones first
+    config.sample.parameters = ml_collections.ConfigDict()  # of a predictor or grid of your own
     config.sample.every = 0  # steps of training between samples in WORKDIR/samples; 0: none
     config.sample.count = 4  # samples each time
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for type checkers and editors alone: these load jax
     from sedd_jax.inference.trajectory import Animation as Animation
     from sedd_jax.inference.trajectory import State as State
     from sedd_jax.inference.trajectory import show as show
+    from sedd_jax.registry import register as register
 
 __version__ = "0.1.0"
 _HOMES = {  # the same at run time, each imported at its first use
@@ -27,6 +28,7 @@ _HOMES = {  # the same at run time, each imported at its first use
     "SamplingOptions": "inference.options",
     "State": "inference.trajectory",
     "load": "inference.pretrained",
+    "register": "registry",
     "show": "inference.trajectory",
 }
 __all__ = list(_HOMES)

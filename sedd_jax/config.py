@@ -4,7 +4,6 @@
 tables of the parts themselves, so a part that is added there is allowed here.
 """
 
-import contextlib
 import copy
 import dataclasses
 import difflib
@@ -18,15 +17,15 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
+from sedd_jax import imports, registry
 from sedd_jax.configs import base
 from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
 from sedd_jax.diffusion.graphs import GRAPHS
-from sedd_jax.diffusion.grids import GRIDS
 from sedd_jax.diffusion.losses import TIMES
 from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.diffusion.predictors import PREDICTORS, trait
 from sedd_jax.diffusion.samplers import DRAWS
-from sedd_jax.diffusion.schedules import SCHEDULES
+from sedd_jax.diffusion.schedules import SCHEDULES, Geometric
 from sedd_jax.files import is_address, load_json
 from sedd_jax.kernels import attention
 from sedd_jax.models.transformer import NOISE_INPUTS, SAVED
@@ -56,6 +55,13 @@ def _one_of(table: Mapping[str, Any]) -> Constraint:
     return Constraint(lambda x: isinstance(x, str) and x in table, f"one of {', '.join(table)}")
 
 
+def _named(kind: str, holds: Callable[[Any], bool] | None = None, known: str = "") -> Constraint:
+    about = registry.KINDS[kind]
+    known = known or ", ".join(about.table)
+    words = f"one of {known}, or a name that a module of config.imports registers"
+    return Constraint(holds or (lambda x: isinstance(x, str) and x in about.table), words)
+
+
 def _whole(low: int, high: float = math.inf) -> Constraint:
     words = f"a whole number >= {low}" + ("" if high == math.inf else f" and <= {high}")
     return Constraint(lambda x: _is_whole(x) and low <= x <= high, words)
@@ -72,14 +78,22 @@ _NOT_NEGATIVE = Constraint(lambda x: _is_number(x) and x >= 0, "a finite number 
 _INSIDE = Constraint(lambda x: _is_number(x) and 0 < x < 1, "inside (0, 1)")
 _DECAY = Constraint(lambda x: _is_number(x) and 0 <= x < 1, "in [0, 1)")
 _AXIS = Constraint(lambda x: _is_whole(x) and (x == -1 or x >= 1), "a whole number >= 1, or -1")
+_IMPORTS = Constraint(
+    lambda x: isinstance(x, (list, tuple)) and all(isinstance(name, str) and name for name in x),
+    "a tuple of names of modules and paths of .py files",
+)
+_PARAMETERS = Constraint(
+    lambda x: isinstance(x, Mapping) and all(isinstance(name, str) for name in x),
+    "names with values, of a part that a module of config.imports registers",
+)
 _PASSES = Constraint(lambda x: _is_whole(x) and x >= 2 and x % 2 == 0, "an even number >= 2")
 
 KEYS: dict[str, Constraint] = {
     "seed": _whole(0, 2**32 - 1),
-    "data.corpus": Constraint(
-        lambda x: isinstance(x, str) and is_corpus(x), f"one of {KNOWN_CORPORA}"
-    ),
+    "imports": _IMPORTS,
+    "data.corpus": _named("corpus", lambda x: isinstance(x, str) and is_corpus(x), KNOWN_CORPORA),
     "data.path": _PATH,
+    "data.parameters": _PARAMETERS,
     "data.tokenizer": _one_of(TOKENIZERS),
     "data.tokenizer_path": _PATH,
     "data.length": _whole(1),
@@ -89,20 +103,23 @@ KEYS: dict[str, Constraint] = {
     "data.heldout_split": _ANY_TEXT,
     "data.heldout_fraction": _INSIDE,
     "data.records": _PATH,
-    "graph.name": _one_of(GRAPHS),
+    "graph.name": _named("graph"),
     "graph.scale_by_sigma": _BOOLEAN,
-    "schedule.name": _one_of(SCHEDULES),
+    "graph.parameters": _PARAMETERS,
+    "schedule.name": _named("schedule"),
     "schedule.eps": _INSIDE,
     "schedule.sigma_min": _POSITIVE,
     "schedule.sigma_max": Constraint(
         lambda x: _is_number(x) and 0 < x <= 80,
         "a number above 0 and at most 80: float32 has no exp(sigma) beyond",
     ),
-    "objective.name": _one_of(OBJECTIVES),
+    "schedule.parameters": _PARAMETERS,
+    "objective.name": _named("objective"),
     "objective.t_min": _INSIDE,
     "objective.times": _one_of(TIMES),
     "objective.discrete_steps": _whole(1, 2**16),  # float32 tells no closer noise levels apart
     "objective.embedding_dim": _whole(1),
+    "objective.parameters": _PARAMETERS,
     "model.hidden_size": _whole(1),
     "model.blocks": _whole(1),
     "model.heads": _whole(1),
@@ -136,11 +153,12 @@ KEYS: dict[str, Constraint] = {
     "evaluate.blocks": _whole(1),
     "evaluate.batch_size": _whole(1),
     "evaluate.passes": _PASSES,
-    "sample.predictor": _one_of(PREDICTORS),
+    "sample.predictor": _named("predictor"),
     "sample.steps": _whole(1),
     "sample.t_min": _INSIDE,
     "sample.draw": _one_of(DRAWS),
-    "sample.grid": _one_of(GRIDS),
+    "sample.grid": _named("grid"),
+    "sample.parameters": _PARAMETERS,
     "sample.every": _whole(0),
     "sample.count": _whole(1),
     "profile.start": _whole(0),
@@ -153,6 +171,7 @@ KEYS: dict[str, Constraint] = {
 # A run may be resumed with other values of these: they change neither the model nor its noise.
 # The data may be in another folder: data.json says whether it is the same data.
 MAY_CHANGE = (
+    "imports",  # runs.workdir compares what the files hold
     "train.steps",
     "train.log_every",
     "train.eval_every",
@@ -169,6 +188,12 @@ MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh", "profile")
 
 # Keys that a saved config may lack: runs from before them did what the default says.
 AS_BEFORE = (
+    "imports",
+    "sample.parameters",
+    "data.parameters",
+    "graph.parameters",
+    "schedule.parameters",
+    "objective.parameters",
     "optimizer.mu_dtype",
     "model.residual_dtype",
     "model.time_conditioning",
@@ -181,12 +206,15 @@ RETIRED = {"model.head": "a Triton kernel for the head was slower on a GPU than 
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("data.length", 1024) and so on."""
+    """("data.length", 1024) and so on; the value of "schedule.parameters" is a dict."""
     for key in config:
-        if isinstance(config[key], (ConfigDict, dict)):
-            yield from flatten(config[key], f"{prefix}{key}.")
+        value = config[key]
+        if not isinstance(value, (ConfigDict, dict)):
+            yield prefix + key, value
+        elif KEYS.get(prefix + key) is _PARAMETERS:
+            yield prefix + key, dict(value.items())
         else:
-            yield prefix + key, config[key]
+            yield from flatten(value, f"{prefix}{key}.")
 
 
 def check_value(key: str, value: Any) -> None:
@@ -197,35 +225,20 @@ def check_value(key: str, value: Any) -> None:
         raise ValueError(f"unknown config key {key}; {known}")
     if not KEYS[key].holds(value):
         shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-        raise ValueError(f"config.{key} {shown} is not allowed; it must be {KEYS[key].words}")
-
-
-def parse(key: str, text: str) -> Any:
-    """The value of --config.KEY=TEXT on a command line; ValueError as by check_value.
-
-    A whole number may be written 1e6 too.
-    """
-    booleans = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
-    readings: list[Any] = [text]
-    for read in (float, int, _whole_of_float, lambda text: booleans[text.lower()]):
-        with contextlib.suppress(ValueError, LookupError):
-            readings.append(read(text))
-    allowed = (value for value in readings if key in KEYS and KEYS[key].holds(value))
-    value = next(allowed, text)
-    check_value(key, value)
-    return value
-
-
-def _whole_of_float(text: str) -> int:
-    number = float(text)
-    if not number.is_integer():
-        raise ValueError(f"{text!r} is not a whole number")
-    return int(number)
+        registered = ", ".join(registry.registered_for(key))
+        raise ValueError(
+            f"config.{key} {shown} is not allowed; it must be {KEYS[key].words}"
+            f"{registered and f' ({registered})'}"
+        )
 
 
 def check(config: ConfigDict) -> None:
-    """ValueError for the first value or combination that is not allowed."""
+    """ValueError for the first value or combination that is not allowed.
+
+    Runs the modules of config.imports, unless this process has run them.
+    """
     values = dict(flatten(config))
+    _import(values)
     for key, value in values.items():
         check_value(key, value)
     for key in KEYS:
@@ -246,6 +259,7 @@ def check(config: ConfigDict) -> None:
             f"config.model.hidden_size {config.model.hidden_size} over {config.model.heads} heads "
             "gives an odd head size; rotary position embedding needs an even one"
         )
+    _check_parameters(values)
     if config.graph.scale_by_sigma and not _has_field(GRAPHS[config.graph.name], "scale_by_sigma"):
         raise ValueError(
             f"config.graph.scale_by_sigma True does not fit the {config.graph.name} graph, whose "
@@ -266,10 +280,30 @@ def check(config: ConfigDict) -> None:
     if [values[f"mesh.{axis}"] for axis in config.mesh].count(-1) > 1:
         raise ValueError("config.mesh holds -1 more than once; one axis may take what is left")
     low, high = config.schedule.sigma_min, config.schedule.sigma_max
-    if low >= high and _has_field(SCHEDULES[config.schedule.name], "sigma_min"):
+    if low >= high and SCHEDULES[config.schedule.name] is Geometric:
         raise ValueError(
             f"config.schedule must have sigma_min < sigma_max, not {low} and {high}; change one"
         )
+
+
+def _import(values: Mapping[str, Any]) -> None:
+    """Run the modules of "imports", which the user names: a folder's run before, or not at all."""
+    names = values.get("imports", ())
+    check_value("imports", names)
+    files = [name for name in imports.copied_names(names) if name.endswith(".py")]
+    for name in files:
+        if files.count(name) > 1:
+            raise ValueError(f"config.imports holds two files called {name!r}; rename one")
+    imports.import_modules(names)
+
+
+def _check_parameters(values: Mapping[str, Any]) -> None:
+    """ValueError unless each section's parameters are those of what it names."""
+    sections: dict[str, dict[str, str]] = {}
+    for kind, about in registry.KINDS.items():
+        sections.setdefault(about.parameters_key, {})[kind] = values[about.key]
+    for key, named in sections.items():
+        registry.check_parameters(named, values[key])
 
 
 def _check_objective(config: ConfigDict) -> None:
@@ -299,11 +333,13 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     What a config file has derived from one of them by a reference follows it.
     """
     config = copy.deepcopy(config)
+    _import({"imports": config.get("imports", ()), **values})
     for key, value in values.items():
         check_value(key, value)
     try:
         with config.ignore_type():  # JSON may hold 20 where the config has 20.0
-            config.update_from_flattened_dict(values)
+            for key, value in values.items():
+                _set(config, key, value)
         config = config.copy_and_resolve_references()
     except (KeyError, RequiredValueError) as error:
         reason = " ".join(str(error.args[0]).split())
@@ -312,6 +348,14 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
         ) from error
     check(config)
     return config
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    section, _, name = key.rpartition(".")
+    if KEYS[key] is _PARAMETERS:  # the whole of them
+        config[section][name] = ConfigDict(dict(value))
+    else:
+        config.update_from_flattened_dict({key: tuple(value) if key == "imports" else value})
 
 
 def may_change(key: str) -> bool:
@@ -347,12 +391,14 @@ def from_json(text: str, where: str = "the config") -> ConfigDict:
             f"{where}, {' '.join(text.split())[:60]!r}, is not a config of sedd_jax; give the "
             "folder of a run"
         )
+    names = values.setdefault("imports", ())
+    values["imports"] = tuple(names) if isinstance(names, list) else names
     for key in RETIRED:
         section, _, name = key.rpartition(".")
         values[section].pop(name, None)
     # Keys that are newer than the run, and change nothing of what it did, have their defaults.
     for key, value in flatten(base.get_config()):
-        if may_change(key) or key in AS_BEFORE:
-            section, _, name = key.rpartition(".")
+        section, _, name = key.rpartition(".")
+        if section and (may_change(key) or key in AS_BEFORE):
             values.setdefault(section, {}).setdefault(name, value)
     return ConfigDict(values)

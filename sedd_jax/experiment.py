@@ -17,15 +17,14 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from sedd_jax import state
+from sedd_jax import registry, state
 from sedd_jax.config import DTYPES
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.draws import check_settings, make_key
 from sedd_jax.diffusion.graph import Graph, lift
-from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.losses import TIMES
 from sedd_jax.diffusion.objectives import OBJECTIVES, Objective
-from sedd_jax.diffusion.schedules import SCHEDULES, Schedule
+from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.plaid import Plaid
@@ -204,18 +203,18 @@ def make_loss_fn(
 def make_graph(config: ConfigDict, vocab_size: int) -> Graph:
     """The graph over the tokenizer's vocabulary; the objective says what logits mean."""
     predicts_clean = OBJECTIVES[config.objective.name].predicts_clean
-    return _build(GRAPHS, config.graph, vocab_size=vocab_size, predicts_clean=predicts_clean)
+    return _build("graph", config.graph, vocab_size=vocab_size, predicts_clean=predicts_clean)
 
 
 def make_objective(config: ConfigDict) -> Objective:
     """What the network is trained for, and how it is scored."""
     section = {**config.objective, "times": TIMES[config.objective.times]}
-    return _build(OBJECTIVES, section)
+    return _build("objective", section)
 
 
 def make_schedule(config: ConfigDict) -> Schedule:
     """The noise schedule; ValueError if a user's own leaves no number of float32 at t = 1."""
-    schedule = _build(SCHEDULES, config.schedule)
+    schedule = _build("schedule", config.schedule)
     last = float(schedule.sigma(jnp.float32(1.0)))
     if not 0.0 < last <= 80.0:
         raise ValueError(
@@ -225,11 +224,15 @@ def make_schedule(config: ConfigDict) -> Schedule:
     return schedule
 
 
-def _build(table: Mapping[str, type], section: Mapping[str, Any], **fields: Any) -> Any:
-    """The dataclass that section names, with those of its fields that the section holds."""
-    cls = table[section["name"]]
-    names = {field.name for field in dataclasses.fields(cls)} & set(section) - {"name"}
-    return cls(**fields, **{name: section[name] for name in names})
+def _build(kind: str, section: Mapping[str, Any], **fields: Any) -> Any:
+    """The dataclass that section names, with those of its fields that the section holds; of one's
+    own, the fields are in its parameters."""
+    about, name = registry.KINDS[kind], section["name"]
+    names = {field.name for field in dataclasses.fields(about.table[name])} & {*section} - {"name"}
+    if registry.is_registered(kind, name):
+        names &= {*about.given}
+        fields |= dict(section["parameters"].items())
+    return about.table[name](**fields, **{name: section[name] for name in names})
 
 
 def make_model(config: ConfigDict, graph: Graph, mesh: Mesh | None = None) -> Transformer:

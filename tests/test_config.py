@@ -89,8 +89,10 @@ def test_every_key_is_read_somewhere():
         )
         if section == "mesh":
             reads = r"make_mesh\(config\.mesh\b"
-        elif key in ("graph.name", "schedule.name"):
-            reads = rf"_build\(\w+, config\.{section}\b"
+        elif section in ("graph", "schedule", "objective") and name in ("name", "parameters"):
+            reads = rf'_build\("{section}", (config\.{section}|section)\b'
+        elif key == "sample.parameters":
+            reads = r"self\.parameters\b"
         assert re.search(reads, text), f"nothing reads config.{key}"
 
 

@@ -94,6 +94,27 @@ def joined(argv: list[str]) -> list[str]:
 
 def add_workdir(parser: argparse.ArgumentParser, about: str) -> None:
     parser.add_argument("--workdir", type=path, required=True, help=about)
+    add_imports(parser)
+
+
+def add_imports(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--imports",
+        type=_imported,
+        help="modules, names or .py files with commas, that register parts of your own",
+    )
+
+
+def _imported(text: str) -> tuple[str, ...]:
+    """An argparse type that runs the modules: the other arguments may name what they register."""
+    from sedd_jax.imports import import_modules
+
+    names = tuple(filter(None, text.split(",")))
+    try:
+        import_modules(names)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return names
 
 
 def add_step(parser: argparse.ArgumentParser) -> None:

@@ -91,6 +91,9 @@ def _runs(name: str, options: argparse.Namespace, keys: list[str]) -> tuple[Any,
     from sedd_jax.inference.sampling import check_whole
     from sedd_jax.runs.workdir import RECORDS
 
+    out, shared = options.out.absolute(), [f"--config={options.config}", *keys]
+    if not {*options.methods.split(",")} <= {*RIVALS}:  # a module of config.imports may add one
+        parse_train(name, [*shared, f"--workdir={out}"])
     methods = _methods(options.methods)
     for flag in ("seeds", "num_samples", "blocks"):
         if (value := getattr(options, flag)) is not None:
@@ -101,7 +104,6 @@ def _runs(name: str, options: argparse.Namespace, keys: list[str]) -> tuple[Any,
         key = argument.lstrip("-").removeprefix("config.").partition("=")[0]
         if key in changed:
             raise ValueError(f"config.{key} is what the methods differ in; leave {argument} out")
-    out, shared = options.out.absolute(), [f"--config={options.config}", *keys]
     base = parse_train(name, [*shared, f"--workdir={out}"]).config
     check_length(base.data.length)
     runs = []

@@ -2,7 +2,14 @@
 
 from typing import Any
 
-from sedd_jax.cli.arguments import add_tokenizer, joined, make_parser, named_tokenizer, path
+from sedd_jax.cli.arguments import (
+    add_imports,
+    add_tokenizer,
+    joined,
+    make_parser,
+    named_tokenizer,
+    path,
+)
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -19,6 +26,7 @@ def run(name: str, argv: list[str]) -> None:
     add("--fresh_optimizer", action="store_true", help="begin AdamW's moments and warm-up again")
     add("--replace", action="store_true", help="an earlier export at --to, with --form=hub")
     add_tokenizer(parser)
+    add_imports(parser)
     options, rest = parser.parse_known_args(joined(argv))
     changes = _changes(rest)
     from sedd_jax import convert
@@ -48,7 +56,7 @@ def run(name: str, argv: list[str]) -> None:
 
 def _changes(arguments: list[str]) -> dict[str, Any]:
     """{"data.records": "DIR"} of --config.data.records=DIR."""
-    from sedd_jax.config import parse
+    from sedd_jax.cli.keys import parse
 
     changes = {}
     for argument in arguments:

@@ -12,6 +12,7 @@ from sedd_jax.cli import information
 from sedd_jax.cli.arguments import (
     MODEL,
     NEEDS_RECORDS,
+    add_imports,
     add_json,
     add_records,
     add_samples,
@@ -58,6 +59,7 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """An upper bound on -log p of a split, in every unit."""
     add = parser.add_argument
     add("--workdir", type=path, help=MODEL)
+    add_imports(parser)
     add_step(parser)
     add(
         "--gpt2",

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sedd_jax.cli.arguments import make_parser, name_or_path, path
+from sedd_jax.cli.arguments import add_imports, make_parser, name_or_path, path
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -33,7 +33,7 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
 
     parser = make_parser(name, "A corpus as records: fixed-length blocks of tokens, made once.")
     add = parser.add_argument
-    add("--dataset", required=True, help=data.KNOWN_CORPORA)
+    add("--dataset", required=True, help=f"{data.KNOWN_CORPORA}, or one of --imports")
     add(
         "--out",
         type=path,
@@ -76,5 +76,6 @@ def _parsed(name: str, argv: list[str]) -> argparse.Namespace:
         help="of the documents, for corpora without a split of their own (default: 0.1; of "
         f"openwebtext {HELDOUT_FRACTION}); 1: all of your own text, to score it",
     )
+    add_imports(parser)
     add("--workers", type=int, default=1, help="threads that encode; the result is the same")
     return parser.parse_args(argv)

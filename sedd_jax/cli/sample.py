@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sedd_jax.cli.arguments import (
+    add_imports,
     add_sampling,
     add_step,
     add_tokenizer,
@@ -98,6 +99,7 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
     """The arguments; ValueError for what can be seen to be wrong before a model is loaded."""
     add = parser.add_argument
     add("--workdir", type=path, help="the run's folder")
+    add_imports(parser)
     add(
         "--model",
         type=name_or_path,

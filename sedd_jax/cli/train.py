@@ -3,10 +3,8 @@
 import atexit
 import inspect
 import os
-import runpy
+import re
 import sys
-import traceback
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +37,7 @@ else run it again.
                                checkpoint; default 0"""
 
 BASE = "sedd_jax.configs.base"
+REMEDY = "correct the file, or what --config has after the colon"
 
 
 class Request(NamedTuple):
@@ -60,19 +59,10 @@ class _WholeNumber(flags.IntegerParser):
             raise ValueError(f"{argument!r} is not a whole number; write digits") from None
 
 
-class _ConfigValue(flags.ArgumentParser):
-    """What config.parse makes of a --config.KEY=TEXT."""
-
-    def __init__(self, key: str, parse: Callable[[str, str], Any]):
-        self._key, self._parse = key, parse
-
-    def parse(self, argument: str) -> Any:
-        return self._parse(self._key, argument)
-
-
 def parse_train(name: str, argv: list[str]) -> Request:
     """--config=FILE[:ARGUMENT], --config.key=value, --workdir=DIR and the flags of `USAGE`."""
     from sedd_jax import config as configuration
+    from sedd_jax.cli.keys import with_texts
     from sedd_jax.runs.workdir import saved_config
 
     values = flags.FlagValues()
@@ -84,16 +74,21 @@ def parse_train(name: str, argv: list[str]) -> Request:
 
     for flag in ("config", "workdir", "target"):
         define(flag, flags.ArgumentParser())
-    for key, constraint in configuration.KEYS.items():
-        parser = _ConfigValue(key, configuration.parse)
-        define(f"config.{key}", parser, boolean=constraint.holds(True))
+    argv = joined(argv)
+    # Their values are parsed later: a module of config.imports may register what they name.
+    parameters = r"--config\.(\w+\.parameters\.\w+)="
+    named = [match[1] for one in argv if (match := re.match(parameters, one))]
+    keys = {key: rule.holds(True) for key, rule in configuration.KEYS.items()}
+    keys |= {key: False for key in named if key.rpartition(".")[0] in keys}
+    for key, is_boolean in keys.items():
+        define(f"config.{key}", flags.ArgumentParser(), boolean=is_boolean)
     for flag, (kind, _) in CLUSTER.items():
         define(flag, flags.ArgumentParser() if kind is str else _WholeNumber())
     define("vocab_size", _WholeNumber())
     define("requeue_status", _WholeNumber(lower_bound=0, upper_bound=255), 0)
     flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
     try:
-        rest = values([name, *joined(argv)])[1:]
+        rest = values([name, *argv])[1:]
     except flags.UnrecognizedFlagError as error:
         flag, flags_known = f"--{error.flagname}", [f"--{known}" for known in values]
         near = did_you_mean(flag, flags_known, f"{name} --help lists the flags")
@@ -116,9 +111,9 @@ def parse_train(name: str, argv: list[str]) -> Request:
                 f"--{flag} is missing; for example {name} --config=quickstart "
                 "--workdir=runs/quickstart"
             )
-    keys = [key for key in configuration.KEYS if values[f"config.{key}"].present]
+    texts = {k: values[f"config.{k}"].value for k in keys if values[f"config.{k}"].present}
     return Request(
-        config=configuration.with_values(config, {k: values[f"config.{k}"].value for k in keys}),
+        config=with_texts(config, texts),
         workdir=workdir,
         cluster=cluster_of({flag: values[flag].value for flag in CLUSTER}),
         requeue_status=values.requeue_status,
@@ -131,7 +126,10 @@ def _read_config(argument: str) -> ConfigDict:
     """What get_config of FILE[:ARGUMENT] returns; ValueError for any mistake in the file."""
     path, colon, text = _find_config(argument).partition(":")
     arguments = [text] if colon else []
-    get_config = _in_config_file(path, lambda: runpy.run_path(path).get("get_config"))
+    from sedd_jax import imports
+
+    # As a module: config.imports may name the same file.
+    get_config = getattr(imports.execute(path, "config file", REMEDY), "get_config", None)
     is_function = callable(get_config)
     if not is_function:
         raise ValueError(f"config file {path!r} has no function get_config; write one as in {BASE}")
@@ -140,7 +138,8 @@ def _read_config(argument: str) -> ConfigDict:
     except TypeError as error:
         rule = f"no argument; leave out {text!r}" if colon else "one: --config=FILE:ARGUMENT"
         raise ValueError(f"get_config of config file {path!r} takes {rule}") from error
-    config = _in_config_file(path, lambda: get_config(*arguments))
+    with imports.errors_of(path, "config file", REMEDY):
+        config = get_config(*arguments)
     if isinstance(config, FrozenConfigDict):
         return ConfigDict(config)
     if isinstance(config, ConfigDict):
@@ -149,22 +148,6 @@ def _read_config(argument: str) -> ConfigDict:
         f"get_config of config file {path!r} returns a value of type {type(config).__name__}; "
         f"return a ConfigDict as in {BASE}"
     )
-
-
-def _in_config_file(path: str, action: Callable[[], Any]) -> Any:
-    """action(), which runs code of the file; ValueError with the line for whatever it raises."""
-    try:
-        return action()
-    except (Exception, SystemExit) as error:
-        reason, frames = str(error), traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == path]
-        if isinstance(error, SyntaxError) and error.filename == path:
-            reason, lines = error.msg, [error.lineno]
-        where = f", line {lines[-1]}" if lines and lines[-1] else ""
-        raise ValueError(
-            f"config file {path!r}{where}: {type(error).__name__}: {reason}; correct the file, or "
-            "what --config has after the colon"
-        ) from error
 
 
 def _find_config(argument: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
+from sedd_jax import imports
 from sedd_jax.configs import base
 from sedd_jax.convert import names, original_config, sisters, torch_files, weights
 from sedd_jax.convert.card import model_card
@@ -78,12 +79,17 @@ def open_folder(folder: Path) -> Pretrained:
                 "or sedd-convert has written"
             )
         refuse_pointer_file(folder / name)
+    ours = _read_ours(folder / OURS) if (folder / OURS).exists() else None
+    if ours is not None:  # before config.json, which may hold the names of registered parts
+        names = ours["config"].pop("imports", ())
+        configuration.check_value("imports", names)
+        ours["config"]["imports"] = imports.names_in(folder, names)
+        imports.import_modules(ours["config"]["imports"], read_in=folder)
     family, theirs, (config, vocab_size, notices) = sisters.open_config(folder / CONFIG)
     tokenizer, step, about, curve = None, None, {}, None
     if family != SEDD:
         return Pretrained(config, vocab_size, None, notices=notices, family=family)
-    if (folder / OURS).exists():
-        ours = _read_ours(folder / OURS)
+    if ours is not None:
         step, about, curve = ours["step"], ours["about"] or {}, ours["curve"]
         if ours["tokenizer"] is not None:
             tokenizer = tokenizer_from_dict(ours["tokenizer"])
@@ -206,7 +212,7 @@ def write_folder(
     theirs = original_config.to_original_config(config, vocab_size, model.original)
     ours = {
         "format": FORMAT,
-        "config": config.to_dict(),
+        "config": config.to_dict() | {"imports": imports.copied_names(config.imports)},
         "vocab_size": vocab_size,
         "tokenizer": None if tokenizer is None else tokenizer.to_dict(),
         "step": model.step,
@@ -214,9 +220,13 @@ def write_folder(
         "curve": model.curve,
     }
     count = sum(array.size for array in tensors.values())
+    modules = imports.read_files(config.imports)
+    for module in modules:
+        log.info("the folder holds the code that config.imports names: %s", module)
     with appearing(folder) as part:
         _write_json(part / CONFIG, theirs, sort_keys=True)
         _write_json(part / OURS, ours)
+        imports.write_files(part, modules)
         card = model_card(name, config, vocab_size, tokenizer, model.step, count, model.about)
         (part / CARD).write_text(card, encoding="utf-8")
         weights.write_tensors(part / WEIGHTS, names.state_dict(model.params))
@@ -232,7 +242,7 @@ def check_target(folder: Path, replace: bool) -> None:
     inside = set()
     if folder.is_dir() and not folder.is_symlink():
         inside = {path.name for path in folder.iterdir()}
-    if not (OURS in inside and inside <= {CONFIG, WEIGHTS, OURS, CARD}):
+    if not (OURS in inside and inside <= {CONFIG, WEIGHTS, OURS, CARD, imports.FOLDER}):
         check_new(folder)
     elif not replace:
         raise ValueError(

@@ -14,6 +14,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
+from sedd_jax import registry
 from sedd_jax.config import Constraint
 from sedd_jax.configs import base
 from sedd_jax.data import CORPORA
@@ -194,12 +195,13 @@ def to_original_config(
     for field, value in fallback.items():
         if get(theirs, field) is None:
             put(theirs, field, value)
-    for field, (ours, _, words, _) in _FIELDS.items():
+    for field, (ours, default, words, _) in _FIELDS.items():
         there, value = get(theirs, field), values.get(ours)
         # 20 means 20.0, and 1e-4 without a point is text to YAML 1.1.
         if ours and (there is None or _to_ours(field, there) != value):
             if words:
-                value = next(word for word in words if words[word] == value)
+                # A graph or schedule of a user keeps its name, which the original refuses.
+                value = next((word for word in words if words[word] == value), default or value)
             elif field == "optim.grad_clip" and value == NO_CLIP:
                 value = -1.0
             put(theirs, field, value)
@@ -224,6 +226,8 @@ def _to_ours(field: str, value: Any) -> Any:
     """What the original's value means here, not checked yet."""
     ours, _, words, _ = _FIELDS[field]
     if words:
+        if value in registry.registered_for(ours):  # of a user: the original cannot read it
+            return value
         return words.get(value) if isinstance(value, str) else None
     if isinstance(_BASE.get(ours), float) and type(value) in (int, float, str):
         try:  # YAML 1.1 reads 1e-4 as text; the original's reader takes it for a number

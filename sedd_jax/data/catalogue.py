@@ -5,9 +5,10 @@ text_files, and what TensorFlow Datasets has prepared in tfds.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sedd_jax.data.corpora import Corpus, pydoc
 from sedd_jax.data.detokenizers import DETOKENIZERS
@@ -23,8 +24,11 @@ CORPORA = ("pydoc", "text", *sorted(PUBLISHED))
 KNOWN_CORPORA = f"{', '.join(CORPORA)}, {PREFIX}NAME[/CONFIG][:VERSION]"  # for people
 
 
+REGISTERED: dict[str, Callable[..., Corpus]] = {}  # by sedd_jax.register
+
+
 def is_corpus(name: str) -> bool:
-    return name in CORPORA or (name.startswith(PREFIX) and name != PREFIX)
+    return name in CORPORA or name in REGISTERED or (name.startswith(PREFIX) and name != PREFIX)
 
 
 def make_corpus(
@@ -35,6 +39,7 @@ def make_corpus(
     data_dir: str | Path = "",
     documents: str = "",
     detokenizer: str = "published",
+    parameters: Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Corpus:
     """Returns the corpus called `name`.
@@ -47,6 +52,8 @@ def make_corpus(
       datasets; "" for TFDS_DATA_DIR or ~/tensorflow_datasets.
     documents: how a published corpus is cut into documents; "" for its default.
     detokenizer: "published" for the one that goes with the corpus, "none", or one by name.
+
+    parameters: of a registered corpus.
 
     ValueError for a name, path or file that cannot be used.
     """
@@ -64,6 +71,8 @@ def make_corpus(
             heldout_fraction=heldout_fraction,
             progress=progress,
         )
+    elif name in REGISTERED:
+        corpus = _registered(name, path, heldout_fraction or 0.1, parameters or {})
     elif name == "pydoc":
         corpus = pydoc(heldout_fraction or 0.1)
     elif name == "text":
@@ -73,6 +82,23 @@ def make_corpus(
     if detokenizer == "published":
         return corpus
     return replace(corpus, detokenizer="" if detokenizer == "none" else detokenizer)
+
+
+def _registered(
+    name: str, path: str, heldout_fraction: float, parameters: Mapping[str, Any]
+) -> Corpus:
+    """The corpus of a user's function; its name and parameters go into the records' fingerprint."""
+    corpus = REGISTERED[name](path, heldout_fraction, **parameters)
+    if not isinstance(corpus, Corpus):
+        raise ValueError(  # noqa: TRY004 (a user's mistake, one line)
+            f"corpus {name!r} returns a value of type {type(corpus).__name__}; return a data.Corpus"
+        )
+    about = {
+        "corpus": name,
+        "heldout_fraction": heldout_fraction,
+        **({"parameters": dict(parameters)} if parameters else {}),
+    }
+    return replace(corpus, source={**corpus.source, **about})
 
 
 def _check(
@@ -86,7 +112,11 @@ def _check(
 ) -> None:
     """ValueError for arguments of make_corpus that are wrong whatever the files hold."""
     if not is_corpus(name):
-        raise ValueError(f"unknown corpus {name!r}; known: {KNOWN_CORPORA}")
+        known = ", ".join([KNOWN_CORPORA, *REGISTERED])
+        raise ValueError(
+            f"unknown corpus {name!r}; known: {known}; for one of yours name the module that "
+            "registers it: --imports (in Python import it)"
+        )
     known = ("published", "none", *sorted(DETOKENIZERS))
     if detokenizer not in known:
         raise ValueError(f"unknown detokenizer {detokenizer!r}; known: {', '.join(known)}")

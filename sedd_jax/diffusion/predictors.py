@@ -94,7 +94,8 @@ def traits(**special: Any) -> Callable:
 
 
 def trait(predictor: Callable | None, name: str) -> Any:
-    """One of a predictor's `Traits`."""
+    """One of a predictor's `Traits`; a functools.partial has those of its function."""
+    predictor = getattr(predictor, "func", predictor)
     return getattr(getattr(predictor, "traits", Traits()), name)
 
 

@@ -35,6 +35,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: float | None
     top_k: int | None
     greedy: bool | None
+    parameters: Mapping[str, Any] | None
 
 
 class CallOptions(SamplingOptions, total=False):

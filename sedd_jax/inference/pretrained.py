@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sedd_jax.convert.sisters import FAMILIES
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import check_settings
 from sedd_jax.files import local_path
+from sedd_jax.imports import FOLDER, import_modules
 from sedd_jax.inference.curve import Curve
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
@@ -40,6 +42,7 @@ def load(
     mesh: Mesh | None = None,
     tokenizer: Tokenizer | str | None = None,
     step: int | None = None,
+    imports: Sequence[str] = (),
 ) -> SEDD:
     """The model at `source`, with a training run's moving average as its weights.
 
@@ -54,7 +57,9 @@ def load(
     devices, or all of them one, on a mesh of all devices: then all call this and the model's
     methods alike, and each gets the whole result. tokenizer is needed where the folder
     names none and the vocabulary is not GPT-2's: a Tokenizer, or what data.named_tokenizer takes.
-    step is that of a training run's checkpoint; by default the newest is taken.
+    step is that of a training run's checkpoint; by default the newest is taken. imports are names
+    of modules and .py files, which are run, that register what the model uses of its author's own
+    (docs/extend.md). A folder's own code is run only if you have named the same on this machine.
 
     ValueError says what is wrong with the source; nothing is half loaded. What one process of the
     mesh cannot read is an error on all.
@@ -63,6 +68,7 @@ def load(
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
     check_platform()
     check_settings()
+    import_modules(imports)
     is_shared = mesh is not None and processes.is_shared(mesh)
 
     def read() -> tuple[Pretrained, str | None]:
@@ -102,7 +108,8 @@ def _read(
         folder = _download(str(source), revision)
     elif revision is not None:
         raise ValueError(f"{str(source)!r} is a folder: revision {revision!r} is for hub ids")
-    form = convert.recognise(folder)
+    # A snapshot may hold other files of the repository, as its tokenizer.json: it is no run.
+    form = convert.recognise(folder) if is_there else "hub"
     if form == "original":
         raise ValueError(
             f"{str(folder)!r} is a run of the original code; turn it into a folder first: "
@@ -124,7 +131,7 @@ def _download(name: str, revision: str | None) -> Path:
     if revision is not None and pinned is not None:
         raise ValueError(f"{name!r} names a revision and revision {revision!r} another; give one")
     try:
-        folder = weights.download(repository, pinned or revision, optional=[OURS])
+        folder = weights.download(repository, pinned or revision, optional=[OURS, f"{FOLDER}/*.py"])
         if weights.locate(folder) is None:  # an older model: torch's own format, read by a child
             folder = hub.download(repository, folder.name, [PICKLED])
     except ValueError as error:

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from sedd_jax.diffusion.samplers import Chain, Known
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.transformer import Transformer
 from sedd_jax.parallel.sharding import path_name
+from sedd_jax.registry import keyword_defaults, with_parameters
 
 # Parameters that only matmuls in the network's dtype read.
 MATMUL_WEIGHTS = re.compile(r"(^|/)(blocks/(qkv|out|up|down)/kernel|head_weight)$")
@@ -126,6 +127,7 @@ class Sampling:
     top_p: draws from the likeliest tokens that reach this probability together.
     top_k: draws from this many of the likeliest tokens.
     greedy: the denoiser takes the likeliest tokens.
+    parameters: keyword arguments of a predictor or grid of one's own, which compile again.
     """
 
     steps: int = 128
@@ -143,6 +145,7 @@ class Sampling:
     top_p: float | None = None
     top_k: int | None = None
     greedy: bool = False
+    parameters: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, values: Any) -> "Sampling":
@@ -175,6 +178,9 @@ class Sampling:
         """With the options that are not None in place of these; ValueError for a wrong one."""
         check_names(options, [field.name for field in dataclasses.fields(self)])
         chosen = {name: value for name, value in options.items() if value is not None}
+        if self.parameters and "parameters" not in chosen:  # those of what is still chosen
+            known = dataclasses.replace(self, **chosen)._known_parameters()
+            chosen["parameters"] = {k: v for k, v in self.parameters.items() if k in known}
         checked = dataclasses.replace(self, **chosen)._checked()
         # As Python's numbers: of other types they would compile again, and JSON knows none.
         kinds = {**dict.fromkeys(NUMBERS, float), "steps": int, "top_k": int}
@@ -182,12 +188,25 @@ class Sampling:
         plain = {name: kinds[name](v) for name, v in numbers.items() if v is not None}
         return dataclasses.replace(checked, **plain)
 
+    def _known_parameters(self) -> dict[str, Any]:
+        functions = (
+            TABLES[name].get(v := getattr(self, name), v) for name in ("predictor", "grid")
+        )
+        return {k: v for f in functions if callable(f) for k, v in keyword_defaults(f).items()}
+
     def _checked(self) -> "Sampling":
         check_whole("steps", self.steps, 1, 10**6)
         for name, table in TABLES.items():
             value = getattr(self, name)
             if value not in table and not callable(value):
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
+        known = self._known_parameters()
+        for name in self.parameters or ():
+            if name not in known:
+                raise ValueError(
+                    f"unknown parameter {name!r} of predictor {self.predictor!r} and grid "
+                    f"{self.grid!r}; known: {', '.join(known) or 'none'}"
+                )
         for name, rule in NUMBERS.items():
             value = getattr(self, name)
             if not (rule.has(value) or (value is None and name in SHAPES)):
@@ -246,14 +265,16 @@ class Sampling:
         """
         chosen = {name: getattr(self, name) for name in TABLES}
         chosen = {name: TABLES[name].get(value, value) for name, value in chosen.items()}
+        for name in ("predictor", "grid"):
+            chosen[name] = with_parameters(chosen[name], self.parameters or {})
         arguments = () if times is None else (times,)
         chosen["grid"] = jax.tree_util.Partial(chosen["grid"], *arguments)
-        return dataclasses.replace(self, **chosen)
+        return dataclasses.replace(self, **chosen, parameters=None)
 
 
 jax.tree_util.register_dataclass(
     Sampling,
-    data_fields=["steps", *NUMBERS, "top_k", "grid"],
+    data_fields=["steps", *NUMBERS, "top_k", "grid", "parameters"],
     meta_fields=["predictor", "draw", "normalised", "greedy"],
 )
 

@@ -1,6 +1,7 @@
 """A run's folder (workdir): the one module that knows what is in it, under which name.
 
 config.json      what the run is; data.json: what its data is; tokenizer.json
+imports/         copies of the .py files of config.imports
 records/         the packed corpus, unless data.records names another folder
 checkpoints/     of Checkpoints; quarantine/ beside it: the damaged ones
 metrics.jsonl    a JSON object a line; tensorboard/: the same as events
@@ -25,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import data, experiment
+from sedd_jax import data, experiment, imports, registry
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.files import appearing, check_new, claimed, load_json, local_path, write_text
 from sedd_jax.parallel import processes
@@ -49,6 +50,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     """ValueError if another config's run, or somebody's files, are in workdir."""
     saved = saved_config(workdir)
     if saved is not None:
+        imports.check_copies(workdir, config.imports)
         lines = configuration.differences(saved, config)
         if lines:
             more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
@@ -59,7 +61,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
             )
     elif workdir.exists():
         # A start that was interrupted leaves these, and nothing else.
-        names = "|".join(map(re.escape, (RECORDS, CONFIG, DATA, TOKENIZER, IN_USE)))
+        names = "|".join(map(re.escape, (RECORDS, CONFIG, DATA, TOKENIZER, imports.FOLDER, IN_USE)))
         ours = re.compile(
             rf"({names})(\.part|\.removing|\.\d+\.dead)?|\.({names})\.\S+|\.seen-by-all-\S+"
         )
@@ -111,7 +113,21 @@ def write_identity(config: ConfigDict, workdir: Path, records: data.Records) -> 
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(workdir / DATA, json.dumps(records.fingerprint, indent=1))
         write_text(workdir / TOKENIZER, json.dumps(records.tokenizer.to_dict()))
-        write_text(workdir / CONFIG, configuration.to_json(config))
+        imports.write_files(workdir, imports.read_files(config.imports))
+        values = dict(configuration.flatten(config))
+        for part in registry.defined_elsewhere(values, imports.module_names(config.imports)):
+            log.warning(
+                "no module of config.imports registers %s: another process cannot open this run; "
+                "put it into a .py file and name that",
+                part,
+            )
+        write_text(workdir / CONFIG, configuration.to_json(_with_copied_names(config)))
+
+
+def _with_copied_names(config: ConfigDict) -> ConfigDict:
+    copied = config.copy_and_resolve_references()
+    copied.imports = imports.copied_names(config.imports)
+    return copied
 
 
 def saved_config(workdir: Path) -> ConfigDict | None:
@@ -119,7 +135,10 @@ def saved_config(workdir: Path) -> ConfigDict | None:
     file = Path(workdir) / CONFIG
     if not file.is_file():
         return None
-    return configuration.from_json(file.read_text(encoding="utf-8"), repr(str(file)))
+    config = configuration.from_json(file.read_text(encoding="utf-8"), repr(str(file)))
+    configuration.check_value("imports", config.imports)
+    config.imports = imports.names_in(Path(workdir), config.imports)
+    return config
 
 
 def with_stored_data(config: ConfigDict) -> ConfigDict:
@@ -135,6 +154,7 @@ def with_stored_data(config: ConfigDict) -> ConfigDict:
     values = {"data.tokenizer": records.tokenizer.name}
     if data.is_corpus(source.get("corpus", "")):
         values["data.corpus"] = source["corpus"]
+        values["data.parameters"] = source.get("parameters", {})
     if 0 < source.get("heldout_fraction", 0) < 1:
         values["data.heldout_fraction"] = source["heldout_fraction"]
     return configuration.with_values(config, values)
@@ -155,6 +175,7 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
             length=section.length,
             form=section.form,
             splits=(section.train_split, section.heldout_split),
+            parameters=dict(section.parameters.items()),
             progress=True,
         )
     records = open_records(config, workdir)
@@ -163,17 +184,18 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
     if not section.records:  # see with_stored_data
         stored |= {
             "corpus": source.get("corpus"),
+            "parameters": source.get("parameters", {}),
             # A corpus with splits of its own has no such fraction.
             "heldout_fraction": source.get("heldout_fraction", section.heldout_fraction),
         }
         if not data.is_of_kind(records.tokenizer, section.tokenizer):
             stored["tokenizer"] = records.tokenizer.name
+    values = dict(configuration.flatten(config))
     for field, value in stored.items():
-        if value != section[field]:
+        if value != (requested := values[f"data.{field}"]):
             raise ValueError(
                 f"the records in {str(folder)!r} have {field} {value!r}, config.data.{field} is "
-                f"{section[field]!r}; name another folder in config.data.records or change the "
-                "config"
+                f"{requested!r}; name another folder in config.data.records or change the config"
             )
     if not is_new and section.corpus == "text" and section.path:
         _check_text(records, section.path, section.heldout_fraction)
@@ -250,7 +272,8 @@ def missing_files(folder: Path) -> list[str]:
 
 
 def open_workdir(folder: Path) -> Workdir:
-    """A training run's folder; ValueError if it is none."""
+    """A training run's folder; ValueError if it is none, or holds code that may not run: see
+    `imports.import_modules`."""
     folder = Path(folder)
     missing = missing_files(folder)
     if missing:
@@ -259,6 +282,7 @@ def open_workdir(folder: Path) -> Workdir:
             "--workdir of a sedd-train that has saved a checkpoint"
         )
     config = saved_config(folder)
+    imports.import_modules(config.imports, read_in=folder)
     configuration.check(config)
     file = folder / ORIGINAL
     original = load_json(file.read_bytes(), repr(str(file))) if file.exists() else None
@@ -367,7 +391,9 @@ def write_workdir(
     folder = Path(folder)
     check_new(folder)
     with appearing(folder) as part:
-        (part / CONFIG).write_text(configuration.to_json(config), encoding="utf-8")
+        imports.write_files(part, imports.read_files(config.imports))
+        text = configuration.to_json(_with_copied_names(config))
+        (part / CONFIG).write_text(text, encoding="utf-8")
         (part / TOKENIZER).write_text(json.dumps(tokenizer.to_dict()), encoding="utf-8")
         if original is not None:
             (part / ORIGINAL).write_text(json.dumps(original, indent=1), encoding="utf-8")

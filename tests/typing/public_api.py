@@ -28,7 +28,13 @@ def tokens(*shape: int) -> jax.Array:
 
 def loads() -> sedd_jax.SEDD:
     sedd_jax.load("owner/name@0123456789", revision=None, dtype="bfloat16", tokenizer="gpt2")
+    sedd_jax.load("exported", imports=["exported/imports/power.py"])
     return sedd_jax.load("runs/quickstart", step=100, mesh=None)
+
+
+@sedd_jax.register("grid", "power")
+def power_grid(i: jax.Array, steps: jax.Array, t_min: float, *, power: float = 2.0) -> jax.Array:
+    return t_min + (1.0 - t_min) * (1.0 - i / steps) ** power
 
 
 def samples(model: sedd_jax.SEDD) -> list[str]:
@@ -40,6 +46,7 @@ def samples(model: sedd_jax.SEDD) -> list[str]:
     drawn: np.ndarray = model.sample_tokens(4, length=64, on_step=on_step, **call)
     texts = model.sample(4, length=64, on_step=print, steps=64, grid="cosine", greedy=True)
     texts += model.sample(known=(drawn[0], drawn[0] < 3), temperature=0.8, top_k=None)
+    texts += model.sample(grid="power", parameters={"power": 2.0})
     texts += model.infill("a [MASK:20]", 2, on_step=on_step, **call)
     texts += model.infill(positions=[0, 9], tokens=[1, 2], length=64, draw="exact", t_min=1e-5)
     texts += model.revise("a draft", 2, strength=0.3, keep=["draft", 0], on_step=on_step, **call)

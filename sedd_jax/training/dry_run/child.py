@@ -36,8 +36,10 @@ def main() -> None:
     os.dup2(2, 1)
     request = json.load(sys.stdin)
     try:
+        config = configuration.from_json(json.dumps(request["config"]))
+        configuration.check(config)  # which runs the modules of config.imports
         answer = measure(
-            configuration.from_json(json.dumps(request["config"])),
+            config,
             parse_target(request["target"]),
             request["vocab_size"],
             request["text_file"] and Path(request["text_file"]),
