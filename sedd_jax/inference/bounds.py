@@ -298,9 +298,9 @@ def in_units(
 ) -> dict[str, dict[str, float | None]]:
     """{unit: {name: value}} of total nats over a text: by name, those of a CorpusBound's `sums`.
 
-    The error of a perplexity is to first order, perplexity times the error of its exponent: that is
-    within a per cent or two of a bootstrap's up to errors of 0.2 nats. The perplexity of a part
-    means nothing, and is left out.
+    The error of a perplexity is to first order, perplexity times the error of its exponent: 3%
+    too small where that is Gaussian and 0.2 nats, less below. The perplexity of a part means
+    nothing, and is left out.
     """
     counts = {"perplexity_per_token": tokens, "perplexity_per_word": words}
 
