@@ -307,7 +307,7 @@ def test_markdown_and_latex_escape_every_cell():
     ]
     assert tables.latex(groups)[2:6] == [
         r" & \# x n \\",
-        r"\hline",
+        r"\midrule",
         r"a|b\_c & $\le$1$\pm$2 \\",
         r"50\% & \textasciitilde{}\textasciicircum{}\{\}\textbackslash{} \\",
     ]

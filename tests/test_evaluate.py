@@ -15,6 +15,7 @@ from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.evaluation.likelihood import Bigram
 from sedd_jax.evaluation.report import word_rate
+from sedd_jax.evaluation.values import group_starts
 from sedd_jax.inference import bounds
 from sedd_jax.parallel import sharding
 
@@ -138,7 +139,15 @@ def test_units_are_converted_by_their_definitions():
     assert units["perplexity_per_token"]["bound"] == pytest.approx(math.exp(2.0))
     assert units["perplexity_per_word"]["bound"] == pytest.approx(math.exp(2.5))
     assert units["nats_per_token"]["normalised"] is None
-    assert set(units["perplexity_per_token"]) == {"bound", "normalised", "paper_protocol"}
+    assert units["perplexity_per_token"]["bound_standard_error"] == pytest.approx(
+        math.exp(2.0) * 1 / 50
+    )
+    assert units["perplexity_per_word"]["bound_standard_error"] == pytest.approx(
+        math.exp(2.5) * 1 / 40
+    )
+    wholes = {"bound", "normalised", "paper_protocol"}
+    errors = {f"{name}_standard_error" for name in wholes}
+    assert set(units["perplexity_per_token"]) == wholes | errors
     other = bounds.in_units({"gpt2": 100.0}, **sizes)
     assert other == {unit: {"gpt2": values["bound"]} for unit, values in units.items()}
 
@@ -148,21 +157,21 @@ def test_the_unigram_and_bigram_are_the_counted_ones():
     model = Bigram(blocks, 4)
     unigram = np.array([3, 3, 2, 1]) / 9
     text = np.array([[1, 0, 3]], np.int32)
-    assert model.unigram_nats(text) == pytest.approx(-np.log(unigram[[1, 0, 3]]).sum())
+    np.testing.assert_allclose(model.unigram_nats(text), -np.log(unigram[[[1, 0, 3]]]))
     # After 1 came 0 once and 2 once; after 0 came 1 twice.
     after_1 = (1 + 2 * unigram[0]) / (2 + 2)
     after_0 = (0 + 1 * unigram[3]) / (2 + 1)
-    expected = -np.log([unigram[1], after_1, after_0]).sum()
-    assert model.bigram_nats(text) == pytest.approx(expected)
+    expected = -np.log([[unigram[1], after_1, after_0]])
+    np.testing.assert_allclose(model.bigram_nats(text), expected)
 
 
 def test_the_bigram_is_a_distribution_after_every_token():
     blocks = np.asarray(jax.random.randint(jax.random.key(0), (3, 40), 0, 6)).astype(np.int32)
     model = Bigram(blocks, 7)  # token 6 never came: the unigram follows it
     for first in range(7):
-        start = -model.unigram_nats(np.array([[first]]))
+        start = -model.unigram_nats(np.array([[first]])).sum()
         pairs = np.array([[first, second] for second in range(7)], np.int32)
-        total = sum(math.exp(-model.bigram_nats(pair[None]) - start) for pair in pairs)
+        total = sum(math.exp(-model.bigram_nats(pair[None]).sum() - start) for pair in pairs)
         assert total == pytest.approx(1.0)
 
 
@@ -170,3 +179,12 @@ def test_the_word_rate_counts_whole_inner_words_of_three_letters():
     texts = ["cut the list of xyz cut", "no words"]
     assert word_rate(texts, {"the", "list"}) == pytest.approx(2 / 3)
     assert word_rate([], {"the"}) == 0.0
+
+
+def test_groups_of_documents_have_the_tokens_of_a_block():
+    tokens = np.array([[1, 0, 1, 1], [1, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]], np.int32)
+    # Documents end before 2, 6, 8 and 9; the last goes on.
+    assert group_starts(Blocks(tokens), (0,)).tolist() == [0, 6]
+    assert group_starts(Blocks(tokens), ()).tolist() == [0, 4, 8, 12]
+    is_token = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
+    assert group_starts(Blocks(tokens, is_token), (0,)).tolist() == [0, 5, 9]

@@ -9,8 +9,10 @@ import pytest
 from sedd_jax.evaluation.mauve import known_tokens, mauve, mauve_of_repeats
 from sedd_jax.evaluation.statistics import (
     distinct,
+    distinct_error,
     energy_distance,
     mean_and_error,
+    ratio_and_error,
     repetition,
     sample_statistics,
     text_perplexity,
@@ -236,3 +238,30 @@ def test_repeats_are_summed_up_by_mean_and_standard_deviation():
     assert score["mean"] == pytest.approx(sum(values) / 3)
     variance = sum((value - score["mean"]) ** 2 for value in values) / 2
     assert score["standard_deviation"] == pytest.approx(math.sqrt(variance))
+
+
+def test_the_error_of_distinct_is_the_jackknife_over_texts():
+    tokens = np.random.default_rng(0).integers(0, 9, (12, 8))
+    without = np.array([distinct(np.delete(tokens, i, axis=0), 2) for i in range(12)])
+    expected = np.sqrt(11 / 12 * ((without - without.mean()) ** 2).sum())
+    assert distinct_error(tokens, 2) == pytest.approx(expected)
+    assert distinct_error(tokens[:1], 2) is None
+
+
+def test_the_interval_of_a_perplexity_over_documents_covers():
+    """95 of 100 corpora whose documents differ in rate and length, and a bootstrap agrees."""
+    rng = np.random.default_rng(0)
+    corpora, documents = 2000, 60
+    tokens = rng.integers(20, 200, (corpora, documents))
+    rate = rng.gamma(16.0, 2.0 / 16.0, (corpora, documents))  # nats per token, mean 2
+    errors = []
+    covered = 0
+    for nats, count in zip(rate * tokens, tokens, strict=True):
+        ratio, error = ratio_and_error(nats, count)
+        perplexity = np.exp(ratio)
+        errors.append(perplexity * error)
+        covered += abs(perplexity - np.exp(2.0)) < 1.96 * errors[-1]
+    assert 0.92 < covered / corpora < 0.97
+    picks = rng.integers(0, documents, (4000, documents))
+    drawn = np.exp(nats[picks].sum(axis=1) / count[picks].sum(axis=1))
+    assert errors[-1] == pytest.approx(drawn.std(), rel=0.1)

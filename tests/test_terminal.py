@@ -60,8 +60,8 @@ def test_the_bound_is_a_table_of_80_columns(training):
     screen = check(capture)
     assert "compiling ..." in capture.text and "loading the model ..." in capture.text
     for line in (
-        " +bits/char +nats/token +PPL/token +PPL/word",
-        r"SEDD, bound +[\d.]+±[\d.]+ +[\d.]+±[\d.]+ +[\d.]+ +[\d.e+]+",
+        " +bits/char +nats/token",
+        r" +SEDD, bound +([\d.]+±[\d.]+ +±[\d.]+ *){2}",
     ):
         assert re.search(f"^{line}$", screen, re.MULTILINE), screen
 

@@ -282,6 +282,39 @@ def _lists(options: argparse.Namespace) -> tuple[list[int], list[str | None], li
     return [int(count) for count in options.steps.split(",")], predictors, temperatures
 
 
+def _table(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+    """The results of several runs as one table in Markdown, LaTeX or CSV, with errors."""
+    add = parser.add_argument
+    add(
+        "runs",
+        nargs="+",
+        type=path,
+        metavar="RUN",
+        help="a run's folder, with results that sedd-eval --json or sedd-report wrote there, or a "
+        "file of them; a row each",
+    )
+    add("--format", help="markdown, latex (booktabs) or csv (default: as --out ends, or markdown)")
+    add("--out", type=output_file, help="write the table to this file instead of printing it")
+    add("--columns", default="", help="words, commas between: columns that have any in their names")
+    options = parser.parse_args(argv)
+    from sedd_jax.evaluation import results_table
+
+    form = results_table.check_format(options.format, options.out)
+    runs = results_table.read_runs(options.runs)
+    words = [word for word in options.columns.split(",") if word]
+    text = results_table.results_table(runs, form, words)
+    for run, source in zip(runs, options.runs, strict=True):
+        if not run.numbers:
+            log.warning(
+                "%s has no results; sedd-eval likelihood --workdir=%s --json=%s makes some",
+                *(run.name, source, source / "likelihood.json"),
+            )
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text, encoding="utf-8")
+
+
 # What --help says of each is its docstring.
 EVALUATIONS = {
     "likelihood": _likelihood,
@@ -293,6 +326,7 @@ EVALUATIONS = {
     "choices": choices,
     "answers": answers,
     "harness": harness,
+    "table": _table,
 }
 
 

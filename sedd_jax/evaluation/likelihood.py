@@ -3,7 +3,7 @@
 Every result holds the same units, so that two of them can stand in one table.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ import scipy.sparse
 from sedd_jax import data
 from sedd_jax.console import activity, wrapped
 from sedd_jax.diffusion.grids import GRIDS
+from sedd_jax.diffusion.likelihood import bits_per_character
 from sedd_jax.evaluation.scorer import Scorer
-from sedd_jax.evaluation.tables import with_error
-from sedd_jax.evaluation.values import write_values
+from sedd_jax.evaluation.statistics import ratio_and_error
+from sedd_jax.evaluation.tables import Group, aligned, column, with_error
+from sedd_jax.evaluation.values import group_starts, write_values
 from sedd_jax.inference import bounds
 from sedd_jax.inference.curve import Curve, prices
 from sedd_jax.inference.model import SEDD
@@ -30,6 +32,13 @@ ROWS = {
     "unigram": "unigram, same text",
 }
 EXACT = {"bound": "{model}, exact likelihood"}  # of a model whose bound is -log p itself
+UNITS = {
+    "bits_per_character": "bits/char",
+    "nats_per_token": "nats/token",
+    "perplexity_per_token": "PPL/token",
+    "perplexity_per_word": "PPL/word",
+}
+OF_DOCUMENTS = "_standard_error_over_documents"  # of a number of this name
 CALLS = (8, 16, 32, 64, 128)  # network calls a sample whose price is printed
 
 
@@ -54,7 +63,8 @@ def evaluate_split(
     per token, the result says whether it was reached within max_passes. Of absorbing noise it has
     the curve of cross entropy by mask share and, by grid, the price of few network calls in nats
     per token. values_file gets the bound of each document and token: evaluation/values.py.
-    ValueError if the records are not the model's kind.
+    Standard errors are over the noise and, as `document_errors`, over documents. ValueError if the
+    records are not the model's kind.
     """
     check_records(model, records)
     heldout = data.read_blocks(records, split, blocks)
@@ -67,7 +77,7 @@ def evaluate_split(
         seed=seed,
         target_standard_error=target_standard_error,
         max_passes=max_passes,
-        by_token=values_file is not None,
+        by_token=True,
         progress=progress,
     )
     if values_file is not None:
@@ -75,7 +85,14 @@ def evaluate_split(
     with activity("counting, and pricing few calls", progress):
         sizes = _sizes(records, split, heldout)
         price = price_of_calls(model, total.curve, CALLS)
-    values = bounds.in_units({**total.sums, **ngrams}, **sizes)
+        nats = {**_by_token(total, heldout), **ngrams}
+        groups, values = _with_document_errors(
+            {**total.sums, **{name: float(each.sum()) for name, each in ngrams.items()}},
+            nats,
+            heldout,
+            records,
+            sizes,
+        )
     target = {}
     if target_standard_error is not None:
         error = values["nats_per_token"]["bound_standard_error"]
@@ -89,6 +106,7 @@ def evaluate_split(
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "split": split,
         "blocks": len(heldout.tokens),
+        "document_groups": groups,
         **sizes,
         "passes": total.passes,
         "is_exact": model.objective.is_causal,
@@ -140,16 +158,66 @@ def evaluate_gpt2(
     is_scored = np.ones(nats.shape, bool) if scored.is_token is None else scored.is_token[:, 1:]
     fraction = int(is_scored.sum()) / scored.count
     sizes = {name: round(size * fraction) for name, size in _sizes(records, split, scored).items()}
-    total = float(nats[is_scored].sum(dtype=np.float64))
+    nats = np.where(is_scored, np.float64(nats), 0.0)
+    nats = np.pad(nats, ((0, 0), (1, 0)))  # of the first token none
+    groups, values = _with_document_errors(
+        {"gpt2": float(nats.sum())}, {"gpt2": nats}, scored, records, sizes
+    )
     return {
         "scorer": scorer.name,
         "dtype": np.dtype(scorer.network.dtype).name,
         "split": split,
         "blocks": len(scored.tokens),
+        "document_groups": groups,
         **sizes,
         "data": _provenance(records, split),
-        **bounds.in_units({"gpt2": total}, **sizes),
+        **values,
     }
+
+
+def _by_token(total: bounds.CorpusBound, blocks: data.Blocks) -> dict[str, np.ndarray]:
+    """What each token has of each whole number of the bound, nats [N, L].
+
+    What a block's number has more than its bound is spread over its tokens.
+    """
+    is_token = np.ones(blocks.tokens.shape, bool) if blocks.is_token is None else blocks.is_token
+    count = is_token.sum(axis=1)
+    by_token = np.float64(total.by_token)
+    more = {name: (nats - total.by_block["bound"]) / count for name, nats in total.by_block.items()}
+    return {name: np.where(is_token, by_token + each[:, None], 0.0) for name, each in more.items()}
+
+
+def _with_document_errors(
+    sums: Mapping[str, float | None],
+    nats: Mapping[str, np.ndarray],
+    blocks: data.Blocks,
+    records: data.Records,
+    sizes: dict[str, Any],
+) -> tuple[int, dict[str, dict[str, float | None]]]:
+    """(groups of documents, the sums in their units with standard errors over documents).
+
+    nats [N, L] are those of tokens, by the names of some sums. A number is a ratio of two sums over
+    groups of documents (values.group_starts), and its error is that of the ratio to first order;
+    None for one group. The noise of each document's estimate is in it.
+    """
+    starts = group_starts(blocks, records.tokenizer.separator)
+    stream = stream_of(blocks)
+    parts = np.split(stream, starts[1:])
+    tokens = np.array([len(part) for part in parts])
+    characters = np.array([records.tokenizer.count_characters(part) for part in parts])
+    errors, bits_errors = {}, {}
+    for name, each in nats.items():
+        each = each[... if blocks.is_token is None else blocks.is_token].reshape(-1)
+        of_group = np.add.reduceat(each, starts)
+        _, error = ratio_and_error(of_group, tokens * (sizes["tokens"] / tokens.sum()))
+        errors[name + OF_DOCUMENTS] = None if error is None else error * sizes["tokens"]
+        _, bits_errors[name + OF_DOCUMENTS] = ratio_and_error(
+            [bits_per_character(one, 1) for one in of_group],
+            characters * (sizes["characters"] / characters.sum()),
+        )
+    values = bounds.in_units({**sums, **errors}, **sizes)
+    values["bits_per_character"] |= bits_errors  # documents differ in characters a token as well
+    return len(starts), values
 
 
 def check_records(model: SEDD, records: data.Records) -> None:
@@ -192,9 +260,8 @@ def _provenance(records: data.Records, split: str) -> dict[str, Any]:
 
 
 def likelihood_table(result: dict[str, Any]) -> str:
-    """The numbers of a split as aligned text; a bound carries its standard error."""
+    """The numbers of a split as aligned text, with their standard errors."""
     bits, nats = result["bits_per_character"], result["nats_per_token"]
-    perplexity, per_word = result["perplexity_per_token"], result["perplexity_per_word"]
     source = result["data"]["source"]["corpus"]
     is_exact = result.get("is_exact", False)
     has_levels = "passes" in result and not is_exact
@@ -203,20 +270,18 @@ def likelihood_table(result: dict[str, Any]) -> str:
         f"{source} {result['split']}: {result['blocks']} blocks, {result['tokens']:,} tokens, "
         f"{result['characters']:,} characters, {result['words']:,.0f} words{levels}"
     )
-    lines = [
-        *wrapped(about),
-        f"{'':33}{'bits/char':>13}{'nats/token':>13}{'PPL/token':>10}{'PPL/word':>11}",
-    ]
-    for key, name in (ROWS | (EXACT if is_exact else {})).items():
-        if bits.get(key) is None:
-            continue
-        cells = []
-        for unit in (bits, nats):
-            error = None if is_exact else unit.get(f"{key}_standard_error")
-            cells.append(with_error(unit[key], error, 3))
-        exponentials = f"{perplexity[key]:>10.2f}{per_word[key]:>11.4g}"
-        name = name.format(model=result.get("model"))
-        lines.append(f"{name:33}{cells[0]:>13}{cells[1]:>13}{exponentials}")
+    if result.get("document_groups", 0) > 1:
+        noise = "± standard error over the noise" if has_levels else "standard error"
+        about += f"; {noise}, ±docs over {result['document_groups']} groups of documents"
+    rows = {
+        key: name.format(model=result.get("model"))
+        for key, name in (ROWS | (EXACT if is_exact else {})).items()
+        if bits.get(key) is not None
+    }
+    widest = max(map(len, rows.values()), default=0)
+    names = ("", [column("", (name.ljust(widest) for name in rows.values()))])
+    units = [_unit_columns(title, result[unit], rows, is_exact) for unit, title in UNITS.items()]
+    lines = [*wrapped(about), *aligned([names, *units])]
     if "diffusion" not in bits or is_exact:
         return "\n".join(lines)
     parts = ", ".join(f"{part} {bits[part]:.4f}" for part in ("diffusion", "tail", "prior"))
@@ -229,6 +294,26 @@ def likelihood_table(result: dict[str, Any]) -> str:
             "raise --max_passes"
         )
     return "\n".join(lines)
+
+
+def _unit_columns(
+    title: str, values: dict[str, float | None], rows: Iterable[str], is_exact: bool
+) -> Group:
+    """A unit's column of values and, if the result has any, of their errors over documents."""
+
+    def cell(value: float, error: float | None) -> str:
+        if title == "PPL/word":  # of any size
+            return f"{value:.4g}" + ("" if error is None else f"±{error:.2g}")
+        return with_error(value, error, 2 if title == "PPL/token" else 3)
+
+    def over_documents(name: str) -> str:
+        error = values.get(name + OF_DOCUMENTS)
+        return "" if error is None else "±" + cell(error, None)
+
+    errors = [None if is_exact else values.get(f"{name}_standard_error") for name in rows]
+    columns = [column("", (cell(values[name], e) for name, e in zip(rows, errors, strict=True)))]
+    documents = [over_documents(name) for name in rows]
+    return title, [*columns, *([column("±docs", documents)] if any(documents) else [])]
 
 
 def price_table(prices: dict[str, dict[str, float]] | None) -> list[str]:
@@ -258,8 +343,8 @@ def read_parts(records: data.Records, split: str) -> Iterator[data.Blocks]:
 # --- n-gram models
 
 
-def _ngram_nats(records: data.Records, split: str, heldout: data.Blocks) -> dict[str, float]:
-    """-log p of the held-out blocks under n-gram models of the split, nats."""
+def _ngram_nats(records: data.Records, split: str, heldout: data.Blocks) -> dict[str, np.ndarray]:
+    """-log p of the held-out tokens under n-gram models of the split, nats [N, L]."""
     if heldout.is_token is not None:
         raise ValueError("n-gram models need packed records; leave --baselines out")
     parts = (part.tokens for part in read_parts(records, split))
@@ -290,14 +375,14 @@ class Bigram:
         self.totals = self.counts.sum(axis=1)
         self.kinds = np.diff(self.counts.indptr)
 
-    def unigram_nats(self, blocks: np.ndarray) -> float:
-        """-log p of int32 [N, L] under the unigram, summed."""
-        return float(-np.log(self.unigram[blocks]).sum())
+    def unigram_nats(self, blocks: np.ndarray) -> np.ndarray:
+        """-log p of each token of int32 [N, L] under the unigram, [N, L]."""
+        return -np.log(self.unigram[blocks])
 
-    def bigram_nats(self, blocks: np.ndarray) -> float:
-        """-log p of int32 [N, L] under the bigram, summed; a block starts with the unigram."""
+    def bigram_nats(self, blocks: np.ndarray) -> np.ndarray:
+        """The same under the bigram, [N, L]; a block starts with the unigram."""
         x, y = blocks[:, :-1], blocks[:, 1:]
         count = np.asarray(self.counts[x.ravel(), y.ravel()]).reshape(x.shape)
         kinds = np.maximum(self.kinds[x], 1)  # a token that never came first: the unigram
         probability = (count + kinds * self.unigram[y]) / (self.totals[x] + kinds)
-        return float(-np.log(self.unigram[blocks[:, 0]]).sum() - np.log(probability).sum())
+        return np.concatenate([self.unigram_nats(blocks[:, :1]), -np.log(probability)], axis=1)

@@ -90,6 +90,23 @@ def distinct(tokens: np.ndarray, n: int) -> float:
     return len(np.unique(ngrams, axis=0)) / len(ngrams)
 
 
+def distinct_error(tokens: np.ndarray, n: int) -> float | None:
+    """The jackknife's standard error of `distinct` over the texts int [N, L]; None for one text.
+
+    A bootstrap would draw texts twice, which repeats their n-grams and biases the count.
+    """
+    ngrams = _ngrams(tokens, n)
+    texts, each = ngrams.shape[:2]
+    if texts == 1:
+        return None
+    _, kind = np.unique(ngrams.reshape(-1, n), axis=0, return_inverse=True)
+    kinds_of = [np.unique(row) for row in kind.reshape(texts, each)]
+    appears_in = np.bincount(np.concatenate(kinds_of))  # texts that have each kind
+    lost = np.array([(appears_in[row] == 1).sum() for row in kinds_of])
+    without = (len(appears_in) - lost) / ((texts - 1) * each)
+    return float(np.sqrt((texts - 1) / texts * ((without - without.mean()) ** 2).sum()))
+
+
 def _ngrams(tokens: np.ndarray, n: int) -> np.ndarray:
     """The n-grams of each text int [N, L], [N, L - n + 1, n]."""
     if n < 1:
@@ -120,7 +137,14 @@ def sample_statistics(tokens: np.ndarray) -> dict[str, Any]:
         "distinct": {
             str(n): float(np.mean([distinct(rows, n) for rows in sets])) for n in DISTINCT_N
         },
+        "distinct_standard_error": {str(n): _mean_error(sets, n) for n in DISTINCT_N},
     }
+
+
+def _mean_error(sets: np.ndarray, n: int) -> float | None:
+    """The mean over sets of texts of the error of `distinct`, not below that of their mean."""
+    errors = [distinct_error(rows, n) for rows in sets]
+    return None if errors[0] is None else float(np.mean(errors))
 
 
 def energy_distance(p_features: np.ndarray, q_features: np.ndarray) -> tuple[float, float]:

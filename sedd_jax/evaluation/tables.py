@@ -118,11 +118,14 @@ def statistics_columns(rows: list[Row]) -> list[Group]:
         error = row["repetition_standard_error"][n]
         return with_error(100 * row["repetition"][n], error and 100 * error, 1)
 
+    def different(row, n):
+        return with_error(row["distinct"][n], row.get("distinct_standard_error", {}).get(n), 3)
+
     repeats, kinds = map(str, REPETITION_N), map(str, DISTINCT_N)
     return [
         ("entropy", [column("(nats)", map(entropy, rows))]),
         ("% rep-n", [column(n, (repeated(row, n) for row in rows)) for n in repeats]),
-        ("distinct-n", [column(n, (f"{row['distinct'][n]:.3f}" for row in rows)) for n in kinds]),
+        ("distinct-n", [column(n, (different(row, n) for row in rows)) for n in kinds]),
     ]
 
 
@@ -202,11 +205,11 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 
 def latex(groups: list[Group]) -> list[str]:
-    """The table of `aligned` as LaTeX's tabular, which needs no package."""
+    """The table of `aligned` as LaTeX's tabular, which needs the package booktabs."""
     names, *rows = (rf"{' & '.join(map(latex_text, row))} \\" for row in _flat(groups))
     columns = "l" + "r" * (sum(len(columns) for _, columns in groups) - 1)
     begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
-    return [begin, r"\hline", names, r"\hline", *rows, r"\hline", end]
+    return [begin, r"\toprule", names, r"\midrule", *rows, r"\bottomrule", end]
 
 
 def latex_text(text: str) -> str:

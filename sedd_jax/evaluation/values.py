@@ -42,6 +42,27 @@ def documents(
             start = end
 
 
+def group_starts(blocks: Blocks, separator: tuple[int, ...]) -> np.ndarray:
+    """Where groups of documents begin in the blocks' tokens one after the other, int64 [G].
+
+    Documents that follow each other are one group until they have the tokens of a block: those of a
+    block are scored by the same network calls, and neighbours are often of one page. Where nothing
+    separates documents a block is one.
+    """
+    length = blocks.tokens.shape[1]
+    if blocks.is_token is not None:
+        ends = np.cumsum(blocks.is_token.sum(axis=1)).tolist()
+    else:
+        stream = blocks.tokens.reshape(-1)
+        ends = _ends(stream, separator) or list(range(length, len(stream) + 1, length))
+    count = blocks.count
+    starts = [0]
+    for end in ends:
+        if starts[-1] + length <= end < count:
+            starts.append(end)
+    return np.array(starts)
+
+
 def _ends(stream: np.ndarray, separator: tuple[int, ...]) -> list[int]:
     """Where the stream goes on after each separator."""
     count = len(separator)
