@@ -7,7 +7,6 @@ model hold a copy. Running it registers parts of a user's own: see registry.py.
 import contextlib
 import hashlib
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -28,32 +27,18 @@ def import_modules(names: Iterable[str], *, read_in: Path | None = None) -> None
     content for a file. ValueError, one line, for a module that is missing, raises or may not run.
     """
     for name in names:
-        if name.endswith(".py"):
-            path = local_path(name)
-            code = _read(path, read_in)
-            digest, is_there = (
-                hashlib.sha256(code).hexdigest(),
-                _module_name(path, code) in sys.modules,
-            )
-        else:
-            digest, is_there = (
-                hashlib.sha256(b"module " + name.encode()).hexdigest(),
-                name in sys.modules,
-            )
-        if is_there and read_in is not None:
-            continue
-        if read_in is not None and not _is_remembered(digest):
-            what = (
-                f"read {name!r} and, if you trust it,"
-                if name.endswith(".py")
-                else "if you trust it"
-            )
+        path = local_path(name) if name.endswith(".py") else None
+        code = b"module " + name.encode() if path is None else _read(path, read_in)
+        is_there = (name if path is None else _module_name(path, code)) in sys.modules
+        digest = hashlib.sha256(code).hexdigest()
+        if read_in is not None and not is_there and not _is_remembered(digest):
+            remedy = "if you trust it" if path is None else f"read {name!r} and, if you trust it,"
             raise ValueError(
                 f"{str(read_in)!r} needs the code of {Path(name).name!r}, which you have not named "
-                f"on this machine; {what} add --imports={name} (in Python imports=({name!r},))"
+                f"on this machine; {remedy} add --imports={name} (in Python imports=({name!r},))"
             )
         if not is_there:
-            execute(path, "imports:") if name.endswith(".py") else _import(name)
+            _import(name) if path is None else execute(path, "imports:", code=code)
         if read_in is None:
             _remember(digest)
 
@@ -84,17 +69,24 @@ def module_names(names: Iterable[str]) -> list[str]:
     ]
 
 
-def execute(path: Path | str, title: str, remedy: str = "correct the file") -> ModuleType:
-    """The module in a file, run; ValueError, with the line, for whatever it raises."""
+def execute(
+    path: Path | str, title: str, remedy: str = "correct the file", code: bytes | None = None
+) -> ModuleType:
+    """The module in a file, run; ValueError, with the line, for whatever it raises.
+
+    code is the file's text, if it has been read. It is compiled here: Python's importer would take
+    a __pycache__ beside the file, which may hold another program than the text that was looked at.
+    """
     path = Path(path)
-    name = _module_name(path, path.read_bytes())
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
+    code = path.read_bytes() if code is None else code
+    name = _module_name(path, code)
+    module = ModuleType(name)
+    module.__file__ = str(path)
     earlier = sys.modules.get(name)
     sys.modules[name] = module  # where dataclasses look
     try:
         with errors_of(str(path), title, remedy):
-            spec.loader.exec_module(module)
+            exec(compile(code, str(path), "exec"), module.__dict__)  # noqa: S102
     except ValueError:
         sys.modules.pop(name)
         if earlier is not None:

@@ -1,12 +1,15 @@
 """Parts of a user's own: the code of docs/extend.md, run as a user would, and what is refused."""
 
 import dataclasses
+import importlib.util
 import json
 import os
+import py_compile
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import dense
 import jax
@@ -421,6 +424,18 @@ def test_a_module_that_only_a_folder_names_is_not_imported(run, tmp_path, monkey
         with says("planted", "not named on this machine", "--imports="):
             sedd_jax.load(copy)
     assert not (tmp_path / "ran").exists()
+
+
+def test_what_runs_is_the_text_that_was_read_not_the_cache_beside_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("other.py").write_text("open('ran', 'w')")
+    Path("read.py").write_text("seen = 1\n")
+    cache = importlib.util.cache_from_source("read.py")
+    unchecked = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    py_compile.compile("other.py", cache, invalidation_mode=unchecked)
+    imports.import_modules(["read.py"])
+    (name,) = imports.module_names(["read.py"])
+    assert sys.modules[name].seen == 1 and not Path("ran").exists()
 
 
 def test_a_config_without_the_new_keys_is_as_before():
