@@ -299,7 +299,8 @@ def test_the_bound_is_finite_positive_and_repeats_with_its_seed(model):
     blocks = np.arange(3 * model.length).reshape(3, -1) % model.graph.vocab_size
     first = model.bound(blocks, passes=2, seed=5)
     assert isinstance(first, bounds.CorpusBound)
-    assert first == model.bound(blocks, passes=2, seed=5)
+    again = model.bound(blocks, passes=2, seed=5)
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
     assert first.bound != model.bound(blocks, passes=2, seed=6).bound
     assert 0 < first.bound < np.inf and first.bound_standard_error > 0
 

@@ -226,8 +226,8 @@ def test_numbers_are_means_over_seeds_with_their_spread(by_hand):
     assert sedd["samples"]["unigram_entropy"] == pytest.approx(2.25)
     assert (csm["runs"], csm["runs_failed"]) == (2, 1)
     assert csm["nats_per_token"] == 3.0 and csm["seeds_standard_deviation"] is None
-    # Of two tables the wider one comes in two parts.
-    assert comparison_table.terminal(by_hand).count("csm (1 of 2)") == 3
+    # Two tables, each in two parts.
+    assert comparison_table.terminal(by_hand).count("csm (1 of 2)") == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")

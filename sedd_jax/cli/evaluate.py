@@ -42,6 +42,9 @@ def run(name: str, argv: list[str]) -> int:
     if argv and argv[0] in EVALUATIONS:
         evaluate = EVALUATIONS[argv[0]]
         parser = make_parser(f"{name} {argv[0]}", evaluate.__doc__)
+        if evaluate is _table:  # of files: nothing for devices and other processes
+            evaluate(parser, argv[1:])
+            return 0
         return run_joined(name, parser, argv[1:], functools.partial(evaluate, parser))
     if {"-h", "--help"} & set(argv[:1]):
         print(f"usage: {name} {{{','.join(EVALUATIONS)}}} --workdir=DIR ...\n")

@@ -19,13 +19,12 @@ def parse(key: str, text: str) -> Any:
     """
     section, _, parameter = key.partition(".parameters.")
     if parameter and f"{section}.parameters" in KEYS:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             return json.loads(text)
-        except ValueError:
-            return text
+        return text
     booleans = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
     readings: list[Any] = [text]
-    names = tuple(filter(None, text.split(",")))
+    names = () if text == "()" else tuple(filter(None, text.split(",")))
     for read in (
         float,
         int,
@@ -34,7 +33,7 @@ def parse(key: str, text: str) -> Any:
         lambda text: names,
         json.loads,
     ):
-        with contextlib.suppress(ValueError, LookupError):
+        with contextlib.suppress(ValueError, LookupError, RecursionError):
             readings.append(read(text))
     allowed = (value for value in readings if key in KEYS and KEYS[key].holds(value))
     value = next(allowed, text)

@@ -112,7 +112,8 @@ def check_settings(out: Path, settings: Result) -> Result:
             )
         return settings
     saved = load_json(file.read_bytes(), repr(str(file)))
-    before, now = (dict(configuration.flatten(values)) for values in (saved, settings))
+    written = json.loads(json.dumps(settings))  # JSON has lists for tuples
+    before, now = (dict(configuration.flatten(values)) for values in (saved, written))
     if None in (before["scorer"], now["scorer"]):
         before["scorer"] = now["scorer"] = before["scorer"] or now["scorer"]
     lines = [
