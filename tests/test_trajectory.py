@@ -102,7 +102,7 @@ def test_a_terminal_gets_lines_that_fit_and_no_control_characters(monkeypatch):
 
 
 def test_a_terminal_is_redrawn_in_place_and_left_as_it_was(monkeypatch):
-    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((11, 7)))
+    monkeypatch.setattr("shutil.get_terminal_size", lambda *_, **__: os.terminal_size((11, 7)))
     terminal = io.StringIO()
     view = TerminalView(terminal)
     first, *_, last = some_states("abc")

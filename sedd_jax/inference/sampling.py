@@ -151,7 +151,10 @@ class Sampling:
     def of(cls, values: Any) -> "Sampling":
         """The options among `values`, a mapping or a section of a config, which may hold more."""
         fields = (field.name for field in dataclasses.fields(cls))
-        return cls(**{name: values[name] for name in fields if name in values})
+        options = {name: values[name] for name in fields if name in values}
+        # A section of a config has a ConfigDict of them, which JSON does not know.
+        parameters = dict((options.get("parameters") or {}).items()) or None
+        return cls(**{**options, "parameters": parameters})
 
     @property
     def nfe(self) -> int:

@@ -95,7 +95,8 @@ def scores_text(model: sedd_jax.SEDD) -> None:
     per_token: float = corpus.per(blocks.size).bound
     print(per_token, corpus.bound_standard_error, corpus.diffusion, corpus.tail, corpus.prior)
     print(corpus.normalised, corpus.normalised_standard_error, corpus.paper_protocol, corpus.passes)
-    print(corpus.curve, corpus.by_token, corpus.sums["bound"])
+    print(corpus.curve, corpus.by_token, corpus.by_block, corpus.sums["bound"])
+    print(corpus.paper_protocol_standard_error)
 
 
 def parts(model: sedd_jax.SEDD) -> sedd_jax.SEDD:
