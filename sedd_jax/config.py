@@ -188,8 +188,8 @@ MAY_CHANGE_SECTIONS = ("checkpoint", "evaluate", "sample", "mesh", "profile")
 
 # Keys that a saved config may lack: runs from before them did what the default says.
 AS_BEFORE = (
-    "train.trackers",
     "imports",
+    "train.trackers",
     "sample.parameters",
     "data.parameters",
     "graph.parameters",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.reverse import Distribution, Shape, Table
+from sedd_jax.diffusion.reverse import Distribution, Shape, Table, shape_probabilities
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import Scores, Sigma, Tokens
 
@@ -256,6 +256,26 @@ class Graph(abc.ABC):
         what is clean is noised anew, which gives a token a second chance (Psi, arXiv 2602.21185).
         shape acts on p.
         """
+
+    def _ancestral_table(
+        self,
+        scores: Scores,
+        xt: Tokens,
+        sigma_t: Sigma,
+        sigma_s: Sigma,
+        *,
+        kappa: jax.Array | float = 1.0,
+        shape: Shape | None = None,
+    ) -> Table:
+        """`ancestral` of a graph with ancestral_probabilities(p, x, sigma_t, sigma_s, kappa), the
+        same for one token, [D], from p [V]."""
+
+        def token(score, x, sigma_t, sigma_s, kappa):
+            p = shape_probabilities(self.clean_probabilities(score, x, sigma_t), shape)
+            return self.ancestral_probabilities(p, x, sigma_t, sigma_s, kappa)
+
+        kappa = jnp.broadcast_to(jnp.float32(kappa), xt.shape)
+        return self._table(token, scores, xt, sigma_t, sigma_s, kappa)
 
     def denoise(
         self, scores: Scores, xt: Tokens, sigma: Sigma, *, shape: Shape | None = None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graph import Graph, Probe, ScoreEntropy, lift
-from sedd_jax.diffusion.reverse import Distribution, Reveal, Switch, shape_probabilities
+from sedd_jax.diffusion.reverse import Distribution, Reveal, Switch
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import (
     DenseScores,
@@ -253,13 +253,7 @@ class Uniform(Graph):
         """p [V] after noise sigma; the transitions are symmetric."""
         return jnp.exp(-sigma) * p - jnp.expm1(-sigma) / self.vocab_size * p.sum()
 
-    def ancestral(self, scores, xt, sigma_t, sigma_s, *, kappa=1.0, shape=None) -> Distribution:
-        def token(score, x, sigma_t, sigma_s, kappa):
-            p = shape_probabilities(self.clean_probabilities(score, x, sigma_t), shape)
-            return self.ancestral_probabilities(p, x, sigma_t, sigma_s, kappa)
-
-        kappa = jnp.broadcast_to(jnp.float32(kappa), xt.shape)
-        return self._table(token, scores, xt, sigma_t, sigma_s, kappa)
+    ancestral = Graph._ancestral_table
 
     def perturb(self, key: jax.Array, x0: Tokens, sigma: Sigma) -> Tokens:
         key_move, key_token = jax.random.split(key)

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
 from sedd_jax.diffusion.graph import Graph, ScoreEntropy, lift
-from sedd_jax.diffusion.reverse import Distribution, shape_probabilities
 from sedd_jax.diffusion.scores import DenseScores, Scores, Sigma, Tokens
 
 TINY = 2.0**-126  # the smallest normal float32
@@ -123,10 +122,4 @@ class TableGraph(Graph):
 
         return DenseScores(lift(token, logits.log_score(), xt, sigma), xt, self.vocab_size)
 
-    def ancestral(self, scores, xt, sigma_t, sigma_s, *, kappa=1.0, shape=None) -> Distribution:
-        def token(score, x, sigma_t, sigma_s, kappa):
-            p = shape_probabilities(self.clean_probabilities(score, x, sigma_t), shape)
-            return self.ancestral_probabilities(p, x, sigma_t, sigma_s, kappa)
-
-        kappa = jnp.broadcast_to(jnp.float32(kappa), xt.shape)
-        return self._table(token, scores, xt, sigma_t, sigma_s, kappa)
+    ancestral = Graph._ancestral_table

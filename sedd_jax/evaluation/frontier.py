@@ -174,9 +174,8 @@ def draw_picture(path: Path, rows: list[Row]) -> None:
     """Generative perplexity against entropy and against network calls, as PNG; needs matplotlib.
 
     A curve for each predictor and temperature; beside its points stand the network calls, as many
-    as can be read. The
-    perplexity is the mean of exponentials; bars are standard errors. A star is the text that the
-    samples were compared with.
+    as can be read. The perplexity is the mean of exponentials; bars are standard errors. A star is
+    the text that the samples were compared with.
     """
     from matplotlib.figure import Figure  # not pyplot, which would open a window
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter

@@ -307,7 +307,9 @@ def in_units(
     def exponential(name: str, nats: float, count: float) -> float:
         whole, is_error, _ = name.partition("_standard_error")
         value = perplexity((sums[whole] if is_error else nats) / count)
-        return value * nats / count if is_error and nats else 0.0 if is_error else value
+        if not is_error:
+            return value
+        return value * nats / count if nats else 0.0  # of an infinite perplexity too
 
     units = {
         "nats_per_token": lambda name, nats: nats / tokens,
