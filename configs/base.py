@@ -79,6 +79,9 @@ def get_config():
     config.optimizer = ml_collections.ConfigDict()
     config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 2500  # linear, from 1/2500 of the rate to all of it
+    # Share of train.steps, at their end, over which the rate falls linearly to 0; 0: it stays (the
+    # paper). A run that goes on with more train.steps has the rate that they say
+    config.optimizer.decay_fraction = 0.0
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
     config.optimizer.eps = 1e-8

@@ -77,6 +77,7 @@ _POSITIVE = Constraint(lambda x: _is_number(x) and x > 0, "a finite number above
 _NOT_NEGATIVE = Constraint(lambda x: _is_number(x) and x >= 0, "a finite number >= 0")
 _INSIDE = Constraint(lambda x: _is_number(x) and 0 < x < 1, "inside (0, 1)")
 _DECAY = Constraint(lambda x: _is_number(x) and 0 <= x < 1, "in [0, 1)")
+_SHARE = Constraint(lambda x: _is_number(x) and 0 <= x <= 1, "in [0, 1]")
 _AXIS = Constraint(lambda x: _is_whole(x) and (x == -1 or x >= 1), "a whole number >= 1, or -1")
 _IMPORTS = Constraint(
     lambda x: isinstance(x, (list, tuple)) and all(isinstance(name, str) and name for name in x),
@@ -133,6 +134,7 @@ KEYS: dict[str, Constraint] = {
     "model.attention": _one_of({"auto": None, **attention.FORMS}),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _whole(0),
+    "optimizer.decay_fraction": _SHARE,
     "optimizer.b1": _DECAY,
     "optimizer.b2": _DECAY,
     "optimizer.eps": _POSITIVE,
@@ -195,6 +197,7 @@ AS_BEFORE = (
     "graph.parameters",
     "schedule.parameters",
     "objective.parameters",
+    "optimizer.decay_fraction",
     "optimizer.mu_dtype",
     "model.residual_dtype",
     "model.time_conditioning",

@@ -255,11 +255,15 @@ def init_params(config: ConfigDict, model: Transformer, key: jax.Array) -> Any:
 
 
 def make_learning_rate(config: ConfigDict) -> optax.Schedule:
-    """A linear warm-up to a constant rate."""
-    o = config.optimizer
+    """A linear warm-up, a constant rate and, at the end, a linear decay."""
+    o, steps = config.optimizer, config.train.steps
+    decay_steps = max(o.decay_fraction * steps, 1.0)
 
-    def learning_rate(count):  # count is 0 at the first update, which takes 1/warmup of the rate
-        return o.learning_rate * jnp.minimum((count + 1) / max(o.warmup_steps, 1), 1.0)
+    def learning_rate(count):
+        # count is 0 at the first update, which takes 1/warmup of the rate; the last takes 1/decay.
+        warmup = jnp.minimum((count + 1) / max(o.warmup_steps, 1), 1.0)
+        decay = jnp.clip((steps - count) / decay_steps, 0.0, 1.0) if o.decay_fraction else 1.0
+        return o.learning_rate * jnp.minimum(warmup, decay)
 
     return learning_rate
 

@@ -123,13 +123,19 @@ def over_eight_devices(model):
 
 # A model and a corpus for seconds, as differences from configs/quickstart.py.
 TINY = {
+    "data.tokenizer": "characters",
+    "data.tokenizer_path": "",
+    "data.windows": "aligned",
     "data.length": 32,
     "model.hidden_size": 16,
     "model.blocks": 2,
     "model.heads": 2,
     "model.cond_dim": 8,
     "model.dropout": 0.1,
+    "optimizer.learning_rate": 3e-3,
     "optimizer.warmup_steps": 5,
+    "optimizer.decay_fraction": 0.0,
+    "optimizer.b2": 0.99,
     "train.steps": 8,
     "train.batch_size": 8,
     "train.log_every": 2,

@@ -1,7 +1,9 @@
 """The commands as a user meets them: what they print, and one line for every mistake."""
 
+import contextlib
 import json
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -527,6 +529,48 @@ def test_the_commands_are_there_as_processes(tiny_run):
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 2
     assert errors == f"sedd_jax: error: unknown command 'sing'; known: {', '.join(cli.COMMANDS)}\n"
+
+
+@pytest.fixture(scope="module")
+def completions(tmp_path_factory):
+    """What bash would offer at the end of a line's words, by the script that is printed."""
+    file = tmp_path_factory.mktemp("completion") / "script.sh"
+    with file.open("w") as out, contextlib.redirect_stdout(out):
+        assert cli.main(["completion"]) == 0
+    call = (
+        'source "$0"; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _sedd_jax; echo "${COMPREPLY[@]}"'
+    )
+
+    piped = {"capture_output": True, "text": True}
+
+    def offered(*words):
+        made = subprocess.run(["bash", "-c", call, file, *words], check=False, **piped)
+        assert made.stderr == ""
+        return made.stdout.split()
+
+    return offered
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("sedd-train --config = text8", ["text8", "text8_uniform"]),  # bash cuts at "="
+        ("sedd-train --config quick", ["quickstart"]),
+        ("sedd-train --config.model.ti", ["--config.model.time_conditioning"]),
+        ("/some/bin/sedd-sample --pre", ["--predictor", "--prefix"]),
+        ("sedd-eval li", ["likelihood"]),
+        ("sedd-eval table --form", ["--format"]),
+        ("sedd-sample --workdir = ru", []),  # the shell offers files
+    ],
+)
+def test_a_shell_completes_flags_keys_and_names(completions, line, offered):
+    assert completions(*line.split(" ")) == offered
+
+
+def test_a_shell_completes_every_key_and_every_evaluation(completions):
+    keys = {f"--config.{key}" for key in KEYS}
+    assert keys <= {*completions("sedd-train", "--config.")}
+    assert {*completions("sedd-eval", "")} == {*cli.evaluate.EVALUATIONS}
 
 
 def test_a_config_is_found_by_path_and_by_name():

@@ -121,6 +121,7 @@ BAD = {
     "model.remat": True,
     "optimizer.learning_rate": float("nan"),
     "optimizer.warmup_steps": -1,
+    "optimizer.decay_fraction": 1.5,
     "optimizer.b1": 1.0,
     "optimizer.b2": float("nan"),
     "optimizer.eps": 0.0,
@@ -259,6 +260,8 @@ def test_a_run_from_before_the_moments_had_a_dtype_goes_on():
     older = config.to_dict()
     del older["optimizer"]["mu_dtype"], older["model"]["residual_dtype"]
     del older["model"]["attention"]
+    config.optimizer.decay_fraction = 0.0  # what such a run did
+    del older["optimizer"]["decay_fraction"]
     again = configuration.from_json(json.dumps(older))
     assert configuration.differences(again, config) == []
 
@@ -286,6 +289,26 @@ def test_the_learning_rate_warms_up_linearly_and_reaches_its_value_at_the_last_w
         rates.append(-float(updates["w"]))
     expected = 3e-4 * np.array([1, 2, 3, 4, 4, 4]) / 4
     np.testing.assert_allclose(rates, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "quarters"),
+    [
+        (0.0, [2, 4, 4, 4, 4, 4, 4, 4]),
+        (0.5, [2, 4, 4, 4, 4, 3, 2, 1]),
+        (1.0, [2, 3.5, 3, 2.5, 2, 1.5, 1, 0.5]),
+    ],
+)
+def test_the_learning_rate_falls_linearly_over_the_last_share_of_the_steps(fraction, quarters):
+    config = base.get_config()
+    config.optimizer.warmup_steps, config.train.steps = 2, 8
+    config.optimizer.decay_fraction = fraction
+    rate = experiment.make_learning_rate(config)
+    # The last two are of a count beyond train.steps, which only a run that goes on can reach.
+    expected = [*quarters, *([0, 0] if fraction else [4, 4])]
+    rates = [float(rate(jnp.int32(count))) for count in range(10)]
+    # With all steps a decay, the first rate is the warm-up's, since it is the smaller one.
+    np.testing.assert_allclose(rates, 3e-4 * np.array(expected) / 4, rtol=1e-6)
 
 
 def test_the_train_step_clips_the_global_norm(tiny_config):

@@ -390,6 +390,16 @@ def test_what_cannot_be_converted_is_said(theirs, tmp_path):
     )
     with says("cannot go on with schedule.eps 0.01: the original's is 0.001"):
         original_run.export_run(tmp_path / "eps", two)
+    config.schedule.eps, config.optimizer.decay_fraction = 1e-3, 0.5
+    workdir.write_workdir(
+        tmp_path / "decay",
+        config=config,
+        tokenizer=TOKENIZER,
+        train_state=train_state,
+        original=None,
+    )
+    with says("cannot go on with optimizer.decay_fraction 0.5: the original's is 0.0"):
+        original_run.export_run(tmp_path / "decay", two)
     assert not two.exists()
 
 

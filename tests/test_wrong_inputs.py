@@ -21,6 +21,7 @@ import pytest
 from conftest import REPOSITORY
 
 TINY = (
+    "--config.data.tokenizer=characters --config.data.tokenizer_path= "
     "--config.data.length=16 --config.model.hidden_size=16 --config.model.blocks=1 "
     "--config.model.heads=2 --config.model.cond_dim=8 --config.train.steps=1 "
     "--config.train.batch_size=4"
@@ -69,6 +70,7 @@ CASES = [
     Case(f"{TRAIN} --config.optimizer.learning_rate=nan", "nan", "learning_rate"),
     Case(f"{TRAIN} --config.optimizer.learning_rate=3e-4x", "3e-4x", "learning_rate"),
     Case(f"{TRAIN} --config.optimizer.b1=1", "1", "b1"),
+    Case(f"{TRAIN} --config.optimizer.decay_fraction=2", "2", "[0, 1]"),
     Case(f"{TRAIN} --config.optimizer.mu_dtype=float16", "float16", "bfloat16"),
     Case(f"{TRAIN} --config.model.heads=3", "3", "heads"),
     Case(f"{TRAIN} --config.model.dtype=float64", "float64", "bfloat16"),

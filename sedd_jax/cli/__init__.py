@@ -11,7 +11,7 @@ from collections.abc import Callable
 from absl import flags
 
 from sedd_jax import __version__
-from sedd_jax.cli import compare, convert, evaluate, prepare, report, sample, train
+from sedd_jax.cli import compare, completion, convert, evaluate, prepare, report, sample, train
 from sedd_jax.cli.arguments import did_you_mean
 from sedd_jax.cli.messages import SIGPIPE, discard_output, plain_output, reader_is_gone, say
 
@@ -54,6 +54,7 @@ sample_command = functools.partial(_guarded, "sedd-sample", sample.run)
 report_command = functools.partial(_guarded, "sedd-report", report.run)
 compare_command = functools.partial(_guarded, "sedd-compare", compare.run)
 convert_command = functools.partial(_guarded, "sedd-convert", convert.run)
+completion_command = functools.partial(_guarded, "sedd-completion", completion.run)
 
 COMMANDS = {
     "prepare": prepare_command,
@@ -63,6 +64,7 @@ COMMANDS = {
     "report": report_command,
     "compare": compare_command,
     "convert": convert_command,
+    "completion": completion_command,
 }
 
 
@@ -80,7 +82,7 @@ def _explain(name: str, argv: list[str]) -> None:
         near = did_you_mean(command, COMMANDS, f"known: {', '.join(COMMANDS)}")
         raise ValueError(f"unknown command {command!r}; {near}")
     print(f"usage: python -m {name} COMMAND ...\n")
-    for module in (prepare, train, evaluate, sample, report, compare, convert):
+    for module in (prepare, train, evaluate, sample, report, compare, convert, completion):
         command, _, about = module.__doc__.splitlines()[0].partition(": ")
-        print(f"  {command.removeprefix('sedd-'):<10}{about}")
+        print(f"  {command.removeprefix('sedd-'):<12}{about}")
     print(f"\nThe same as sedd-prepare and so on; python -m {name} COMMAND --help says more")

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,14 +156,23 @@ def _find_config(argument: str) -> str:
     path, colon, rest = argument.partition(":")
     if (file := local_path(path)).is_file():
         return f"{file}{colon}{rest}"
-    files = resources.files("sedd_jax.configs").iterdir()
-    shipped = {file.name.removesuffix(".py"): file for file in files if file.name[0] != "_"}
+    shipped = shipped_configs()
     if path in shipped:
         return f"{shipped[path]}{colon}{rest}"
     local_path(argument)  # which has words of its own for an address
     raise ValueError(
         f"no config file {path!r}; give a path, or one of {', '.join(sorted(shipped))}"
     )
+
+
+def shipped_configs() -> dict[str, Traversable]:
+    """The files of the configs that the package installs, by name."""
+    files = resources.files("sedd_jax.configs").iterdir()
+    return {
+        file.name.removesuffix(".py"): file
+        for file in files
+        if file.name.endswith(".py") and file.name[0] != "_"
+    }
 
 
 def _keys() -> str:

@@ -215,7 +215,7 @@ def cannot_say(config: ConfigDict) -> list[str]:
     """What of our config the original has no field for, so that it would do something else."""
     only = {"objective.t_min": 1e-3, "data.form": "packed"}
     only |= {"objective.name": "dwdse", "model.time_conditioning": True}
-    only |= {"model.noise_input": "sigma"}
+    only |= {"model.noise_input": "sigma", "optimizer.decay_fraction": 0.0}
     if config.schedule.name == "log_linear":
         only["schedule.eps"] = EPS
     values = dict(configuration.flatten(config))

@@ -172,8 +172,9 @@ def make_tokenizer(name: str, path: str, corpus: Corpus | None) -> Tokenizer:
         raise ValueError(_unknown(name))
     if path:
         raise ValueError(
-            f"tokenizer {name!r} needs no files, but tokenizer_path is {path!r}; leave it out, or "
-            "choose tokenizer 'json' for a tokenizer.json there"
+            f"tokenizer {name!r} needs no files, but tokenizer_path is {path!r}; leave it out "
+            "(--config.data.tokenizer_path= empties a config's), or choose tokenizer 'json' for a "
+            "tokenizer.json there"
         )
     refuse_pointer_file(file)
     stored = load_json(file.read_bytes(), repr(str(file)))
