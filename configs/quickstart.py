@@ -18,12 +18,12 @@ def get_config():
     config.model.cond_dim = 64
     config.model.dropout = 0.0
     config.model.dtype = "float32"
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.warmup_steps = 100
+    config.optimizer.learning_rate = 1.5e-3
+    config.optimizer.warmup_steps = 300
     config.optimizer.decay_fraction = 0.5
     config.optimizer.b2 = 0.98
     config.optimizer.ema_decay = 0.995
-    config.train.steps = 5000
+    config.train.steps = 6000
     config.train.batch_size = 16
     config.train.log_every = 20
     config.train.eval_every = 1000
