@@ -1,4 +1,4 @@
-"""A 0.8 M parameter model of Python's own documentation, in minutes on 2 CPU cores."""
+"""A 0.8 M-parameter model of Python's own documentation, in minutes on 2 CPU cores."""
 
 from sedd_jax.configs import base
 

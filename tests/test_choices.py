@@ -454,6 +454,13 @@ def test_the_bound_on_answers_is_that_of_the_probabilities(tmp_path, objective):
     tokens = np.array([1 + len(text.encode()) for text in texts])
     assert [row["tokens"] for row in result["rows"]] == tokens.tolist()
     assert result["nats_per_token"] == pytest.approx(scored.sum() / tokens.sum())
+    ends = ("", "_standard_error")
+    nats_per_token, error = (result[f"nats_per_token{end}"] for end in ends)
+    ppl, ppl_error = (result[f"perplexity_per_token{end}"] for end in ends)
+    assert ppl == pytest.approx(np.exp(nats_per_token))
+    assert ppl_error == pytest.approx(
+        (np.exp(nats_per_token + 1e-6) - ppl) / 1e-6 * error, rel=1e-4
+    )
     assert result["nats_per_answer"] == pytest.approx(scored.mean())
     assert result["nats_per_answer_standard_error"] == pytest.approx(scored.std(ddof=1) / 2)
     characters = sum(map(len, texts))

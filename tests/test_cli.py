@@ -21,6 +21,7 @@ from sedd_jax.cli import (
 from sedd_jax.config import KEYS, to_json
 from sedd_jax.evaluation.report import _draw_curve, draw_picture
 from sedd_jax.inference import pretrained as loading
+from sedd_jax.inference.frames import Cell, Frame
 
 
 def fails(capsys, command, *arguments):
@@ -512,11 +513,23 @@ def test_the_picture_names_its_lines_has_errors_and_does_not_begin_at_0():
     np.testing.assert_allclose(sizes[-3:], [0.04 / np.log(2)] * 2 + [0.02])
 
 
-def test_the_picture_takes_frames_of_different_lengths(tmp_path, tiny_run):
+def test_the_picture_has_a_panel_for_each_frame(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="the picture needs the [plot] extra")
+    from matplotlib.figure import Figure
+
     result = {"bits_per_character": {}, "tokens": 2, "characters": 2}
     skipped = {"kind": "train", "step": 2, "nats_per_token": None}
-    draw_picture(tmp_path / "a.png", [skipped], result, ["░░░", "a░░░░", "ab"])
+    cells = [[Cell("a", kind, 0)] * 3 for kind in ("", "masked", "new", "known")]
+    frames = [Frame("noise", 1.0, []), Frame("text", 0.0, cells * 5)]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    draw_picture(tmp_path / "a.png", [skipped], result, frames)
+    noise, text, *_ = [axes for axes in drawn[0].axes if axes.get_ylabel() == ""]
+    assert (noise.get_title("left"), text.get_title("left")) == ("noise", "text")
+    shown = "".join(letter.get_text() for letter in text.texts)
+    assert len(noise.texts) == 0 and shown == "aaa···aaaaaa" * 3  # twelve lines at most
+    monkeypatch.undo()
+    draw_picture(tmp_path / "a.png", [skipped], result, frames)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -92,7 +92,10 @@ def test_methods_are_trained_alike_and_stand_in_one_table(finished):
         for unit in ("nats_per_token", "bits_per_character"):
             assert row[unit] == result[unit]["bound"]
             assert row[f"{unit}_standard_error"] == result[unit]["bound_standard_error"]
-        assert row["perplexity_per_token"] == pytest.approx(np.exp(row["nats_per_token"]))
+        ppl, error = (row[f"perplexity_per_token{end}"] for end in ("", "_standard_error"))
+        assert ppl == pytest.approx(np.exp(row["nats_per_token"]))
+        assert error == pytest.approx(ppl * row["nats_per_token_standard_error"])
+        assert f" {ppl:.4g}±{error:.2g}" in printed
         assert row["parameters"] == result["parameters"] > 10_000
         texts = [json.loads(line) for line in (folder / "samples.jsonl").open()]
         assert len(texts) == 3 and len(texts[0]["tokens"]) == 32

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from sedd_jax.diffusion.likelihood import bits_per_character, perplexity
 from sedd_jax.evaluation.choices import AT_ONCE, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.evaluation.statistics import mean_and_error, ratio_and_error
-from sedd_jax.evaluation.tables import with_error
+from sedd_jax.evaluation.tables import of_any_size, with_error
 from sedd_jax.evaluation.tasks import DELIMITER, check_spaces, check_text, read_rows
 from sedd_jax.inference.bounds import check_noise
 from sedd_jax.inference.model import SEDD
@@ -110,13 +110,17 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
             [bits_per_character(one, 1) for one in nats], characters
         ),
     }
+    nats_per_token, error = values["nats_per_token"]
+    ppl = perplexity(nats_per_token)
     return {
         "answers": len(rows),
         "tokens": int(tokens.sum()),
         "cut_prompts": sum(row["is_cut"] for row in rows),
-        "perplexity_per_token": perplexity(values["nats_per_token"][0]),
+        "perplexity_per_token": ppl,
         **{name: value for name, (value, _) in values.items()},
         **{f"{name}_standard_error": error for name, (_, error) in values.items()},
+        # By the delta method: d exp(nats) = exp(nats) d nats.
+        "perplexity_per_token_standard_error": None if error is None else ppl * error,
         # Of nats_per_answer, from the noise drawn alone: part of its standard error.
         "noise_standard_error": float(np.sqrt((errors**2).sum()) / len(rows)),
     }
@@ -132,7 +136,8 @@ def answers_table(result: dict[str, Any]) -> str:
     for name in ("nats_per_answer", "nats_per_token", "bits_per_character"):
         value = with_error(result[name], result[f"{name}_standard_error"], 3)
         lines.append(f"{name.replace('_', ' '):24}{value:>20}")
-    lines.append(f"{'perplexity per token':24}{result['perplexity_per_token']:>20.2f}")
+    perplexities = [result[f"perplexity_per_token{end}"] for end in ("", "_standard_error")]
+    lines.append(f"{'perplexity per token':24}{of_any_size(*perplexities):>20}")
     if not result["is_exact"]:
         noise = result["noise_standard_error"]
         lines.append(f"of nats per answer's error, the noise drawn alone: {noise:.3f}")

@@ -7,7 +7,6 @@ column, and each says which it is.
 import csv
 import itertools
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from sedd_jax import __version__
 from sedd_jax import config as configuration
 from sedd_jax.console import wrapped
+from sedd_jax.diffusion.likelihood import perplexity
 from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.evaluation.comparison import (
     FAILURE,
@@ -35,6 +35,7 @@ from sedd_jax.evaluation.tables import (
     latex_text,
     markdown,
     markdown_text,
+    of_any_size,
     perplexity_columns,
     statistics_columns,
     with_error,
@@ -121,8 +122,11 @@ def _spread(results: Sequence[dict[str, float]]) -> Row:
         return {}
     nats = [result["nats_per_token"] for result in results]
     mean = _mean(results, has_one_noise=True)  # the scoring's seed is one
+    ppl = perplexity(mean["nats_per_token"])
+    if (error := mean.get("nats_per_token_standard_error")) is not None:
+        mean["perplexity_per_token_standard_error"] = ppl * error  # by the delta method
     return mean | {
-        "perplexity_per_token": math.exp(min(mean["nats_per_token"], 700.0)),
+        "perplexity_per_token": ppl,
         "seeds_standard_deviation": float(np.std(nats, ddof=1)) if len(nats) > 1 else None,
     }
 
@@ -184,6 +188,12 @@ def _likelihood_table(rows: Sequence[Row]) -> list[Group]:
             else:
                 yield "failed" if row.get("runs_failed") else ""
 
+    def perplexities() -> Iterator[str]:
+        key = "perplexity_per_token"
+        for row in rows:
+            error = row.get(f"{key}_standard_error")
+            yield of_any_size(row[key], error or None) if key in row else ""
+
     def spread() -> Iterator[str]:
         for row in rows:
             value = row.get("seeds_standard_deviation")
@@ -200,7 +210,7 @@ def _likelihood_table(rows: Sequence[Row]) -> list[Group]:
         ("training", [column(name, number(key)) for key, name in training.items()]),
         ("", [column("bits/char", likelihood("bits_per_character", False))]),
         ("nats/token", [column("", likelihood("nats_per_token", True)), column("seeds", spread())]),
-        ("", [column("PPL", number("perplexity_per_token"))]),
+        ("", [column("PPL", perplexities())]),
     ]
 
 

@@ -17,7 +17,7 @@ from sedd_jax.diffusion.grids import GRIDS
 from sedd_jax.diffusion.likelihood import bits_per_character
 from sedd_jax.evaluation.scorer import Scorer
 from sedd_jax.evaluation.statistics import ratio_and_error
-from sedd_jax.evaluation.tables import Group, aligned, column, with_error
+from sedd_jax.evaluation.tables import Group, aligned, column, of_any_size, with_error
 from sedd_jax.evaluation.values import group_starts, write_values
 from sedd_jax.inference import bounds
 from sedd_jax.inference.curve import Curve, prices
@@ -302,8 +302,8 @@ def _unit_columns(
     """A unit's column of values and, if the result has any, of their errors over documents."""
 
     def cell(value: float, error: float | None) -> str:
-        if title == "PPL/word":  # of any size
-            return f"{value:.4g}" + ("" if error is None else f"±{error:.2g}")
+        if title == "PPL/word":
+            return of_any_size(value, error)
         return with_error(value, error, 2 if title == "PPL/token" else 3)
 
     def over_documents(name: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from sedd_jax import data
 from sedd_jax.diffusion.likelihood import check_passes
 from sedd_jax.evaluation.likelihood import evaluate_split, read_parts, stream_of
 from sedd_jax.files import write_text
+from sedd_jax.inference.frames import COLUMNS, Frame, columns_of
 from sedd_jax.inference.model import SEDD
+from sedd_jax.inference.trajectory import Animation
 from sedd_jax.runs import workdir as runs
 
 # Of the held-out result's bits per character, what the summary begins with.
@@ -26,6 +29,9 @@ _HEADLINE = (
     "bigram",
 )
 
+PANELS, MAX_LINES = 6, 12  # states of a sample in the picture, and lines of each
+COLORS = {"": "#111111", "masked": "#b5b5b5", "new": "#c0392b", "known": "#1c6e8c"}
+
 
 def make_report(
     model: SEDD,
@@ -36,15 +42,15 @@ def make_report(
     template: str | None,
     passes: int,
     began: float | None,
-) -> tuple[dict[str, Any], list[str]]:
-    """The summary of the model of a run, and one sample's text from noise to the last step.
+) -> tuple[dict[str, Any], list[Frame]]:
+    """The summary of the model of a run, and frames of one sample from noise to the last step.
 
     records are the run's. template is infilled three times, None not at all; began is the Unix
     time that `seconds` counts from, None leaves it out.
     """
     check_passes(passes)
     infilled = [] if template is None else model.infill(template, 3, seed=0, progress=True)
-    states = list(model.stream(num_samples=8, seed=0, updates=12, progress=True))
+    states = list(model.stream(num_samples=8, seed=0, updates=PANELS - 1, progress=True))
     samples = states[-1].texts
     heldout = evaluate_split(
         model, records, heldout_split, passes=passes, train=(records, train_split), progress=True
@@ -57,10 +63,10 @@ def make_report(
         "word_rate": word_rate(samples, vocabulary(records, train_split)),
         "heldout": heldout,
     }
-    return summary, [state.texts[0] for state in states]
+    return summary, Animation(states).frames()
 
 
-def write_report(workdir: Path, summary: dict[str, Any], frames: list[str]) -> None:
+def write_report(workdir: Path, summary: dict[str, Any], frames: Sequence[Frame]) -> None:
     """Writes what `make_report` returned as summary.json, curve.json and picture.png of the run in
     workdir."""
     write_text(workdir / runs.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
@@ -92,15 +98,16 @@ def _words(text: str) -> list[str]:
 
 
 def draw_picture(
-    path: Path, metrics: list[dict[str, Any]], result: dict[str, Any], frames: list[str]
+    path: Path, metrics: list[dict[str, Any]], result: dict[str, Any], frames: Sequence[Frame]
 ) -> None:
     """Loss curve and one sample's denoising, as PNG; needs matplotlib (the [plot] extra)."""
     from matplotlib.figure import Figure  # not pyplot, which would open a window
 
     figure = Figure(figsize=(13, 9), layout="constrained")
-    curve, denoising = figure.subplots(2, 1, height_ratios=[3, 2.2])
-    _draw_curve(curve, metrics, result)
-    _draw_denoising(denoising, frames)
+    above, below = figure.subfigures(2, 1, height_ratios=[3, 2])
+    _draw_curve(above.subplots(), metrics, result)
+    below.suptitle("one sample, from noise to text (red: new)", fontsize=10)
+    _draw_denoising(below.subplots(2, 3).ravel(), frames)
     figure.savefig(path, dpi=110)
 
 
@@ -167,16 +174,18 @@ def _name_lines(axes, ends: list[tuple[float, str, str]]) -> None:
         )
 
 
-def _draw_denoising(axes, frames: list[str]) -> None:
-    """A line a frame; a letter is red where it differs from the frame above."""
-    width = max(map(len, frames))
-    for y, text in enumerate(frames):
-        before = (frames[y - 1] if y else "").ljust(width)
-        for x, letter in enumerate(text):
-            color = "#cccccc" if letter == "░" else "#111111" if letter == before[x] else "#c0392b"
-            glyph = "·" if letter == "░" else letter if letter.isprintable() else "↵"
-            axes.text(x, y, glyph, color=color, family="monospace", fontsize=8, ha="center")
-    axes.set(xlim=(-1, width), ylim=(len(frames) - 0.3, -0.8), xticks=[], yticks=[])
-    axes.set_ylabel("noise to text")
-    axes.set_title("one sample, from noise to text (red: just changed)", fontsize=10)
-    axes.spines[:].set_visible(False)
+def _draw_denoising(panels, frames: Sequence[Frame]) -> None:
+    """A panel a frame, from noise to text, with what it shows in its title."""
+    rows = min(max(len(frame.lines) for frame in frames), MAX_LINES)
+    for axes in panels:
+        axes.set(xlim=(-1, COLUMNS), ylim=(rows - 0.4, -0.8), xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for axes, frame in zip(panels, frames, strict=False):
+        axes.set_title(frame.caption, fontsize=9, loc="left", color="#555555")
+        for y, line in enumerate(frame.lines[:rows]):
+            x = 0
+            for cell in line:
+                glyph = "·" if cell.kind == "masked" else cell.character
+                style = {"color": COLORS[cell.kind], "family": "monospace", "fontsize": 7}
+                axes.text(x, y, glyph, ha="center", va="center", **style)
+                x += columns_of(cell.character)

@@ -155,6 +155,11 @@ def with_error(value: float, error: float | None, digits: int) -> str:
     return f"{value:.{digits}f}" + ("" if error is None else f"±{error:.{digits}f}")
 
 
+def of_any_size(value: float, error: float | None) -> str:
+    """As with_error, for perplexities, which may be 9.54 or 9.523e+06."""
+    return f"{value:.4g}" + ("" if error is None else f"±{error:.2g}")
+
+
 def aligned(groups: list[Group]) -> list[str]:
     """A line of titles, one of names and one for each row; everything is flush right.
 
