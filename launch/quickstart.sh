@@ -9,4 +9,4 @@ install plot
 # The status makes Ctrl-C end here: stopped by a signal, after a checkpoint, is otherwise a success.
 "$VENV/bin/sedd-train" --config=quickstart --workdir="$run" --requeue_status=130
 "$VENV/bin/sedd-report" --workdir="$run" --began="$began" \
-  --template "The [MASK:16] statement is used to [MASK:16]."
+  --template "The [MASK:6] statement is used to [MASK:10]."
