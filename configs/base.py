@@ -32,7 +32,7 @@ def get_config():
     config.data.windows = "aligned"  # aligned blocks, or random: any L tokens in a row (packed)
     config.data.train_split = "train"
     config.data.heldout_split = "validation"
-    config.data.heldout_fraction = 0.05  # of documents, where the corpus has no split of its own
+    config.data.heldout_fraction = 0.05  # of documents, where the corpus has no splits
     # Folder of sedd-prepare, whose corpus and tokenizer hold then; empty: WORKDIR/records, made on
     # first use
     config.data.records = ""

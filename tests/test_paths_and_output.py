@@ -214,5 +214,10 @@ def test_every_command_tells_its_version_and_the_package_its_commands(capsys):
     out = capsys.readouterr().out
     assert "usage: python -m sedd_jax COMMAND" in out
     assert all(f"\n  {name} " in out for name in cli.COMMANDS)
+    assert max(map(len, out.splitlines())) <= 80
+    assert cli.eval_command(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in cli.evaluate.EVALUATIONS)
+    assert max(map(len, out.splitlines())) <= 80
     assert cli.main(["sample", "--version"]) == 0
     assert capsys.readouterr().out == f"sedd-sample {sedd_jax.__version__}\n"

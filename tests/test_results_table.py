@@ -67,6 +67,19 @@ def test_a_row_a_run_and_a_column_a_number_in_markdown(capsys, caplog, folders):
     assert line.startswith("empty has no results; sedd-eval likelihood --workdir=")
 
 
+def test_numbers_per_token_of_different_tokenizers_do_not_compare(capsys, caplog, folders):
+    paths = [folders / name / "ptb.json" for name in ("small", "medium")]
+    for path, tokenizer in zip(paths, ("gpt2", "bytes"), strict=True):
+        result = json.loads(path.read_text())
+        result["data"]["tokenizer"] = {"name": tokenizer}
+        path.write_text(json.dumps(result))
+    table(capsys, paths[0])
+    assert caplog.messages == []
+    table(capsys, *paths)
+    (line,) = caplog.messages
+    assert "do not compare: ptb test nats/token, ptb test PPL/token; bits/char does" in line
+
+
 def test_latex_is_booktabs_and_csv_has_all_digits(capsys, folders):
     text = table(capsys, folders / "small", "--format=latex", "--columns=entropy")
     assert r"\toprule" in text and r"\bottomrule" in text

@@ -71,6 +71,7 @@ CASES = [
     Case(f"{TRAIN} --config.optimizer.learning_rate=3e-4x", "3e-4x", "learning_rate"),
     Case(f"{TRAIN} --config.optimizer.b1=1", "1", "b1"),
     Case(f"{TRAIN} --config.optimizer.decay_fraction=2", "2", "[0, 1]"),
+    Case(f"{TRAIN} --config.data.path={{text}}", "{text}", "the corpus 'text'"),
     Case(f"{TRAIN} --config.optimizer.mu_dtype=float16", "float16", "bfloat16"),
     Case(f"{TRAIN} --config.model.heads=3", "3", "heads"),
     Case(f"{TRAIN} --config.model.dtype=float64", "float64", "bfloat16"),

@@ -84,5 +84,5 @@ def _explain(name: str, argv: list[str]) -> None:
     print(f"usage: python -m {name} COMMAND ...\n")
     for module in (prepare, train, evaluate, sample, report, compare, convert, completion):
         command, _, about = module.__doc__.splitlines()[0].partition(": ")
-        print(f"  {command.removeprefix('sedd-'):<12}{about}")
+        print(f"  {command.removeprefix('sedd-'):<11}{about}")
     print(f"\nThe same as sedd-prepare and so on; python -m {name} COMMAND --help says more")

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from sedd_jax.cli.arguments import (
 )
 from sedd_jax.cli.choices import answers, choices, harness
 from sedd_jax.cli.cluster import load_model, load_scorer, run_joined
+from sedd_jax.console import WIDTH
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +49,10 @@ def run(name: str, argv: list[str]) -> int:
             return 0
         return run_joined(name, parser, argv[1:], functools.partial(evaluate, parser))
     if {"-h", "--help"} & set(argv[:1]):
-        print(f"usage: {name} {{{','.join(EVALUATIONS)}}} --workdir=DIR ...\n")
+        print(f"usage: {name} EVALUATION --workdir=DIR ...\n")
         for kind, evaluate in EVALUATIONS.items():
-            print(f"  {kind:<23}{evaluate.__doc__}")
+            first, *rest = textwrap.wrap(evaluate.__doc__, WIDTH - 25)
+            print(f"  {kind:<23}{first}", *(f"{'':25}{line}" for line in rest), sep="\n")
         print(f"\nexample: {name} likelihood --workdir=runs/quickstart --json=result.json")
         print(f"{name} likelihood --help lists its arguments")
         return 0
@@ -312,6 +315,11 @@ def _table(parser: argparse.ArgumentParser, argv: list[str]) -> None:
                 "%s has no results; sedd-eval likelihood --workdir=%s --json=%s makes some",
                 *(run.name, source, source / "likelihood.json"),
             )
+    if columns := results_table.incomparable(runs):
+        log.warning(
+            "the runs have different tokenizers, so these do not compare: %s; bits/char does",
+            ", ".join(columns),
+        )
     if options.out is None:
         print(text, end="")
     else:

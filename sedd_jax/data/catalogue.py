@@ -130,6 +130,11 @@ def _check(
         raise ValueError(f"documents {documents!r} is not for corpus {name!r}; leave it out")
     if name == "text":
         root_of(path)
+    if name == "pydoc" and path:
+        raise ValueError(
+            f"corpus 'pydoc' comes with Python and reads no path, but there is {path!r}; for text "
+            "of your own choose the corpus 'text'"
+        )
 
 
 def make_records(

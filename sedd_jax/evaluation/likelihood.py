@@ -23,6 +23,7 @@ from sedd_jax.inference import bounds
 from sedd_jax.inference.curve import Curve, prices
 from sedd_jax.inference.model import SEDD
 
+FEW_GROUPS = 10  # of documents: an error from fewer is itself known within a quarter at best
 ROWS = {
     "bound": "{model}, bound",
     "normalised": "{model}, normalised bound",
@@ -272,7 +273,9 @@ def likelihood_table(result: dict[str, Any]) -> str:
     )
     if result.get("document_groups", 0) > 1:
         noise = "± standard error over the noise" if has_levels else "standard error"
-        about += f"; {noise}, ±docs over {result['document_groups']} groups of documents"
+        groups = result["document_groups"]
+        about += f"; {noise}, ±docs over {groups} groups of documents"
+        about += ", so few that it is a rough guess" if groups < FEW_GROUPS else ""
     rows = {
         key: name.format(model=result.get("model"))
         for key, name in (ROWS | (EXACT if is_exact else {})).items()

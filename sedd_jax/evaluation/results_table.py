@@ -13,6 +13,7 @@ from sedd_jax.evaluation.likelihood import OF_DOCUMENTS, UNITS
 from sedd_jax.evaluation.tables import column, latex, latex_text, markdown, markdown_text
 
 SUMMARY = "summary.json"  # of sedd-report
+PRINTED = ("perplexity_per_token", "bits_per_character")
 LEGEND = (
     "± is the standard error over the noise, or over samples or texts; ±docs over documents, noise "
     "included."
@@ -27,6 +28,7 @@ class Number(NamedTuple):
     value: float
     error: float | None  # over the noise, or over samples
     documents_error: float | None = None
+    tokenizer: str = ""  # what its unit is, where it is per token
 
     @property
     def column(self) -> str:
@@ -113,17 +115,19 @@ def _numbers_of_file(file: Path) -> Iterator[Number]:
 
 
 def _likelihood(result: dict[str, Any]) -> Iterator[Number]:
-    """Of the model's bound, or GPT-2, every unit; of its other two numbers the perplexity."""
+    """Of the model's bound, or GPT-2, every unit; of its other two numbers what papers print."""
     title = f"{result['data']['source']['corpus']} {result['split']}"
+    tokenizer = json.dumps(result["data"].get("tokenizer"), sort_keys=True)
     is_exact = result.get("is_exact", False)
     rows = {"bound": "", "gpt2": "", "normalised": "normalised ", "paper_protocol": "paper's "}
     for row, words in rows.items():
         for unit, name in UNITS.items():
             values = result[unit]
-            if values.get(row) is not None and (not words or unit == "perplexity_per_token"):
+            if values.get(row) is not None and (not words or unit in PRINTED):
                 error = None if is_exact else values.get(f"{row}_standard_error")
                 documents = values.get(row + OF_DOCUMENTS)
-                yield Number(title, words + name, values[row], error, documents)
+                unit_of = tokenizer if unit.endswith("_per_token") else ""
+                yield Number(title, words + name, values[row], error, documents, unit_of)
 
 
 def _samples(result: dict[str, Any]) -> Iterator[Number]:
@@ -176,6 +180,15 @@ READERS = {
 }
 
 
+def incomparable(runs: Sequence[Run]) -> list[str]:
+    """The columns of numbers per token in which the runs have different tokenizers."""
+    tokenizers: dict[str, set[str]] = {}
+    for run in runs:
+        for name, number in run.numbers.items():
+            tokenizers.setdefault(name, set()).add(number.tokenizer)
+    return [name for name, several in tokenizers.items() if len(several) > 1]
+
+
 def check_format(name: str | None, out: Path | None) -> str:
     """The name of a format; by the file's suffix where there is none. ValueError if unknown."""
     if name is None:
@@ -213,7 +226,7 @@ def _csv(runs: Sequence[Run], names: Sequence[str]) -> str:
     writer.writerow(["run", *(head.format(name) for name in names for head in heads)])
     for run in runs:
         numbers = [run.numbers.get(name) for name in names]
-        writer.writerow([run.name, *(v for n in numbers for v in (n[2:] if n else ("",) * 3))])
+        writer.writerow([run.name, *(v for n in numbers for v in (n[2:5] if n else ("",) * 3))])
     return file.getvalue()
 
 

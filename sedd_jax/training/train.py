@@ -158,7 +158,10 @@ def log_start(experiment: Experiment, records: data.Records, step: int) -> None:
         f", mesh {mesh}" if mesh else "",
         "" if processes.is_alone() else f", {jax.process_count()} processes",
     )
-    log.info(f"resuming at step {step}" if step else "starting; compiling the train step")
+    if step >= (steps := experiment.config.train.steps):
+        log.info("all %d steps are done; --config.train.steps=N, above that, goes on", steps)
+    else:
+        log.info(f"resuming at step {step}" if step else "starting; compiling the train step")
 
 
 def compile_step(experiment: Experiment, progress: Progress) -> jax.stages.Compiled:
