@@ -445,6 +445,13 @@ def test_commands_carry_a_run_there_and_back_and_train_on(tiny_run, tmp_path, ca
     done = convert.convert(tmp_path / "hub", tmp_path / "fresh", form="workdir")
     assert done.step == 0 and "step 0" in done.notices[-1]
     assert_same(read(tmp_path / "fresh").params, read(back).ema)
+    # Records of another text are made with the tokenizer that the model has.
+    (tmp_path / "new.txt").write_text("another text, a line of it\n" * 50)
+    config = workdir.saved_config(tmp_path / "fresh")
+    config.data.corpus, config.data.path = "text", str(tmp_path / "new.txt")
+    config.data.records, config.data.length = "", 16
+    records = workdir.prepare_data(config, tmp_path / "fresh")
+    assert records.tokenizer.to_dict() == json.loads((tiny_run / "tokenizer.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import signal
@@ -422,7 +423,23 @@ def make_progress(workdir, step, **more):
     return Progress(workdir, step, steps=9, max_skipped=9, **options)
 
 
-def test_at_most_one_step_is_in_flight_and_the_bar_counts_those_that_are_done(tmp_path):
+def test_a_log_file_has_lines_a_quarter_of_a_minute_apart_and_the_last(tmp_path, capsys):
+    metrics = {"loss": jnp.float32(2.0), "grad_norm": jnp.float32(1.0)}
+    metrics |= {"skipped": jnp.int32(0), "skipped_in_a_row": jnp.int32(0)}
+    with make_progress(tmp_path, 0) as progress:
+        for step in range(1, 10):
+            progress.collect(metrics)
+            progress.train(step, 0.1)
+    first, last = capsys.readouterr().err.splitlines()
+    line = r"\d\d:\d\d:\d\d step {} of 9, \d\d:\d\d left: 2.000 nats/token [\d.]+k? tok/s"
+    assert re.fullmatch(line.format(1), first) and re.fullmatch(line.format(9), last)
+
+
+def test_at_most_one_step_is_in_flight_and_the_bar_counts_those_that_are_done(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+
     class Loss:
         is_done = False
 

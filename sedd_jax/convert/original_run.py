@@ -125,7 +125,8 @@ def export_run(source: Path, out: Path) -> int:
     config, vocab_size = ours.config, ours.tokenizer.vocab_size
     for fault in original_config.cannot_say(config):
         raise ValueError(
-            f"the original cannot go on with {fault}; export --form=hub, which carries the weights"
+            f"the original cannot go on with {fault}; train with that, or export --form=hub, which "
+            "carries the weights"
         )
     train_state = workdir.read_state(ours)
     theirs = original_config.to_original_config(config, vocab_size, ours.original)

@@ -165,13 +165,15 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
     folder, section = records_folder(config, workdir), config.data
     is_new = not (folder / "fingerprint.json").exists()
     if is_new:
+        # A converted run has a tokenizer and no records yet.
+        saved = str(workdir / TOKENIZER) if (workdir / TOKENIZER).is_file() else None
         data.make_records(
             section.corpus,
             folder,
             path=section.path,
             heldout_fraction=section.heldout_fraction,
-            tokenizer=section.tokenizer,
-            tokenizer_path=section.tokenizer_path,
+            tokenizer=saved or section.tokenizer,
+            tokenizer_path="" if saved else section.tokenizer_path,
             length=section.length,
             form=section.form,
             splits=(section.train_split, section.heldout_split),
