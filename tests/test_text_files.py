@@ -323,9 +323,10 @@ def test_records_by_name_bring_their_corpus_and_tokenizer(tmp_path):
     assert command(manual_dir=path, out=out, heldout_fraction=0.2) == 0
     values = {"data.records": str(out), "data.length": 16}
     config = configuration.with_values(quickstart.get_config(), values)
-    assert (config.data.corpus, config.data.tokenizer) == ("pydoc", "characters")
+    assert (config.data.corpus, config.data.tokenizer) == ("pydoc", "sentencepiece")
     config = workdir.with_stored_data(config)
     section = config.data
+    assert section.tokenizer_path == ""  # that of the tokenizer that it was
     assert (section.corpus, section.tokenizer, section.heldout_fraction) == ("text", "bytes", 0.2)
     assert workdir.with_stored_data(config) == config
     assert workdir.prepare_data(config, tmp_path / "run").length == 16
@@ -357,6 +358,7 @@ def test_gpt2_may_give_the_tokenizer_of_its_files_settings(tmp_path):
 def test_training_says_which_splits_there_are_before_it_prepares(tmp_path):
     path = write(tmp_path / "t", {"train.txt": "x" * 99, "test.txt": "y" * 99})
     values = {"data.corpus": "text", "data.path": path, "data.length": 16}
+    values |= {"data.tokenizer": "characters", "data.tokenizer_path": ""}
     config = configuration.with_values(quickstart.get_config(), values)
     with says("no split 'validation', it has train, test; set config.data.train_split and"):
         workdir.prepare_data(config, tmp_path / "run")
@@ -368,6 +370,7 @@ def test_training_says_which_splits_there_are_before_it_prepares(tmp_path):
 def test_a_run_of_the_version_before_goes_on_with_the_splits_it_was_prepared_with(tmp_path):
     path = write(tmp_path / "t", {"train/a.txt": "x" * 99, "validation/a.txt": "y" * 99})
     values = {"data.corpus": "text", "data.path": path, "data.length": 16}
+    values |= {"data.tokenizer": "characters", "data.tokenizer_path": ""}
     config = configuration.with_values(quickstart.get_config(), values)
     workdir.prepare_data(config, tmp_path / "run")
     file = tmp_path / "run/records/fingerprint.json"

@@ -54,7 +54,6 @@ sample_command = functools.partial(_guarded, "sedd-sample", sample.run)
 report_command = functools.partial(_guarded, "sedd-report", report.run)
 compare_command = functools.partial(_guarded, "sedd-compare", compare.run)
 convert_command = functools.partial(_guarded, "sedd-convert", convert.run)
-completion_command = functools.partial(_guarded, "sedd-completion", completion.run)
 
 COMMANDS = {
     "prepare": prepare_command,
@@ -64,8 +63,10 @@ COMMANDS = {
     "report": report_command,
     "compare": compare_command,
     "convert": convert_command,
-    "completion": completion_command,
 }
+COMMANDS["completion"] = functools.partial(
+    _guarded, "sedd-completion", functools.partial(completion.run, COMMANDS)
+)
 
 
 def main(argv: Argv = None) -> int:

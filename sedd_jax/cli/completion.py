@@ -6,7 +6,7 @@ It holds the flags that each command's --help lists, so none is written twice.
 import contextlib
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 USAGE = """usage: python -m sedd_jax completion
 
@@ -55,8 +55,8 @@ def script(helps: Mapping[str, str], configs: list[str]) -> str:
     )
 
 
-def run(name: str, argv: list[str]) -> None:
-    from sedd_jax.cli import COMMANDS
+def run(commands: Mapping[str, Callable[[list[str]], int]], name: str, argv: list[str]) -> None:
+    """Prints the script for `commands`, by name; each takes its arguments."""
     from sedd_jax.cli.evaluate import EVALUATIONS
     from sedd_jax.cli.train import shipped_configs
 
@@ -65,10 +65,10 @@ def run(name: str, argv: list[str]) -> None:
         return
     if argv:
         raise ValueError(f"unknown argument {argv[0]!r}; {name} takes none")
-    calls = [[one] for one in COMMANDS if one not in ("eval", "completion")]
+    calls = [[one] for one in commands if one not in ("eval", "completion")]
     helps = {}
     for call in [*calls, *(["eval", one] for one in EVALUATIONS)]:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
-            COMMANDS[call[0]]([*call[1:], "--help"])
+            commands[call[0]]([*call[1:], "--help"])
         helps["sedd-" + " ".join(call)] = printed.getvalue()
     print(script(helps, sorted(shipped_configs())))

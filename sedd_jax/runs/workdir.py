@@ -152,6 +152,8 @@ def with_stored_data(config: ConfigDict) -> ConfigDict:
     records = data.open_records(folder)
     source = records.fingerprint["source"]
     values = {"data.tokenizer": records.tokenizer.name}
+    if not data.is_of_kind(records.tokenizer, config.data.tokenizer):
+        values["data.tokenizer_path"] = ""
     if data.is_corpus(source.get("corpus", "")):
         values["data.corpus"] = source["corpus"]
         values["data.parameters"] = source.get("parameters", {})
