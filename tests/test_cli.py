@@ -62,7 +62,8 @@ def test_a_mistake_in_the_arguments_of_training_is_one_line(capsys, tmp_path, fl
 
 
 def test_training_without_a_config_or_workdir_says_what_to_write(capsys, tmp_path):
-    assert "--config is missing" in fails(capsys, train_command, f"--workdir={tmp_path}")
+    line = fails(capsys, train_command, f"--workdir={tmp_path}")
+    assert f"--config is missing, and {str(tmp_path)!r} holds no run to go on with; for" in line
     assert "--workdir is missing" in fails(capsys, train_command, "--config=quickstart")
     line = fails(capsys, train_command, "--config=configs/none.py", f"--workdir={tmp_path}")
     assert "no config file 'configs/none.py'" in line and "quickstart" in line

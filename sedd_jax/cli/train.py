@@ -108,8 +108,10 @@ def parse_train(name: str, argv: list[str]) -> Request:
     has_workdir = workdir is not None or values.dry_run
     for flag, is_there in (("config", config is not None), ("workdir", has_workdir)):
         if not is_there:
+            is_empty = flag == "config" and workdir is not None
+            why = f", and {str(workdir)!r} holds no run to go on with" if is_empty else ""
             raise ValueError(
-                f"--{flag} is missing; for example {name} --config=quickstart "
+                f"--{flag} is missing{why}; for example {name} --config=quickstart "
                 "--workdir=runs/quickstart"
             )
     texts = {k: values[f"config.{k}"].value for k in keys if values[f"config.{k}"].present}
