@@ -297,7 +297,7 @@ def test_a_bad_corpus_is_refused_before_any_compilation(tmp_path, tiny_config):
     with pytest.raises(ValueError, match="fewer than one block of length 32"):
         train(tiny_config, tmp_path / "run")
     # The mistakes have claimed nothing: the same workdir takes a corpus that fits.
-    tiny_config.data.corpus = "pydoc"
+    tiny_config.data.corpus, tiny_config.data.path = "pydoc", ""
     tiny_config.train.steps = 1
     assert train(tiny_config, tmp_path / "run") == 1
 

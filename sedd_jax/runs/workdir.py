@@ -167,8 +167,9 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
     folder, section = records_folder(config, workdir), config.data
     is_new = not (folder / "fingerprint.json").exists()
     if is_new:
-        # A converted run has a tokenizer and no records yet.
-        saved = str(workdir / TOKENIZER) if (workdir / TOKENIZER).is_file() else None
+        # A converted run has a tokenizer and no data yet.
+        is_converted = (workdir / TOKENIZER).is_file() and not (workdir / DATA).is_file()
+        saved = str(workdir / TOKENIZER) if is_converted else None
         data.make_records(
             section.corpus,
             folder,
