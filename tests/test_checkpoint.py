@@ -144,6 +144,20 @@ def test_a_reader_whose_checkpoints_were_deleted_takes_a_newer_one(folder, tmp_p
         assert reader.newest() == 8
 
 
+def test_a_reader_opens_while_a_run_deletes_checkpoints(folder):
+    """Each reader lists some of thirty steps that go before it has looked at them."""
+    code = "import itertools, os, time\nfor n in itertools.count(): os.mkdir(str(9 + n % 30))"
+    code += "; n >= 29 and os.rmdir(str(9 + (n + 1) % 30)); time.sleep(0.001)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=folder) as run:
+        try:
+            for _ in range(40):
+                with Checkpoints(folder, read_only=True) as reader:
+                    assert {4, 8} <= {*reader._manager.all_steps()}
+            assert run.poll() is None
+        finally:
+            run.kill()
+
+
 def test_damage_to_the_average_alone_is_seen_by_who_reads_it_alone(folder):
     flip(largest(folder / "8/train"))
     with Checkpoints(folder, read_only=True) as reader:

@@ -12,9 +12,9 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -25,6 +25,7 @@ from sedd_jax.parallel import processes, sharding
 from sedd_jax.state import TrainState
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 ITEMS = ("train", "ema")
 SEAL = "sha256.json"
@@ -89,8 +90,9 @@ class Checkpoints:
                 primary_host=index, active_processes={index}, barrier_sync_key_prefix=str(index)
             )
         self._handlers = {item: _Sealing(multiprocessing_options=group) for item in ITEMS}
-        with _without_warnings() if read_only else contextlib.nullcontext():
-            self._manager = ocp.CheckpointManager(
+
+        def open_manager() -> ocp.CheckpointManager:
+            return ocp.CheckpointManager(
                 Path(folder).absolute(),  # Orbax wants an absolute path
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep,
@@ -101,6 +103,9 @@ class Checkpoints:
                 ),
                 item_handlers=self._handlers,
             )
+
+        with _without_warnings() if read_only else contextlib.nullcontext():
+            self._manager = _listed(open_manager) if read_only else open_manager()
         self.folder, self._read_only = Path(folder), read_only
 
     def __enter__(self) -> Self:
@@ -134,7 +139,7 @@ class Checkpoints:
             damaged[step] = fault
         if damaged and self._read_only:
             # A run that trains deletes its oldest checkpoints, and saves others first.
-            self._manager.reload()
+            _listed(self._manager.reload)
             if set(self._manager.all_steps()) - set(damaged):
                 return self._newest(items)
         if damaged:
@@ -250,6 +255,14 @@ class Checkpoints:
 
 def _about(step: int, item: str) -> dict[str, Any]:
     return {"step": step, "item": item}
+
+
+def _listed(look: Callable[[], T]) -> T:
+    """look(), again where a step went while Orbax, which lists all and then looks at each, did."""
+    for _ in range(20):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return look()
+    return look()
 
 
 @contextlib.contextmanager
