@@ -218,8 +218,11 @@ def claimed(file: Path, work: str, *, wait: bool = False) -> Iterator[None]:
 def _living_holder(file: Path) -> str | None:
     """Who holds the claim, for a message; None if it is free, and a dead holder's is removed."""
     try:
-        seen = file.stat()
-        text = file.read_text(encoding="utf-8")
+        for _ in range(20):  # a second: between its creation and the writing the file is empty
+            seen = file.stat()
+            if text := file.read_text(encoding="utf-8"):
+                break
+            time.sleep(0.05)
     except FileNotFoundError:
         return None
     try:
