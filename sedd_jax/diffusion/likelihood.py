@@ -334,6 +334,16 @@ def perplexity(nats_per_token: float) -> float:
     return math.exp(nats_per_token) if nats_per_token < 709.0 else math.inf
 
 
+def perplexity_error(nats_per_token: float, error: float | None) -> float | None:
+    """The standard error of `perplexity` to first order, from that of nats_per_token.
+
+    None where that is unknown, 0 where it is 0: of an infinite perplexity too.
+    """
+    if error is None:
+        return None
+    return perplexity(nats_per_token) * error if error else 0.0
+
+
 def bits_per_character(nats: float, characters: int) -> float:
     """Total nats over a text, per character of it, in bits."""
     return nats / characters / math.log(2.0)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from sedd_jax.diffusion.likelihood import bits_per_character, perplexity
+from sedd_jax.diffusion.likelihood import bits_per_character, perplexity, perplexity_error
 from sedd_jax.evaluation.choices import AT_ONCE, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.evaluation.statistics import mean_and_error, ratio_and_error
 from sedd_jax.evaluation.tables import of_any_size, with_error
@@ -110,17 +110,14 @@ def _means(rows: list[dict[str, Any]]) -> dict[str, Any]:
             [bits_per_character(one, 1) for one in nats], characters
         ),
     }
-    nats_per_token, error = values["nats_per_token"]
-    ppl = perplexity(nats_per_token)
     return {
         "answers": len(rows),
         "tokens": int(tokens.sum()),
         "cut_prompts": sum(row["is_cut"] for row in rows),
-        "perplexity_per_token": ppl,
+        "perplexity_per_token": perplexity(values["nats_per_token"][0]),
         **{name: value for name, (value, _) in values.items()},
         **{f"{name}_standard_error": error for name, (_, error) in values.items()},
-        # By the delta method: d exp(nats) = exp(nats) d nats.
-        "perplexity_per_token_standard_error": None if error is None else ppl * error,
+        "perplexity_per_token_standard_error": perplexity_error(*values["nats_per_token"]),
         # Of nats_per_answer, from the noise drawn alone: part of its standard error.
         "noise_standard_error": float(np.sqrt((errors**2).sum()) / len(rows)),
     }

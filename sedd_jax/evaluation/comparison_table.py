@@ -16,7 +16,7 @@ import numpy as np
 from sedd_jax import __version__
 from sedd_jax import config as configuration
 from sedd_jax.console import wrapped
-from sedd_jax.diffusion.likelihood import perplexity
+from sedd_jax.diffusion.likelihood import perplexity, perplexity_error
 from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.evaluation.comparison import (
     FAILURE,
@@ -122,11 +122,11 @@ def _spread(results: Sequence[dict[str, float]]) -> Row:
         return {}
     nats = [result["nats_per_token"] for result in results]
     mean = _mean(results, has_one_noise=True)  # the scoring's seed is one
-    ppl = perplexity(mean["nats_per_token"])
-    if (error := mean.get("nats_per_token_standard_error")) is not None:
-        mean["perplexity_per_token_standard_error"] = ppl * error  # by the delta method
+    whole = mean["nats_per_token"]
+    if (error := perplexity_error(whole, mean.get("nats_per_token_standard_error"))) is not None:
+        mean["perplexity_per_token_standard_error"] = error
     return mean | {
-        "perplexity_per_token": ppl,
+        "perplexity_per_token": perplexity(whole),
         "seeds_standard_deviation": float(np.std(nats, ddof=1)) if len(nats) > 1 else None,
     }
 

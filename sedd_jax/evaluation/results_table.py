@@ -13,7 +13,7 @@ from sedd_jax.evaluation.likelihood import OF_DOCUMENTS, UNITS
 from sedd_jax.evaluation.tables import column, latex, latex_text, markdown, markdown_text
 
 SUMMARY = "summary.json"  # of sedd-report
-PRINTED = ("perplexity_per_token", "bits_per_character")
+PRINTED = ("perplexity_per_token", "bits_per_character")  # in the paper's Tables 1 and 2
 LEGEND = (
     "± is the standard error over the noise, or over samples or texts; ±docs over documents, noise "
     "included."

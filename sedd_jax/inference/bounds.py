@@ -20,6 +20,7 @@ from sedd_jax.diffusion.likelihood import (
     check_passes,
     pairs_variance,
     perplexity,
+    perplexity_error,
 )
 from sedd_jax.diffusion.objectives import Objective
 from sedd_jax.diffusion.schedules import Schedule
@@ -306,10 +307,9 @@ def in_units(
 
     def exponential(name: str, nats: float, count: float) -> float:
         whole, is_error, _ = name.partition("_standard_error")
-        value = perplexity((sums[whole] if is_error else nats) / count)
-        if not is_error:
-            return value
-        return value * nats / count if nats else 0.0  # of an infinite perplexity too
+        if is_error:
+            return perplexity_error(sums[whole] / count, nats / count)
+        return perplexity(nats / count)
 
     units = {
         "nats_per_token": lambda name, nats: nats / tokens,

@@ -30,8 +30,8 @@ from sedd_jax.training.trackers import open_trackers
 
 log = logging.getLogger(__name__)
 
-# 80 columns at 400000 of 1000000 steps, with hours, MFU and a bar of one character.
 LINE_SECONDS = 15.0  # between two lines of a log file
+# 80 columns at 400000 of 1000000 steps, with hours, MFU and a bar of one character.
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
 
 
@@ -222,7 +222,7 @@ class Progress:
         self._writes = processes.is_first()
         # A log file gets lines: a bar drawn over itself is unreadable there.
         self._has_lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules
-        self._steps, self._line_at = steps, -math.inf
+        self._line_at = -math.inf
         self._bar = tqdm(
             desc="train",
             total=steps,
@@ -298,11 +298,12 @@ class Progress:
         mfu = f" MFU {values['mfu']:.0%}" if "mfu" in values else ""
         postfix = f"{values['nats_per_token']:.3f} nats/token {speed} tok/s{mfu}"
         self._bar.set_postfix_str(postfix, refresh=False)
-        is_due = step >= self._steps or self.clock.total - self._line_at >= LINE_SECONDS
+        steps, total = self._bar.total, self.clock.total
+        is_due = step >= steps or total - self._line_at >= LINE_SECONDS
         if self._writes and self._has_lines and is_due:
-            self._line_at = self.clock.total
-            left = tqdm.format_interval((self._steps - step) / steps_per_second)
-            words = f"step {step} of {self._steps}, {left} left: {postfix}"
+            self._line_at = total
+            left = tqdm.format_interval((steps - step) / steps_per_second)
+            words = f"step {step} of {steps}, {left} left: {postfix}"
             print(f"{time.strftime('%H:%M:%S')} {words}", file=sys.stderr, flush=True)
         in_a_row = max(int(m["skipped_in_a_row"]) for m in window)
         if in_a_row >= self.max_skipped:
