@@ -196,6 +196,7 @@ def mathematics() -> None:
     steps = likelihood.discrete_bound(key, x0, index, *process, passes=4, discrete_steps=100)
     nats = float(bound.total.sum() + steps.total.sum())
     print(likelihood.perplexity(nats / x0.size), likelihood.bits_per_character(nats, 16))
+    print(likelihood.perplexity_error(nats / x0.size, 0.1))
     print(likelihood.stratified(key, index, 4), likelihood.pairs_variance(ones(2, 4)))
     print(likelihood.control_variate(ones(2), ones(2), ones(2)))
     print(likelihood.controlled(ones(2), ones(2), ones(2), ones(2)))
