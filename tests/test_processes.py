@@ -20,8 +20,8 @@ import pytest
 from conftest import REPOSITORY, command_line, says
 from test_train import assert_bit_equal, checkpoint_steps, logged_steps, restored
 
-from sedd_jax.parallel import processes
-from sedd_jax.parallel.processes import Cluster
+from sedd_jax.parallel import cluster, processes
+from sedd_jax.parallel.cluster import Cluster
 
 CHANGES = {
     "model__dropout": 0.1,
@@ -338,7 +338,7 @@ def test_a_stopped_process_ends_the_whole_group(tmp_path):
 )
 def test_a_job_that_cannot_be_joined_is_refused(job, message):
     with says(*message):
-        processes.join(job)
+        cluster.join(job)
 
 
 SRUN = {"SLURM_STEP_NODELIST": "a[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
@@ -362,7 +362,7 @@ def test_a_cluster_is_known_by_its_environment(monkeypatch, environment, kind):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert processes.kind_of_cluster() == kind
+    assert cluster.kind_of_cluster() == kind
 
 
 ALL_OF_SRUN = {**SRUN, "SLURM_JOB_ID": "7", "SLURM_LOCALID": "0"}
@@ -403,11 +403,11 @@ def test_a_cluster_that_is_half_described_is_refused_with_the_variable(
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes, "has_tpu", lambda: False)
+    monkeypatch.setattr(cluster, "has_tpu", lambda: False)
     # jax.distributed refuses to begin where devices are in use, as in this process.
     monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
     with says(words, "to run as one process"):
-        processes.join(Cluster(join_timeout=5))
+        cluster.join(Cluster(join_timeout=5))
 
 
 def test_one_process_agrees_with_itself():

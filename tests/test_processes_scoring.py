@@ -272,7 +272,7 @@ def test_processes_with_other_arguments_are_refused(tmp_path, tiny_run):
 
 def test_the_flags_of_a_cluster_are_its_fields_with_their_defaults():
     from sedd_jax.cli.cluster import CLUSTER, cluster_of
-    from sedd_jax.parallel.processes import Cluster
+    from sedd_jax.parallel.cluster import Cluster
 
     assert [*CLUSTER] == [*Cluster._fields]
     assert cluster_of(dict.fromkeys(CLUSTER)) == Cluster()

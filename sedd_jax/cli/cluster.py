@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     from sedd_jax.evaluation.scorer import Scorer
     from sedd_jax.inference.model import SEDD
-    from sedd_jax.parallel.processes import Cluster
+    from sedd_jax.parallel.cluster import Cluster
 
-# Fields of processes.Cluster: type, and what --help says.
+# Fields of parallel.cluster.Cluster: type, and what --help says.
 CLUSTER = {
     "coordinator": (str, "HOST:PORT of process 0 (not needed in srun, on TPU pods)"),
     "process_count": (int, "how many processes there are, each with the same command"),
@@ -42,7 +42,7 @@ def add_cluster(parser: argparse.ArgumentParser) -> None:
 
 def cluster_of(values: Mapping[str, Any]) -> "Cluster":
     """The Cluster of those of its fields that are not None."""
-    from sedd_jax.parallel.processes import Cluster
+    from sedd_jax.parallel.cluster import Cluster
 
     return Cluster(**{name: values[name] for name in CLUSTER if values[name] is not None})
 
@@ -86,12 +86,13 @@ def run_on_all(
     when one has an error or dies, each with a line that says so: see `SharedEnd`.
     """
     from sedd_jax.parallel import processes
+    from sedd_jax.parallel.cluster import join
     from sedd_jax.parallel.ending import SharedEnd
 
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(libraries_on_stderr())
         with activity("joining the other processes", cluster.coordinator is not None):
-            processes.join(cluster)
+            join(cluster)
         if processes.is_alone():
             stack.close()
             return action() or 0

@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
     config: ConfigDict
     workdir: Path | None
-    cluster: Any  # processes.Cluster
+    cluster: Any  # parallel.cluster.Cluster
     requeue_status: int
     target: str | None  # of a dry run; None: no dry run
     vocab_size: int | None
