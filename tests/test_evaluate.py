@@ -13,7 +13,6 @@ from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.likelihood import bound
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
-from sedd_jax.evaluation.likelihood import Bigram
 from sedd_jax.evaluation.report import word_rate
 from sedd_jax.evaluation.values import group_starts
 from sedd_jax.inference import bounds
@@ -118,15 +117,6 @@ def test_the_corpus_bound_stops_when_asked():
     assert stopped is None and not calls
 
 
-def test_the_bigram_of_a_long_corpus_is_that_of_its_parts():
-    blocks = np.asarray(jax.random.randint(jax.random.key(0), (9000, 128), 0, 3))  # > 2^20 tokens
-    model = Bigram(np.split(blocks, 9), 3)
-    expected = np.zeros((3, 3), int)
-    np.add.at(expected, (blocks[:, :-1].ravel(), blocks[:, 1:].ravel()), 1)
-    np.testing.assert_array_equal(model.counts.toarray(), expected)
-    np.testing.assert_array_equal(model.totals, expected.sum(axis=1))
-
-
 def test_units_are_converted_by_their_definitions():
     total = bounds.CorpusBound(100.0, 1.0, 90.0, 4.0, 6.0, None, None, 91.0, passes=8)
     sizes = {"tokens": 50, "characters": 200, "words": 40}
@@ -150,29 +140,6 @@ def test_units_are_converted_by_their_definitions():
     assert set(units["perplexity_per_token"]) == wholes | errors
     other = bounds.in_units({"gpt2": 100.0}, **sizes)
     assert other == {unit: {"gpt2": values["bound"]} for unit, values in units.items()}
-
-
-def test_the_unigram_and_bigram_are_the_counted_ones():
-    blocks = np.array([[0, 1, 0, 1, 2]], np.int32)
-    model = Bigram(blocks, 4)
-    unigram = np.array([3, 3, 2, 1]) / 9
-    text = np.array([[1, 0, 3]], np.int32)
-    np.testing.assert_allclose(model.unigram_nats(text), -np.log(unigram[[[1, 0, 3]]]))
-    # After 1 came 0 once and 2 once; after 0 came 1 twice.
-    after_1 = (1 + 2 * unigram[0]) / (2 + 2)
-    after_0 = (0 + 1 * unigram[3]) / (2 + 1)
-    expected = -np.log([[unigram[1], after_1, after_0]])
-    np.testing.assert_allclose(model.bigram_nats(text), expected)
-
-
-def test_the_bigram_is_a_distribution_after_every_token():
-    blocks = np.asarray(jax.random.randint(jax.random.key(0), (3, 40), 0, 6)).astype(np.int32)
-    model = Bigram(blocks, 7)  # token 6 never came: the unigram follows it
-    for first in range(7):
-        start = -model.unigram_nats(np.array([[first]])).sum()
-        pairs = np.array([[first, second] for second in range(7)], np.int32)
-        total = sum(math.exp(-model.bigram_nats(pair[None]).sum() - start) for pair in pairs)
-        assert total == pytest.approx(1.0)
 
 
 def test_the_word_rate_counts_whole_inner_words_of_three_letters():

@@ -199,7 +199,8 @@ def add_scorer(parser: argparse.ArgumentParser) -> None:
         "--scorer",
         type=name_or_path,
         default="gpt2-large",
-        help="gpt2 .. gpt2-xl, a folder, or a hub id@commit",
+        help="gpt2 .. gpt2-xl, a folder, a hub id@commit; or ngram:N, the N-grams of the run's own "
+        "training text (ngram: 5)",
     )
     add("--scorer_dtype", default="float32", help="float32 or bfloat16")
     add_sampling(parser)

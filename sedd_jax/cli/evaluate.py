@@ -196,9 +196,13 @@ def _mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     options = parser.parse_args(argv)
     if options.records is None:
         check_run(options.workdir, NEEDS_RECORDS)
-    from sedd_jax.evaluation import generations, likelihood, mauve, tables
+    from sedd_jax.evaluation import generations, likelihood, mauve, ngrams, tables
 
     _check_sampling(options)
+    if ngrams.order_of(options.scorer) is not None:
+        raise ValueError(
+            f"scorer {options.scorer!r} has no hidden states, which MAUVE compares; choose a GPT-2"
+        )
     protocol = (options.form, options.references, options.repeats)
     mauve.check(*protocol, seed=options.seed, buckets=options.buckets)
     model, scorer = _model_and_scorer(options)
@@ -342,7 +346,25 @@ EVALUATIONS = {
 
 
 def _model_and_scorer(options: argparse.Namespace) -> tuple:
-    return load_model(options), load_scorer(options.scorer, options.scorer_dtype)
+    return load_model(options), _scorer(options)
+
+
+def _scorer(options: argparse.Namespace):
+    from sedd_jax.evaluation import ngrams
+
+    order = ngrams.order_of(options.scorer)
+    if order is None:
+        return load_scorer(options.scorer, options.scorer_dtype)
+    records, names = run_records(options.workdir)
+    return ngrams.load_ngram_scorer(order, records, names.train_split)
+
+
+def _check_scorer(options: argparse.Namespace) -> None:
+    """ValueError, before a model is loaded, for n-grams of a text that is not there."""
+    from sedd_jax.evaluation import ngrams
+
+    if ngrams.order_of(options.scorer) is not None:
+        check_run(options.workdir, "choose a GPT-2 as --scorer")
 
 
 def _add_references(parser: argparse.ArgumentParser) -> None:
@@ -368,6 +390,7 @@ def _check_samples(options: argparse.Namespace) -> None:
         raise ValueError("--records and --split need --references, how many texts to compare with")
     if options.references is not None and options.records is None:
         check_run(options.workdir, NEEDS_RECORDS)
+    _check_scorer(options)
     from sedd_jax.evaluation import generations
 
     generations.check_length(options.length)

@@ -12,17 +12,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from sedd_jax.evaluation import generations
 from sedd_jax.evaluation.generations import References
-from sedd_jax.evaluation.scorer import Scorer
+from sedd_jax.evaluation.scorer import TextScorer, params_sha256
 from sedd_jax.files import write_text
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
-from sedd_jax.parallel import processes
-from sedd_jax.parallel.sharding import path_name
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +57,7 @@ def combinations(
 
 def frontier(
     model: SEDD,
-    scorer: Scorer,
+    scorer: TextScorer,
     options: Sequence[dict[str, Any]],
     references: References | None = None,
     *,
@@ -79,7 +76,7 @@ def frontier(
     finished rows that this call would not make.
     """
     generations.check_scorable(model, scorer, shared.get("length"))
-    weights = {"model_sha256": _model_sha256(model), "scorer_sha256": _params_sha256(scorer.params)}
+    weights = {"model_sha256": _model_sha256(model), "scorer_sha256": scorer.sha256()}
     options = [{**shared, **each} for each in options]
     settings = [
         {**weights, **generations.settings(model, scorer, references, **each)} for each in options
@@ -129,17 +126,9 @@ def _model_sha256(model: SEDD) -> str:
         model.graph,
         model.schedule,
         model.tokenizer.fingerprint(),
-        _params_sha256(model.params),
+        params_sha256(model.params),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _params_sha256(params: Any) -> str:
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{path_name(path)} {leaf.dtype} {leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(processes.fetch(leaf)))  # leaf by leaf: memory for one
-    return digest.hexdigest()
 
 
 def _is_of(row: Row, settings: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 
 from sedd_jax import data
 from sedd_jax.evaluation import mauve
-from sedd_jax.evaluation.scorer import Scorer
+from sedd_jax.evaluation.scorer import Scorer, TextScorer
 from sedd_jax.evaluation.statistics import (
     MIN_LENGTH,
     energy_distance,
@@ -32,7 +32,7 @@ class References(NamedTuple):
     """Texts, not of the model, that samples of the same length are compared with."""
 
     source: dict[str, Any]  # which texts: references (how many), split, source, sha256
-    features: np.ndarray  # Scorer.mean_features, float32 [M, C]
+    features: np.ndarray | None  # Scorer.mean_features, float32 [M, C]; None: the scorer has none
     measures: dict[str, Any]  # what is measured of samples, of these
 
 
@@ -48,13 +48,14 @@ def check_length(length: int | None) -> None:
         )
 
 
-def check_scorable(model: SEDD, scorer: Scorer, length: int | None) -> None:
+def check_scorable(model: SEDD, scorer: TextScorer, length: int | None) -> None:
     """ValueError for samples that the scorer cannot score or that are too short."""
     length = model.length if length is None else length
     check_length(length)
-    if _shares_tokens(model, scorer) and length > scorer.network.positions:
+    longest = scorer.positions
+    if longest is not None and _shares_tokens(model, scorer) and length > longest:
         raise ValueError(
-            f"length {length} is more than the {scorer.network.positions} positions of scorer "
+            f"length {length} is more than the {longest} positions of scorer "
             f"{scorer.name!r}; give a --length of at most that"
         )
 
@@ -68,7 +69,7 @@ def check_references(count: int, num_samples: int) -> None:
 
 def read_references(
     model: SEDD,
-    scorer: Scorer,
+    scorer: TextScorer,
     records: data.Records,
     split: str,
     count: int,
@@ -83,13 +84,13 @@ def read_references(
     texts, source = _read_texts(records, split, count, length)
     rows, lengths = scorer_rows(model, scorer, texts)
     batching = {"batch_size": batch_size, "progress": progress}
-    features = scorer.mean_features(rows, lengths, **batching)
+    features = _features(scorer, rows, lengths, **batching)
     return References(source, features, _measures(scorer, texts, rows, lengths, **batching))
 
 
 def settings(
     model: SEDD,
-    scorer: Scorer,
+    scorer: TextScorer,
     references: References | None = None,
     *,
     num_samples: int,
@@ -108,7 +109,7 @@ def settings(
 
 def generative_perplexity(
     model: SEDD,
-    scorer: Scorer,
+    scorer: TextScorer,
     references: References | None = None,
     *,
     num_samples: int,
@@ -122,11 +123,11 @@ def generative_perplexity(
 
     sampling: steps, predictor, draw, grid and t_min, as SEDD.sample_tokens takes them; what is
     missing or None is model.sampling's. With references, of the same model, scorer and length, also
-    the energy distance to them.
+    their own numbers and, of a scorer with hidden states, the energy distance to them.
     """
     check_scorable(model, scorer, length)
     if references is not None:
-        check_references(len(references.features), num_samples)
+        check_references(references.source["references"], num_samples)
     chosen = model.chosen(**sampling)
     result = settings(
         model, scorer, references, num_samples=num_samples, seed=seed, length=length, **sampling
@@ -144,14 +145,15 @@ def generative_perplexity(
         **_measures(scorer, tokens, rows, lengths, **batching),
     }
     if references is not None:
-        features = scorer.mean_features(rows, lengths, **batching)
-        distance, error = energy_distance(references.features, features)
-        result |= {
-            "energy_distance": distance,
-            "energy_distance_standard_error": error,
-            "energy_distance_of": ENERGY_FEATURES,
-            "reference_measures": references.measures,
-        }
+        result["reference_measures"] = references.measures
+        if references.features is not None:
+            features = _features(scorer, rows, lengths, **batching)
+            distance, error = energy_distance(references.features, features)
+            result |= {
+                "energy_distance": distance,
+                "energy_distance_standard_error": error,
+                "energy_distance_of": ENERGY_FEATURES,
+            }
     return result | {"samples": model.decode(tokens[:4])}
 
 
@@ -167,13 +169,20 @@ def _draw(
     return np.concatenate([state.tokens for state in last]), nfe
 
 
+def _features(
+    scorer: TextScorer, rows: np.ndarray, lengths: np.ndarray, **batching: Any
+) -> np.ndarray | None:
+    """What an energy distance is of, float32 [N, C]; None of a scorer that is no network."""
+    return scorer.mean_features(rows, lengths, **batching) if isinstance(scorer, Scorer) else None
+
+
 def _count(mean: float) -> float:
     """A mean of counts, as an int where it is a whole number."""
     return int(mean) if float(mean).is_integer() else float(mean)
 
 
 def _measures(
-    scorer: Scorer, tokens: np.ndarray, rows: np.ndarray, lengths: np.ndarray, **batching: Any
+    scorer: TextScorer, tokens: np.ndarray, rows: np.ndarray, lengths: np.ndarray, **batching: Any
 ) -> dict[str, Any]:
     """Perplexity and statistics of texts: the model's tokens, and the same as `scorer_rows`."""
     nats = scorer.nats(rows, **batching)
@@ -270,7 +279,7 @@ def _read_texts(
     }
 
 
-def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: Sampling) -> dict[str, Any]:
+def made_with(model: SEDD, scorer: TextScorer, seed: int, sampling: Sampling) -> dict[str, Any]:
     """What must stand beside a number of generated text."""
     times = model.times_of(sampling)  # of the grid "fitted", which a curve decides
     return {
@@ -281,11 +290,11 @@ def made_with(model: SEDD, scorer: Scorer, seed: int, sampling: Sampling) -> dic
         "dtype": model.dtype,
         "statistics_of": f"the model's tokens ({model.tokenizer.name})",
         "scorer": scorer.name,
-        "scorer_dtype": np.dtype(scorer.network.dtype).name,
+        "scorer_dtype": scorer.dtype,
     }
 
 
-def _shares_tokens(model: SEDD, scorer: Scorer) -> bool:
+def _shares_tokens(model: SEDD, scorer: TextScorer) -> bool:
     """Whether the model's tokens are the scorer's; ValueError if theirs cannot be made of them."""
     theirs, ours = scorer.tokenizer, model.tokenizer
     if theirs is not None:
@@ -298,7 +307,9 @@ def _shares_tokens(model: SEDD, scorer: Scorer) -> bool:
     return True
 
 
-def scorer_rows(model: SEDD, scorer: Scorer, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def scorer_rows(
+    model: SEDD, scorer: TextScorer, tokens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The same texts in the scorer's tokens: int32 [N, L], lengths [N]; the padding is 0.
 
     The ids themselves where both have GPT-2's tokenizer, else the decoded text encoded again.
@@ -306,7 +317,7 @@ def scorer_rows(model: SEDD, scorer: Scorer, tokens: np.ndarray) -> tuple[np.nda
     if _shares_tokens(model, scorer):
         return tokens, np.full(len(tokens), tokens.shape[1])
     theirs = scorer.tokenizer
-    encoded = [theirs.encode(text)[: scorer.network.positions] for text in model.decode(tokens)]
+    encoded = [theirs.encode(text)[: scorer.positions] for text in model.decode(tokens)]
     lengths = np.array([len(row) for row in encoded])
     rows = np.zeros((len(encoded), max(2, lengths.max())), np.int32)
     for row, ids in zip(rows, encoded, strict=True):

@@ -3,18 +3,18 @@
 Every result holds the same units, so that two of them can stand in one table.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import scipy.sparse
 
 from sedd_jax import data
 from sedd_jax.console import activity, wrapped
 from sedd_jax.diffusion.grids import GRIDS
 from sedd_jax.diffusion.likelihood import bits_per_character
+from sedd_jax.evaluation.ngrams import baseline_nats
 from sedd_jax.evaluation.scorer import Scorer
 from sedd_jax.evaluation.statistics import ratio_and_error
 from sedd_jax.evaluation.tables import Group, aligned, column, of_any_size, with_error
@@ -70,7 +70,7 @@ def evaluate_split(
     check_records(model, records)
     heldout = data.read_blocks(records, split, blocks)
     with activity("counting n-grams", progress and train is not None):
-        ngrams = {} if train is None else _ngram_nats(*train, heldout)  # refuses before the bound
+        baselines = {} if train is None else baseline_nats(*train, heldout)  # before the bound
     total = model.bound(
         heldout,
         passes=passes,
@@ -86,9 +86,9 @@ def evaluate_split(
     with activity("counting, and pricing few calls", progress):
         sizes = _sizes(records, split, heldout)
         price = price_of_calls(model, total.curve, CALLS)
-        nats = {**_by_token(total, heldout), **ngrams}
+        nats = {**_by_token(total, heldout), **baselines}
         groups, values = _with_document_errors(
-            {**total.sums, **{name: float(each.sum()) for name, each in ngrams.items()}},
+            {**total.sums, **{name: float(each.sum()) for name, each in baselines.items()}},
             nats,
             heldout,
             records,
@@ -166,7 +166,7 @@ def evaluate_gpt2(
     )
     return {
         "scorer": scorer.name,
-        "dtype": np.dtype(scorer.network.dtype).name,
+        "dtype": scorer.dtype,
         "split": split,
         "blocks": len(scored.tokens),
         "document_groups": groups,
@@ -333,59 +333,3 @@ def price_table(prices: dict[str, dict[str, float]] | None) -> list[str]:
 def stream_of(blocks: data.Blocks) -> np.ndarray:
     """The tokens of the blocks one after the other, int32 [tokens], without padding."""
     return blocks.tokens[... if blocks.is_token is None else blocks.is_token].reshape(-1)
-
-
-def read_parts(records: data.Records, split: str) -> Iterator[data.Blocks]:
-    """The split's blocks, 1024 at a time: memory does not hold the corpus."""
-    source = records.source(split)
-    for start in range(0, len(source), 1024):
-        rows = [records.parse(source[i]) for i in range(start, min(start + 1024, len(source)))]
-        yield records.blocks(np.stack(rows))
-
-
-# --- n-gram models
-
-
-def _ngram_nats(records: data.Records, split: str, heldout: data.Blocks) -> dict[str, np.ndarray]:
-    """-log p of the held-out tokens under n-gram models of the split, nats [N, L]."""
-    if heldout.is_token is not None:
-        raise ValueError("n-gram models need packed records; leave --baselines out")
-    parts = (part.tokens for part in read_parts(records, split))
-    bigram = Bigram(parts, records.tokenizer.vocab_size)
-    return {
-        "unigram": bigram.unigram_nats(heldout.tokens),
-        "bigram": bigram.bigram_nats(heldout.tokens),
-    }
-
-
-class Bigram:
-    """Unigram and interpolated bigram models of blocks, int [..., L] a part, fitted by counting.
-
-    The unigram adds one to every count. The bigram mixes in the unigram by Witten and Bell's rule
-    (1991): p(y | x) = (count(x, y) + kinds(x) unigram(y)) / (count(x) + kinds(x)), kinds(x) the
-    number of different tokens seen after x.
-    """
-
-    def __init__(self, parts: Iterable[np.ndarray], vocab_size: int):
-        singles = np.ones(vocab_size)
-        shape = vocab_size, vocab_size
-        self.counts = scipy.sparse.csr_array(shape, dtype=np.int64)  # of (x, y): y came after x
-        for part in parts:
-            singles += np.bincount(part.ravel(), minlength=vocab_size)
-            x, y = part[..., :-1].ravel(), part[..., 1:].ravel()
-            self.counts += scipy.sparse.csr_array((np.ones_like(x, np.int64), (x, y)), shape)
-        self.unigram = singles / singles.sum()
-        self.totals = self.counts.sum(axis=1)
-        self.kinds = np.diff(self.counts.indptr)
-
-    def unigram_nats(self, blocks: np.ndarray) -> np.ndarray:
-        """-log p of each token of int32 [N, L] under the unigram, [N, L]."""
-        return -np.log(self.unigram[blocks])
-
-    def bigram_nats(self, blocks: np.ndarray) -> np.ndarray:
-        """The same under the bigram, [N, L]; a block starts with the unigram."""
-        x, y = blocks[:, :-1], blocks[:, 1:]
-        count = np.asarray(self.counts[x.ravel(), y.ravel()]).reshape(x.shape)
-        kinds = np.maximum(self.kinds[x], 1)  # a token that never came first: the unigram
-        probability = (count + kinds * self.unigram[y]) / (self.totals[x] + kinds)
-        return np.concatenate([self.unigram_nats(blocks[:, :1]), -np.log(probability)], axis=1)

@@ -11,7 +11,8 @@ import numpy as np
 
 from sedd_jax import data
 from sedd_jax.diffusion.likelihood import check_passes
-from sedd_jax.evaluation.likelihood import evaluate_split, read_parts, stream_of
+from sedd_jax.evaluation.likelihood import evaluate_split, stream_of
+from sedd_jax.evaluation.ngrams import read_parts
 from sedd_jax.files import write_text
 from sedd_jax.inference.frames import COLUMNS, Frame, columns_of
 from sedd_jax.inference.model import SEDD

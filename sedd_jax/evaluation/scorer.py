@@ -1,4 +1,4 @@
-"""A pretrained GPT-2 that scores text: nats of its tokens, and features of whole texts.
+"""What scores text, and a pretrained GPT-2: nats of its tokens, and features of whole texts.
 
 Its files are those of the Hugging Face hub: config.json, model.safetensors, whole or in shards,
 and, where there, tokenizer.json or vocab.json and merges.txt.
@@ -6,9 +6,10 @@ and, where there, tokenizer.json or vocab.json and merges.txt.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import flax.traverse_util
 import jax
@@ -30,6 +31,7 @@ from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
 from sedd_jax.parallel import processes, sharding
 from sedd_jax.parallel.devices import check_platform
+from sedd_jax.parallel.sharding import path_name
 
 # Short name -> owner/name@commit, so that a number has one meaning on every day.
 SCORERS = {
@@ -86,15 +88,50 @@ _EXTRA = r"h\.\d+\.attn\.bias|h\.\d+\.attn\.masked_bias|lm_head\.weight"
 _REMEDY = "give the folder of a GPT-2 saved by Hugging Face's save_pretrained"
 
 
+class TextScorer(Protocol):
+    """What gives a sample's tokens their nats, whoever wrote the text."""
+
+    name: str  # what a reported number should carry
+
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...  # whose ids it scores
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def positions(self) -> int | None: ...  # the longest text in tokens; None: any
+
+    def nats(
+        self, tokens: np.ndarray, *, batch_size: int = 8, progress: bool = False
+    ) -> np.ndarray: ...
+
+    def sha256(self) -> str: ...  # of all that decides its numbers
+
+
 @dataclasses.dataclass(frozen=True, eq=False)  # eq=False: the object is its own jit cache key
 class Scorer:
     """A GPT-2 with its weights; tokens are GPT-2's ids, whoever wrote the text."""
 
-    name: str  # the folder, or owner/name@commit: what a reported number should carry
+    name: str  # the folder, or owner/name@commit
     network: GPT2
     params: Any  # float32
     tokenizer: Tokenizer | None  # None where the files hold none
     mesh: Mesh | None = None  # whose devices share a batch, the weights on each; None: one device
+
+    @property
+    def dtype(self) -> str:
+        """Of the matmuls."""
+        return np.dtype(self.network.dtype).name
+
+    @property
+    def positions(self) -> int:
+        """The longest text, in tokens."""
+        return self.network.positions
+
+    def sha256(self) -> str:
+        """Of the weights."""
+        return params_sha256(self.params)
 
     def nats(
         self, tokens: np.ndarray, *, batch_size: int = 8, progress: bool = False
@@ -195,6 +232,14 @@ class Scorer:
                 f"[0, {self.network.vocab_size}); encode the text with GPT-2's tokenizer"
             )
         return tokens.astype(np.int32)
+
+
+def params_sha256(params: Any) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{path_name(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(processes.fetch(leaf)))  # leaf by leaf: memory for one
+    return digest.hexdigest()
 
 
 def check_token_rows(tokens: np.ndarray, min_length: int = 0) -> np.ndarray:

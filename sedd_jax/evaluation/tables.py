@@ -44,9 +44,12 @@ def perplexity_table(rows: list[Row]) -> str:
     if "reference_measures" in first:
         made = [*rows, {"predictor": f"({first['split']})"}]
         measured = [*rows, first["reference_measures"]]
+        texts = f"{first['references']} texts of {first['split']}"
+        distance = first.get("energy_distance_of")
         about += (
-            f"; energy distance of the {first['energy_distance_of']}, to {first['references']} "
-            f"texts of {first['split']}"
+            f"; compared with {texts}"
+            if distance is None
+            else (f"; energy distance of the {distance}, to {texts}")
         )
     groups = [
         ("", _made_columns(made)),
