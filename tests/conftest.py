@@ -32,6 +32,9 @@ else:
     # The processes of pytest -n share the device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+# No test reads what another compiled, nor writes into the user's folder.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+
 # A background job of a script (nohup ... &, cron, a CI's) inherits that SIGINT and SIGHUP are
 # ignored, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sedd_jax.cli.arguments import make_parser, named_tokenizer
+from sedd_jax.cli.compiled import add_compilation_cache
 from sedd_jax.cli.messages import SIGPIPE, libraries_on_stderr, message_of, reader_is_gone
 from sedd_jax.console import activity
 
@@ -54,7 +55,7 @@ def run_joined(
 
     parser, with which action parses, gets the flags too, for its help. See `run_on_all`.
     """
-    parser.add_last = add_cluster
+    parser.add_last = _add_shared
     if {"-h", "--help"} & set(argv):
         action(argv)
     flags_alone = make_parser(parser.prog, "")
@@ -75,6 +76,11 @@ def run_joined(
         action(rest)
 
     return run_on_all(name, cluster_of(vars(options)), same_action, with_signals=True)
+
+
+def _add_shared(parser: argparse.ArgumentParser) -> None:
+    add_compilation_cache(parser)
+    add_cluster(parser)
 
 
 def run_on_all(

@@ -7,6 +7,7 @@ from sedd_jax.cli.arguments import (
     make_parser,
     run_records,
 )
+from sedd_jax.cli.compiled import add_compilation_cache
 from sedd_jax.cli.sample import show
 from sedd_jax.console import activity
 
@@ -17,6 +18,7 @@ def run(name: str, argv: list[str]) -> None:
     parser.add_argument("--template", help='text to infill, "The [MASK:24] statement."')
     parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")
+    add_compilation_cache(parser)
     options = parser.parse_args(argv)
     from sedd_jax.evaluation.likelihood import likelihood_table
     from sedd_jax.evaluation.report import make_report, write_report

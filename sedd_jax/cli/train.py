@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from sedd_jax.cli import compiled
 from sedd_jax.cli.arguments import did_you_mean, joined
 from sedd_jax.cli.cluster import CLUSTER, cluster_of, run_on_all
 from sedd_jax.cli.messages import say
@@ -28,6 +29,10 @@ Compile for a machine without having it, and see what fits:
   --dry_run --target=v5e:4x4   or v4:4x4x4, v5p:4x8x8, v5e:16x16*2 (slices),
                                a100:16, h100:8, cpu:8
   --vocab_size=N               where the tokenizer's is not known from its name
+
+Compiled programs are kept for the next time in ~/.cache/sedd_jax (or
+$XDG_CACHE_HOME/sedd_jax):
+  --no_compilation_cache       compile anew
 
 On several machines, the same command on each:
 {cluster}
@@ -87,7 +92,8 @@ def parse_train(name: str, argv: list[str]) -> Request:
         define(flag, flags.ArgumentParser() if kind is str else _WholeNumber())
     define("vocab_size", _WholeNumber())
     define("requeue_status", _WholeNumber(lower_bound=0, upper_bound=255), 0)
-    flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
+    for switch in ("dry_run", compiled.FLAG.removeprefix("--")):
+        flags.DEFINE_boolean(switch, False, "", flag_values=values)
     try:
         rest = values([name, *argv])[1:]
     except flags.UnrecognizedFlagError as error:
