@@ -4,11 +4,61 @@ import contextlib
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
 
+import tqdm.std as plain
 from tqdm.auto import tqdm
 
 WIDTH = 79
+LINE_SECONDS = 15.0  # between the lines that stand for a bar in a log file
+
+
+def has_lines() -> bool:
+    """Whether progress goes to a log file, where a bar drawn over itself cannot be read."""
+    return not sys.stderr.isatty() and "ipykernel" not in sys.modules
+
+
+def progress_bar(iterable: Iterable[Any] | None = None, *, is_shown: bool, **options: Any) -> tqdm:
+    """A bar of tqdm, with its options; in a log file lines, none of work that is over sooner."""
+    kind = _Lines if has_lines() else tqdm
+    return kind(iterable, dynamic_ncols=True, disable=not is_shown, **options)
+
+
+class _Lines(plain.tqdm):
+    """A line at the time of a bar's update, LINE_SECONDS after the one before."""
+
+    _instances: ClassVar = weakref.WeakSet()  # log lines need not be written around it
+
+    def __init__(self, iterable=None, **options):
+        self._line_at = time.monotonic() + LINE_SECONDS  # whatever asks for one before
+        seconds = {"mininterval": LINE_SECONDS, "maxinterval": LINE_SECONDS}
+        super().__init__(iterable, file=sys.stderr, **options, **seconds)
+
+    def display(self, msg=None, pos=None) -> None:
+        if time.monotonic() < self._line_at:
+            return
+        self._line_at = time.monotonic() + LINE_SECONDS
+        values = self.format_dict
+        size = tqdm.format_sizeof if self.unit_scale else str
+        total = "" if self.total is None else f" of {size(self.total)}"
+        done = f"{size(self.n)}{total}{'' if self.unit == 'B' else ' '}{self.unit.strip()}"
+        left = ""
+        if self.total is not None and self.n and values["elapsed"]:
+            seconds = values["elapsed"] * (self.total - self.n) / self.n
+            left = f", {tqdm.format_interval(seconds)} left"
+        postfix = f": {self.postfix}" if self.postfix else ""
+        clock = time.strftime("%H:%M:%S")
+        print(f"{clock} {self.desc.rstrip(': ')} {done}{left}{postfix}", file=self.fp, flush=True)
+
+    def clear(self, nolock=False) -> None: ...
+
+    def close(self) -> None:
+        if not self.disable:
+            self.disable = True
+            self._decr_instances(self)
 
 
 @contextlib.contextmanager

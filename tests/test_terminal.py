@@ -4,11 +4,14 @@ import itertools
 import re
 import string
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from conftest import command_line
 from pseudo_terminal import COLUMNS, draw, in_terminal
+
+from sedd_jax import console
 
 TIME = r"\d\d:\d\d:\d\d "
 SILENCE = 15.0  # seconds, where another process may have the processor; alone it is 3
@@ -102,3 +105,19 @@ def test_draw_reads_a_terminals_controls():
     assert draw("bar\r\n\rbelow\x1b[A\r   \rlog") == ["log", "below"]
     assert draw("x" * 81) == ["x" * 80, "x"]
     assert draw("one\r\ntwo\r\n\x1b[2F\x1b[Jnew") == ["new"]
+
+
+def test_a_log_file_has_a_line_now_and_then_and_none_of_short_work(capsys, monkeypatch):
+    with console.progress_bar(total=2, desc="short", is_shown=True) as bar:
+        bar.update(2)
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.02)
+    for shown in (True, False):
+        with console.progress_bar(total=3, desc="sample", unit=" steps", is_shown=shown) as bar:
+            bar.set_postfix_str("compiling ...")
+            for _ in range(3):
+                time.sleep(0.03)
+                bar.update(1)
+                bar.set_postfix_str("", refresh=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.match(TIME + "sample [123] of 3 steps, 00:00 left", line) for line in lines)
+    assert lines[0].endswith("1 of 3 steps, 00:00 left: compiling ...") and len(lines) == 3

@@ -13,7 +13,6 @@ from absl import flags
 from sedd_jax import __version__
 from sedd_jax.cli import compare, completion, convert, evaluate, prepare, report, sample, train
 from sedd_jax.cli.arguments import did_you_mean
-from sedd_jax.cli.compiled import keep_compiled_programs
 from sedd_jax.cli.messages import SIGPIPE, discard_output, plain_output, reader_is_gone, say
 
 Argv = list[str] | None
@@ -39,7 +38,6 @@ def _run(name: str, command: Callable[[str, list[str]], int | None], argv: list[
     if "--version" in argv:
         print(f"{name} {__version__}")
         return 0
-    keep_compiled_programs(argv)
     try:
         return command(name, argv) or 0
     except SystemExit as end:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from sedd_jax.cli.arguments import make_parser, named_tokenizer
-from sedd_jax.cli.compiled import add_compilation_cache
+from sedd_jax.cli.compiled import add_compilation_cache, keep_compiled_programs
 from sedd_jax.cli.messages import SIGPIPE, libraries_on_stderr, message_of, reader_is_gone
 from sedd_jax.console import activity
 
@@ -51,7 +51,7 @@ def cluster_of(values: Mapping[str, Any]) -> "Cluster":
 def run_joined(
     name: str, parser: argparse.ArgumentParser, argv: list[str], action: Callable[[list[str]], Any]
 ) -> int:
-    """action(argv without the flags of CLUSTER) on each of the processes that they name, if any.
+    """action(argv without these flags) on each of the processes that those of CLUSTER name, if any.
 
     parser, with which action parses, gets the flags too, for its help. See `run_on_all`.
     """
@@ -60,8 +60,9 @@ def run_joined(
         action(argv)
     flags_alone = make_parser(parser.prog, "")
     flags_alone.takes_some = True
-    add_cluster(flags_alone)
+    _add_shared(flags_alone)
     options, rest = flags_alone.parse_known_args(argv)
+    keep_compiled_programs(options.compilation_cache)
 
     def same_action() -> None:
         import jax

@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 from sedd_jax.cli.arguments import check_matplotlib, joined, make_parser, name_or_path, path
-from sedd_jax.cli.compiled import add_compilation_cache
 from sedd_jax.cli.train import parse_train
 from sedd_jax.configs.rivals import RIVALS
 
@@ -75,7 +74,6 @@ def _parsed(name: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         "under ngram:N, the N-grams of the training text",
     )
     add("--no_picture", dest="picture", action="store_false", help="draw none: without matplotlib")
-    add_compilation_cache(parser)
     options, rest = parser.parse_known_args(joined(argv))
     for argument in rest:
         if not re.match(r"--?config\.", argument):

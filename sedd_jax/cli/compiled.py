@@ -1,31 +1,41 @@
 """Compiled programs, kept in the user's cache folder by jax and taken from there the next time."""
 
 import argparse
+import importlib.util
 import os
 import platform
-import sys
 import zlib
 from pathlib import Path
 
-FLAG = "--no_compilation_cache"
-WORDS = "compile anew; programs are else kept in ~/.cache/sedd_jax (or $XDG_CACHE_HOME/sedd_jax)"
-FOLDER = "JAX_COMPILATION_CACHE_DIR"  # jax reads it when it is imported
+CHOICES = ("on", "off")
+WORDS = (
+    "on or off: keep compiled programs in ~/.cache/sedd_jax (or $XDG_CACHE_HOME/sedd_jax) for the "
+    "next time (default: on with a GPU or TPU)"
+)
+SECONDS = 0.5  # of compiling, from which on a program is worth a file
 LIMIT = 2 * 2**30  # bytes of programs; beyond, the oldest are deleted
 
 
 def add_compilation_cache(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(FLAG, action="store_true", help=WORDS)
+    parser.add_argument("--compilation_cache", help=WORDS)
 
 
-def keep_compiled_programs(argv: list[str]) -> None:
-    """Names the folder to jax, which this process has not imported yet.
+def keep_compiled_programs(choice: str | None) -> None:
+    """Names the folder to jax, unless the environment has named one (JAX_COMPILATION_CACHE_DIR).
 
-    Not with FLAG, nor for a dry run, which is about compiling. What the environment says already
-    holds, "" being no folder.
+    choice is one of CHOICES. None is on where there is an accelerator: on a CPU, XLA refuses to
+    load its own programs with an error line for each on some of Intel's (jax-ml/jax issue 38445),
+    and has crashed on macOS.
     """
-    if FLAG in argv:
-        os.environ[FOLDER] = ""  # of the commands that this one starts too
-    if "--dry_run" in argv or FOLDER in os.environ or "jax" in sys.modules:
+    if choice not in (None, *CHOICES):
+        raise ValueError(f"--compilation_cache {choice!r} is not one of {', '.join(CHOICES)}")
+    import jax
+
+    if choice == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    is_named = jax.config.jax_compilation_cache_dir is not None
+    if is_named or (choice is None and not _has_accelerator()):
         return
     try:
         folder = cache_folder()
@@ -33,8 +43,24 @@ def keep_compiled_programs(argv: list[str]) -> None:
         delete_oldest(folder)
     except (OSError, RuntimeError):  # no home, or one that is read-only or full: compiled anew
         return
-    os.environ[FOLDER] = str(folder)
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS)
+
+
+def _has_accelerator() -> bool:
+    """Whether jax will find a GPU or TPU, from what is installed: no device is started."""
+    import jax
+
+    from sedd_jax.parallel.devices import has_gpu, has_tpu
+
+    def is_installed(*names: str) -> bool:
+        return any(importlib.util.find_spec(name) is not None for name in names)
+
+    if platforms := jax.config.jax_platforms:
+        return platforms.split(",")[0] != "cpu"
+    return (has_gpu() and is_installed("jax_cuda12_plugin", "jax_cuda13_plugin")) or (
+        has_tpu() and is_installed("libtpu")
+    )
 
 
 def cache_folder() -> Path:

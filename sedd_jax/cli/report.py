@@ -7,7 +7,7 @@ from sedd_jax.cli.arguments import (
     make_parser,
     run_records,
 )
-from sedd_jax.cli.compiled import add_compilation_cache
+from sedd_jax.cli.compiled import add_compilation_cache, keep_compiled_programs
 from sedd_jax.cli.sample import show
 from sedd_jax.console import activity
 
@@ -28,6 +28,7 @@ def run(name: str, argv: list[str]) -> None:
     workdir = options.workdir
     check_run(workdir, "for its bound give --records to sedd-eval likelihood")
     check_matplotlib(name)
+    keep_compiled_programs(options.compilation_cache)
     model = load(workdir)
     records, names = run_records(workdir)
     summary, frames = make_report(

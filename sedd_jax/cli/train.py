@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from sedd_jax.cli import compiled
 from sedd_jax.cli.arguments import did_you_mean, joined
 from sedd_jax.cli.cluster import CLUSTER, cluster_of, run_on_all
+from sedd_jax.cli.compiled import keep_compiled_programs
 from sedd_jax.cli.messages import say
 from sedd_jax.files import local_path
 
@@ -30,9 +30,9 @@ Compile for a machine without having it, and see what fits:
                                a100:16, h100:8, cpu:8
   --vocab_size=N               where the tokenizer's is not known from its name
 
-Compiled programs are kept for the next time in ~/.cache/sedd_jax (or
+Keep compiled programs for the next time, in ~/.cache/sedd_jax (or
 $XDG_CACHE_HOME/sedd_jax):
-  --no_compilation_cache       compile anew
+  --compilation_cache=off      or on; default: on with a GPU or TPU
 
 On several machines, the same command on each:
 {cluster}
@@ -53,6 +53,7 @@ class Request(NamedTuple):
     workdir: Path | None
     cluster: Any  # parallel.cluster.Cluster
     requeue_status: int
+    compilation_cache: str | None
     target: str | None  # of a dry run; None: no dry run
     vocab_size: int | None
 
@@ -92,8 +93,8 @@ def parse_train(name: str, argv: list[str]) -> Request:
         define(flag, flags.ArgumentParser() if kind is str else _WholeNumber())
     define("vocab_size", _WholeNumber())
     define("requeue_status", _WholeNumber(lower_bound=0, upper_bound=255), 0)
-    for switch in ("dry_run", compiled.FLAG.removeprefix("--")):
-        flags.DEFINE_boolean(switch, False, "", flag_values=values)
+    define("compilation_cache", flags.ArgumentParser())
+    flags.DEFINE_boolean("dry_run", False, "", flag_values=values)
     try:
         rest = values([name, *argv])[1:]
     except flags.UnrecognizedFlagError as error:
@@ -126,6 +127,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
         workdir=workdir,
         cluster=cluster_of({flag: values[flag].value for flag in CLUSTER}),
         requeue_status=values.requeue_status,
+        compilation_cache=values.compilation_cache,
         target=values.target,
         vocab_size=values.vocab_size,
     )
@@ -202,6 +204,7 @@ def run(name: str, argv: list[str]) -> int:
     request = parse_train(name, argv)
     if request.target is not None:
         return _dry_run(name, request)
+    keep_compiled_programs(request.compilation_cache)
     return run_on_all(name, request.cluster, lambda: _train_here(name, request))
 
 

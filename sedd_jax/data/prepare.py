@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from sedd_jax import files
+from sedd_jax.console import progress_bar
 from sedd_jax.data.corpora import Corpus, Pairs
 from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.records import FORMAT, open_records
@@ -174,8 +175,6 @@ def _encode_all(
     corpus: Corpus, tokenizer: Tokenizer, folder: Path, workers: int, progress: bool
 ) -> dict[str, list[Path]]:
     """Encodes every part that is not there yet; returns the files of all, by split, in order."""
-    from tqdm.auto import tqdm
-
     folder.mkdir(exist_ok=True)
     for file in folder.glob(".*.part"):  # of processes that were killed
         file.unlink()
@@ -193,8 +192,7 @@ def _encode_all(
         level = logging.WARNING if passed_over else logging.INFO
         log.log(level, "%s%s", corpus.is_read, passed_over)
     read = corpus.progress
-    options = {"unit": read.unit, "unit_scale": True, "dynamic_ncols": True}
-    bar = tqdm(desc="encode", disable=not progress, **options)
+    bar = progress_bar(desc="encode", unit=read.unit, unit_scale=True, is_shown=progress)
     pending: deque[Future[None]] = deque()  # bounded, and with it the memory
     with bar, ThreadPoolExecutor(workers) as pool:
         for split, documents in jobs:
@@ -253,13 +251,11 @@ def _write(
     progress: bool,
 ) -> dict[str, Any]:
     """Writes the records, whole, in `folder`; returns the fingerprint."""
-    from tqdm.auto import tqdm
-
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     splits = {}
     for split, parts in part_files.items():
-        bar = tqdm(parts, desc="write", unit=" parts", disable=not progress, leave=False)
+        bar = progress_bar(parts, desc="write", unit=" parts", is_shown=progress, leave=False)
         splits[split] = _write_split(bar, tokenizer, description, folder / split)
     fingerprint = {**description, "splits": splits}
     with _writing(folder):

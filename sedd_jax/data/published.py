@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from sedd_jax import files
+from sedd_jax.console import progress_bar
 from sedd_jax.data import readers
 from sedd_jax.data.corpora import PATH, Corpus, Pairs, ReadingProgress, listing_sha256
 from sedd_jax.data.readers import SPLITS, Part, Reader, read_parts
@@ -291,7 +292,6 @@ def _download(archive: Archive, folder: Path, progress: bool) -> Path:
 def _fetch(url: str, path: Path, sha256: str, progress: bool) -> None:
     """Writes what url serves to path. RequestException if nothing comes, ValueError if another."""
     import requests
-    from tqdm.auto import tqdm
 
     digest = hashlib.sha256()
     # identity: else a server may say that it encodes a .tar.gz, and requests would unpack it
@@ -299,8 +299,8 @@ def _fetch(url: str, path: Path, sha256: str, progress: bool) -> None:
     with requests.get(url, stream=True, timeout=30, headers=headers) as response:
         response.raise_for_status()
         size = int(response.headers.get("Content-Length", 0)) or None
-        options = {"total": size, "unit": "B", "unit_scale": True, "disable": not progress}
-        with tqdm(desc=path.name, **options) as bar, files.replacing(path) as out:
+        options = {"total": size, "unit": "B", "unit_scale": True, "is_shown": progress}
+        with progress_bar(desc=path.name, **options) as bar, files.replacing(path) as out:
             for chunk in response.iter_content(1 << 20):
                 out.write(chunk)
                 digest.update(chunk)

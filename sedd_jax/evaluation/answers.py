@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from sedd_jax.console import progress_bar
 from sedd_jax.diffusion.likelihood import bits_per_character, perplexity, perplexity_error
 from sedd_jax.evaluation.choices import AT_ONCE, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.evaluation.statistics import mean_and_error, ratio_and_error
@@ -74,8 +74,8 @@ def evaluate_answers(
             raise ValueError(f"{where}: {error}; or leave the line out") from error
     rows: list[dict[str, Any]] = []
     how = {"passes": passes, "batch_size": batch_size, "seed": seed}
-    with tqdm(
-        total=len(pairs), desc="answers", unit="answer", disable=not processes.shows(progress)
+    with progress_bar(
+        total=len(pairs), desc="answers", unit="answer", is_shown=processes.shows(progress)
     ) as bar:
         for start in range(0, len(pairs), AT_ONCE * batch_size):
             part = pairs[start : start + AT_ONCE * batch_size]

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
-from sedd_jax.console import wrapped
+from sedd_jax.console import progress_bar, wrapped
 from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.evaluation.statistics import mean_and_error
 from sedd_jax.evaluation.tables import aligned, column, with_error
@@ -123,8 +122,8 @@ def evaluate_choices(
         order = np.random.default_rng(seed).permutation(order)
     rows: dict[int, dict[str, Any]] = {}
     error = math.inf
-    with tqdm(
-        total=len(order), desc="choices", unit="question", disable=not processes.shows(progress)
+    with progress_bar(
+        total=len(order), desc="choices", unit="question", is_shown=processes.shows(progress)
     ) as bar:
         for part in _parts(order, pairs, AT_ONCE * batch_size):
             flat = [pair for number in part for pair in pairs[number]]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
+from sedd_jax.console import progress_bar
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.evaluation.choices import AT_ONCE, Pair, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.inference.batches import Texts
@@ -145,7 +145,9 @@ class SeddLM(LM):
         texts: list[str] = [""] * len(jobs)
         # Of one length after the other, so that a batch has little padding.
         left = sorted(range(len(jobs)), key=lambda i: len(jobs[i].tokens) + jobs[i].free)
-        with tqdm(total=len(jobs), desc="generate_until", disable=disable_tqdm) as bar:
+        with progress_bar(
+            total=len(jobs), desc="generate_until", unit="text", is_shown=not disable_tqdm
+        ) as bar:
             while left:
                 same = [i for i in left if jobs[i].options == jobs[left[0]].options]
                 left = [i for i in left if jobs[i].options != jobs[same[0]].options]
@@ -167,7 +169,7 @@ class SeddLM(LM):
 
     def _parts(self, count: int, name: str, disable_tqdm: bool) -> Iterator[slice]:
         size = AT_ONCE * self.batch_size
-        with tqdm(total=count, desc=name, unit="text", disable=disable_tqdm) as bar:
+        with progress_bar(total=count, desc=name, unit="text", is_shown=not disable_tqdm) as bar:
             for start in range(0, count, size):
                 yield slice(start, start + size)
                 bar.update(min(size, count - start))

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm.auto import tqdm
 
-from sedd_jax.console import ticking
+from sedd_jax.console import progress_bar, ticking
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import (
@@ -235,8 +234,8 @@ def batches(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; give at least 1")
     size = -(-batch_size // parts) * parts
-    options = {"unit": "batch", "dynamic_ncols": True, "disable": not processes.shows(progress)}
-    with ticking(tqdm(range(0, count, size), desc=name, **options)) as bar:
+    options = {"desc": name, "unit": "batch", "is_shown": processes.shows(progress)}
+    with ticking(progress_bar(range(0, count, size), **options)) as bar:
         bar.set_postfix_str("compiling ...")
         for start in bar:
             yield np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)

@@ -8,9 +8,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
-from sedd_jax.console import ticking
+from sedd_jax.console import progress_bar, ticking
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.objectives import Autoregressive, Plaid
 from sedd_jax.diffusion.samplers import Known
@@ -115,9 +114,8 @@ def states_of(model: Any, texts: Texts, updates: int, call: Call) -> Iterator[St
     levels = sampler.noise_levels(np.array(ends), functions)
     levels = dict(zip(ends, [None] * len(ends) if levels is None else levels.tolist()))
     total = left * -(-len(texts.lengths) // call.batch_size)
-    hides = not processes.shows(call.progress)
-    options = {"unit": " steps", "dynamic_ncols": True, "disable": hides}
-    with tqdm(desc="sample", total=total, **options) as bar:
+    shows = processes.shows(call.progress)
+    with progress_bar(desc="sample", total=total, unit=" steps", is_shown=shows) as bar:
         bar.set_postfix_str("compiling ...")
         for part in texts.parts(call.batch_size):
             shape = batches.shape(part.lengths, call.batch_size, model.length, model.mesh)

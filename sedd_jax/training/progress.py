@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from sedd_jax.console import activity
+from sedd_jax.console import LINE_SECONDS, activity, has_lines
 from sedd_jax.diffusion.scores import NotFiniteError
 from sedd_jax.inference import bounds
 from sedd_jax.parallel import processes
@@ -30,7 +30,6 @@ from sedd_jax.training.trackers import open_trackers
 
 log = logging.getLogger(__name__)
 
-LINE_SECONDS = 15.0  # between two lines of a log file
 # 80 columns at 400000 of 1000000 steps, with hours, MFU and a bar of one character.
 BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
 
@@ -220,8 +219,7 @@ class Progress:
         self._in_flight: jax.Array | None = None  # the loss of the last step
         self._since = self._training_seconds()
         self._writes = processes.is_first()
-        # A log file gets lines: a bar drawn over itself is unreadable there.
-        self._has_lines = not sys.stderr.isatty() and "ipykernel" not in sys.modules
+        self._has_lines = has_lines()
         self._line_at = -math.inf
         self._bar = tqdm(
             desc="train",
