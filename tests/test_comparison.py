@@ -308,8 +308,10 @@ def test_markdown_and_latex_escape_every_cell():
         r"| a\|b\_c | ≤1±2 |",
         r"| 50% | \~^{}\\ |",
     ]
-    assert tables.latex(groups)[2:6] == [
-        r" & \# x n \\",
+    assert tables.latex(groups)[2:8] == [
+        r"\multicolumn{1}{c}{} & \multicolumn{1}{c}{\# x} \\",
+        r"\cmidrule(lr){2-2}",
+        r" & n \\",
         r"\midrule",
         r"a|b\_c & $\le$1$\pm$2 \\",
         r"50\% & \textasciitilde{}\textasciicircum{}\{\}\textbackslash{} \\",

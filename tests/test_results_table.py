@@ -7,6 +7,7 @@ import json
 import pytest
 
 from sedd_jax.cli.evaluate import run
+from sedd_jax.console import WIDTH
 from sedd_jax.evaluation.results_table import Number
 
 
@@ -80,9 +81,31 @@ def test_numbers_per_token_of_different_tokenizers_do_not_compare(capsys, caplog
     assert "do not compare: ptb test nats/token, ptb test PPL/token; bits/char does" in line
 
 
+def test_text_fits_a_terminal(capsys, folders):
+    lines = table(capsys, folders / "small", folders / "medium", "--format=text").splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert [line.split() for line in lines[:4]] == [
+        ["ptb", "test"] * 2,
+        ["bits/char", "nats/token"],
+        ["small", "2.5000±0.0040", "±docs", "0.0400"] + ["2.5000±0.0040", "±docs", "0.0400"],
+        ["medium", "2.2500±0.0040", "2.2500±0.0040"],
+    ]
+
+
+def test_information_is_read(capsys, tmp_path):
+    value = {"nats_per_token": 3.25, "nats_per_token_standard_error": 0.04}
+    result = {"source": "ptb test", "entropy": value, "divergence": value}
+    (tmp_path / "information.json").write_text(json.dumps(result))
+    lines = table(capsys, tmp_path / "information.json").splitlines()
+    assert "| ptb test entropy, nats/token | ptb test divergence, nats/token |" in lines[0]
+    assert "| 3.250±0.040 | 3.250±0.040 |" in lines[2]
+
+
 def test_latex_is_booktabs_and_csv_has_all_digits(capsys, folders):
     text = table(capsys, folders / "small", "--format=latex", "--columns=entropy")
     assert r"\toprule" in text and r"\bottomrule" in text
+    titles = r"\multicolumn{1}{c}{tweedie, 32 steps} & \multicolumn{1}{c}{tweedie, 64 steps} \\"
+    assert titles in text and r"\cmidrule(lr){2-2} \cmidrule(lr){3-3}" in text
     assert r"small & 5.50$\pm$0.10 & 5.50$\pm$0.10 \\" in text
     out = folders / "out.csv"
     assert table(capsys, folders / "small", folders / "medium/ptb.json", f"--out={out}") == ""
@@ -99,7 +122,7 @@ def test_what_is_no_result_is_one_line(folders):
         (["none"], "no file or folder at .*none"),
         (["small/config.json"], "holds no result of sedd-eval"),
         (["small"], "again.json' and .*ptb.json' both have 'ptb test bits/char'; name the file"),
-        (["medium", "--format=html"], "unknown format 'html'; known: markdown, latex, csv"),
+        (["medium", "--format=html"], "unknown format 'html'; known: text, markdown, latex, csv"),
         (["medium", "--columns=MAUVE"], "no column has MAUVE; known: ptb test bits/char"),
         (["empty"], "no column has a number; known: none"),
     ):

@@ -303,7 +303,11 @@ def _table(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         help="a run's folder, with results that sedd-eval --json or sedd-report wrote there, or a "
         "file of them; a row each",
     )
-    add("--format", help="markdown, latex (booktabs) or csv (default: as --out ends, or markdown)")
+    add(
+        "--format",
+        help="text, markdown, latex (booktabs) or csv (default: as --out ends; else text on a "
+        "terminal, and markdown)",
+    )
     add("--out", type=output_file, help="write the table to this file instead of printing it")
     add("--columns", default="", help="words, commas between: columns that have any in their names")
     options = parser.parse_args(argv)

@@ -5,12 +5,22 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sedd_jax.console import wrapped
 from sedd_jax.evaluation.likelihood import OF_DOCUMENTS, UNITS
-from sedd_jax.evaluation.tables import column, latex, latex_text, markdown, markdown_text
+from sedd_jax.evaluation.tables import (
+    Group,
+    aligned,
+    column,
+    latex,
+    latex_text,
+    markdown,
+    markdown_text,
+)
 
 SUMMARY = "summary.json"  # of sedd-report
 PRINTED = ("perplexity_per_token", "bits_per_character")  # in the paper's Tables 1 and 2
@@ -166,6 +176,13 @@ def _answers(result: dict[str, Any]) -> Iterator[Number]:
         yield _scalar("answers", key.replace("_", " "), result, key)
 
 
+def _information(result: dict[str, Any]) -> Iterator[Number]:
+    for key in ("entropy", "divergence", "mutual_information"):
+        if key in result:
+            name = f"{key.replace('_', ' ')}, nats/token"
+            yield _scalar(result["source"], name, result[key], "nats_per_token")
+
+
 def _scalar(title: str, name: str, result: dict[str, Any], key: str) -> Number:
     return Number(title, name, result[key], result[f"{key}_standard_error"])
 
@@ -176,6 +193,7 @@ READERS = {
     "unigram_entropy": _samples,
     "accuracy": _choices,
     "nats_per_answer": _answers,
+    "entropy": _information,
     "nats_per_token": _likelihood,
 }
 
@@ -190,10 +208,14 @@ def incomparable(runs: Sequence[Run]) -> list[str]:
 
 
 def check_format(name: str | None, out: Path | None) -> str:
-    """The name of a format; by the file's suffix where there is none. ValueError if unknown."""
+    """The name of a format, where there is none by the file's suffix, or text on a terminal.
+
+    ValueError if unknown.
+    """
     if name is None:
-        suffixes = {".tex": "latex", ".csv": "csv"}
-        return suffixes.get("" if out is None else out.suffix, "markdown")
+        if out is None:
+            return "text" if sys.stdout.isatty() else "markdown"
+        return {".tex": "latex", ".csv": "csv", ".txt": "text"}.get(out.suffix, "markdown")
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; known: {', '.join(FORMATS)}")
     return name
@@ -209,13 +231,28 @@ def results_table(runs: Sequence[Run], form: str, words: Sequence[str] = ()) -> 
     return FORMATS[form](runs, names)
 
 
-def _text(runs: Sequence[Run], names: Iterable[str], table, text) -> str:
+def _groups(runs: Sequence[Run], names: Iterable[str]) -> list[Group]:
+    """The runs' names, and a group of columns for each thing that was measured."""
+
     def cell(run: Run, name: str) -> str:
         return run.numbers[name].cell() if name in run.numbers else ""
 
-    columns = [column(name, (cell(run, name) for run in runs)) for name in names]
-    groups = [("", [column("", (run.name for run in runs))]), ("", columns)]
-    return "\n".join([*table(groups), "", text(LEGEND)]) + "\n"
+    groups: dict[str, list[list[str]]] = {"": [column("", (run.name for run in runs))]}
+    for name in names:
+        number = next(run.numbers[name] for run in runs if name in run.numbers)
+        cells = column(number.name, (cell(run, name) for run in runs))
+        groups.setdefault(number.title, []).append(cells)
+    return list(groups.items())
+
+
+def _terminal(runs: Sequence[Run], names: Iterable[str]) -> str:
+    """In lines of 79 columns: groups are as wide as a column."""
+    groups = [(title, [one]) for title, columns in _groups(runs, names) for one in columns]
+    return "\n".join([*aligned(groups), "", *wrapped(LEGEND)]) + "\n"
+
+
+def _marked_up(runs: Sequence[Run], names: Iterable[str], table, text) -> str:
+    return "\n".join([*table(_groups(runs, names)), "", text(LEGEND)]) + "\n"
 
 
 def _csv(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -231,7 +268,8 @@ def _csv(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 FORMATS = {
-    "markdown": lambda runs, names: _text(runs, names, markdown, markdown_text),
-    "latex": lambda runs, names: _text(runs, names, latex, latex_text),
+    "text": _terminal,
+    "markdown": lambda runs, names: _marked_up(runs, names, markdown, markdown_text),
+    "latex": lambda runs, names: _marked_up(runs, names, latex, latex_text),
     "csv": _csv,
 }

@@ -214,10 +214,17 @@ _LATEX = {character: f"\\{character}" for character in "&%$#_{}"} | {
 
 def latex(groups: list[Group]) -> list[str]:
     """The table of `aligned` as LaTeX's tabular, which needs the package booktabs."""
-    names, *rows = (rf"{' & '.join(map(latex_text, row))} \\" for row in _flat(groups))
-    columns = "l" + "r" * (sum(len(columns) for _, columns in groups) - 1)
-    begin, end = rf"\begin{{tabular}}{{{columns}}}", r"\end{tabular}"
-    return [begin, r"\toprule", names, r"\midrule", *rows, r"\bottomrule", end]
+    cells = zip(*(column for _, columns in groups for column in columns), strict=True)
+    names, *rows = (rf"{' & '.join(map(latex_text, row))} \\" for row in cells)
+    titles, rules, first = [], [], 1  # a title stands over its columns
+    for title, columns in groups:
+        last = first + len(columns) - 1
+        titles.append(rf"\multicolumn{{{len(columns)}}}{{c}}{{{latex_text(title)}}}")
+        rules += [rf"\cmidrule(lr){{{first}-{last}}}"] if title else []
+        first = last + 1
+    heads = [" & ".join(titles) + r" \\", " ".join(rules)] if rules else []
+    begin, end = rf"\begin{{tabular}}{{l{'r' * (first - 2)}}}", r"\end{tabular}"
+    return [begin, r"\toprule", *heads, names, r"\midrule", *rows, r"\bottomrule", end]
 
 
 def latex_text(text: str) -> str:
