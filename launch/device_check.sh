@@ -11,6 +11,9 @@
 #          device.txt, device.json (after every row), summary.txt. --against is .device/original if that is there.
 # Status: 0 if all parts succeeded, 1 if one did not, 2 for a mistake in the arguments.
 set -uo pipefail
+# shellcheck source=launch/functions.sh
+source "$(dirname "${BASH_SOURCE[0]}")/functions.sh"
+show_help "${BASH_SOURCE[0]}" "$@"
 began=$(date +%s)
 
 # Pure Python or for CPython 3.12 on Linux x86_64: 14 MB. What a machine has already is not installed again.

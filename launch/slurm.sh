@@ -27,8 +27,11 @@ refuse() {
 }
 
 dry='' flags=() gpus='' nodes=''
+cd "${SEDD_INSIDE:-$(dirname "${BASH_SOURCE[0]}")/..}" || exit 2
+# shellcheck source=launch/functions.sh
+source launch/functions.sh
 if [[ ! ${SEDD_INSIDE-} ]]; then
-  cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+  show_help launch/slurm.sh "$@"
   while (($#)) && [[ $1 != -- ]]; do
     case $1 in
       --dry-run) dry=1 ;;
@@ -44,8 +47,6 @@ if [[ ! ${SEDD_INSIDE-} ]]; then
     refuse "--gpus-per-node '$gpus' does not end in a whole number >= 1; write --gpus-per-node=8 or a100:8"
   [[ ${1-} == -- ]] || refuse "no -- and the arguments of the command; write -- --config=... --workdir=..."
   shift
-else
-  cd "$SEDD_INSIDE" || exit 2
 fi
 arguments=("$@") command=train
 if [[ ${1-} && $1 != -* ]]; then
@@ -54,7 +55,7 @@ if [[ ${1-} && $1 != -* ]]; then
 fi
 case $command in
   train)
-    [[ " $*" == *" --workdir="?* ]] ||
+    [[ $(workdir_of "$@") ]] ||
       refuse "no --workdir=DIR among the arguments of sedd-train; give a shared folder"
     ;;
   eval | sample) flags+=(--no-requeue) ;;
@@ -72,8 +73,6 @@ if [[ ! ${SEDD_INSIDE-} ]]; then
 fi
 # shellcheck source=launch/flags/gpu.sh
 source launch/flags/gpu.sh
-# shellcheck source=launch/await.sh
-source launch/await.sh
 step=(srun --kill-on-bad-exit=1 "${VENV:-.venv}/bin/sedd-$command" "$@")
 if [[ $command != train ]]; then
   if [[ $dry ]]; then

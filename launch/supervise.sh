@@ -14,8 +14,9 @@
 # SUPERVISE_STOP (empty)       command that asks the child to stop, in place of a signal to it
 set -uo pipefail
 
-# shellcheck source=launch/await.sh
-source "$(dirname "${BASH_SOURCE[0]}")/await.sh"
+# shellcheck source=launch/functions.sh
+source "$(dirname "${BASH_SOURCE[0]}")/functions.sh"
+show_help "${BASH_SOURCE[0]}" "$@"
 say() { printf '%(%Y-%m-%dT%H:%M:%S%z)T supervise: %s\n' -1 "$*" >&2; }
 refuse() { # a mistake in the arguments or the environment
   say "error: $*"
@@ -39,12 +40,9 @@ fi
   refuse "'${1-}' is not -- and a command; write: bash launch/supervise.sh -- sedd-train --workdir=DIR ..."
 shift
 
-workdir='' names_status='' before=''
+workdir=$(workdir_of "$@") names_status=''
 for argument; do
-  [[ $before == --workdir ]] && workdir=$argument
-  [[ $argument == --workdir=* ]] && workdir=${argument#*=}
   [[ $argument == --requeue_status || $argument == --requeue_status=* ]] && names_status=1
-  before=$argument
 done
 [[ $workdir ]] || refuse "the command has no --workdir=DIR; its checkpoints tell whether a restart helped"
 [[ $names_status ]] || set -- "$@" --requeue_status=75

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on a Cloud TPU slice, from your own machine with gcloud.
 # usage: bash launch/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [flags] [--dry-run] [-- [train] ARGUMENTS]
-#   create   ask for the slice: --type=v4-64, v5litepod-64, v5p-64 or v6e-64; [--spot] [--queued] [--runtime=VERSION]
+#   create   ask for the slice: --type=v4-64, v5e-64, v5p-64 or v6e-64; [--spot] [--queued] [--runtime=VERSION]
 #   install  copy the commit that is checked out here to every worker and install it there
 #   run      start sedd-train on every worker, supervised, in the background; --workdir must be on a
 #            mount that all workers share (Filestore or gcsfuse): gs:// is refused. After -- also
@@ -11,6 +11,9 @@
 # --project=PROJECT of gcloud; --mount=COMMAND runs on every worker at install, to mount the shared folder;
 # --dry-run prints the commands. A slice made elsewhere is used by leaving out create.
 set -uo pipefail
+# shellcheck source=launch/functions.sh
+source "$(dirname "${BASH_SOURCE[0]}")/functions.sh"
+show_help "${BASH_SOURCE[0]}" "$@"
 
 known='create, install, run, status, logs, stop, delete, watch'
 refuse() {
@@ -53,20 +56,18 @@ esac
 arguments=("$@")
 [[ $name ]] || refuse "--name is missing; write --name=my-slice"
 [[ $zone ]] || refuse "--zone is missing; write --zone=us-central2-b"
+[[ $type == v5e-* ]] && type=v5litepod-${type#v5e-} # as Cloud TPU calls it
 case $action in create | watch)
   case $type in # the runtimes that Google documents for JAX
     v4-*) : "${runtime:=tpu-ubuntu2204-base}" ;;
     v5litepod-*) : "${runtime:=v2-alpha-tpuv5-lite}" ;;
     v5p-*) : "${runtime:=v2-alpha-tpuv5}" ;;
     v6e-*) : "${runtime:=v2-alpha-tpuv6e}" ;;
-    *) refuse "unknown --type '$type'; known: v4-N, v5litepod-N, v5p-N, v6e-N" ;;
+    *) refuse "unknown --type '$type'; known: v4-N, v5e-N, v5p-N, v6e-N" ;;
   esac ;;
 esac
 case $action in run | watch)
-  workdir=''
-  for argument in ${arguments[@]+"${arguments[@]}"}; do
-    [[ $argument == --workdir=* ]] && workdir=${argument#*=}
-  done
+  workdir=$(workdir_of ${arguments[@]+"${arguments[@]}"})
   [[ $workdir == /* || $command != train ]] || # of eval and sample it may be a hub id
     refuse "--workdir '$workdir' is not an absolute path; give a folder on a mount that all workers share" ;;
 esac

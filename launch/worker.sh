@@ -4,6 +4,9 @@
 # --once: without the supervisor, which starts sedd-train again.
 # FOLDER, on the machine's own disk, holds log, pid and, at the end, status.
 set -uo pipefail
+# shellcheck source=launch/functions.sh
+source "$(dirname "${BASH_SOURCE[0]}")/functions.sh"
+show_help "${BASH_SOURCE[0]}" "$@"
 refuse() {
   echo "worker.sh: error: $*" >&2
   exit 2
@@ -29,7 +32,7 @@ case $action in
     # shellcheck disable=SC2016  # for the shell that is started
     setsid nohup bash -c 'folder=$1; shift
       trap "kill -TERM \$child" TERM
-      source launch/await.sh
+      source launch/functions.sh
       "$@" & child=$!
       await $child
       echo $status > "$folder/status"' worker "$(cd "$folder" && pwd)" "$@" \

@@ -257,6 +257,24 @@ def test_bad_input_is_one_line(script, arguments, changes, words):
     assert len(lines(result)) == 1 and words in result.stderr
 
 
+@pytest.mark.parametrize("script", ["supervise", "slurm", "tpu_pod", "worker", "device_check"])
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_the_head_of_the_script(script, flag):
+    result = bash(f"{script}.sh", flag)
+    assert result.returncode == 0 and result.stderr == ""
+    assert f"bash launch/{script}.sh" in result.stdout
+    assert "#" not in result.stdout and "pipefail" not in result.stdout
+
+
+def test_a_folder_may_stand_beside_its_flag():
+    arguments = ["--config", "quickstart", "--workdir", "/shared/r"]
+    nodes = ["--nodes=1", "--gpus-per-node=2"]
+    result = bash("slurm.sh", "--dry-run", *nodes, "--", *arguments)
+    assert result.returncode == 0 and "--workdir /shared/r" in result.stdout
+    result = bash("tpu_pod.sh", "run", *TPU, "--dry-run", "--", *arguments)
+    assert result.returncode == 0 and "--workdir\\ /shared/r" in result.stdout
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_the_scripts_are_sound_shell(path):
     result = finished(["bash", "-n", path])
