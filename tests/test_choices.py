@@ -486,3 +486,10 @@ def test_the_answers_command(tiny_run, tmp_path, capsys):
         assert eval_command(run) == 2
         (line,) = [one for one in capsys.readouterr().err.splitlines() if "error" in one]
         assert message in line and (not rows or f"{file}:1" in line)
+
+
+def test_nothing_to_score_is_refused():
+    with says("no question to score"):
+        evaluate_choices(independent(), [])
+    with says("no answer to score"):
+        evaluate_answers(independent(), [])

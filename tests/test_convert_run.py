@@ -17,6 +17,7 @@ from sedd_jax import config as configuration
 from sedd_jax import convert, experiment, state
 from sedd_jax.cli import convert_command, train_command
 from sedd_jax.convert import names, original_run
+from sedd_jax.convert.card import facts_of_run
 from sedd_jax.data import make_tokenizer
 from sedd_jax.diffusion.losses import Loss
 from sedd_jax.runs import workdir
@@ -325,13 +326,13 @@ def test_a_summary_that_is_odd_leaves_the_numbers_out(theirs, tmp_path, caplog, 
     good |= {"passes": 2, "blocks": 3, "split": "test", "step": 4, "seed": 5}
     run = workdir.open_workdir(theirs.parent / "one")._replace(folder=tmp_path)
     (tmp_path / "summary.json").write_text(json.dumps({"heldout": good}))
-    told = workdir.about(run)
+    told = facts_of_run(run)
     assert [row["value"] for row in told["numbers"]] == ["1.500 +- 0.250"] * 2
     if "null" in text:
         good["nats_per_token"]["bound"] = None
         text = json.dumps({"heldout": good})
     (tmp_path / "summary.json").write_text(text, encoding="latin-1")
-    assert workdir.about(run) == {**told, "numbers": []}
+    assert facts_of_run(run) == {**told, "numbers": []}
     (warning,) = [record.getMessage() for record in caplog.records]
     assert "summary.json' is left out" in warning and "\n" not in warning
 

@@ -58,6 +58,9 @@ def test_the_bound_leaves_the_curve_in_the_runs_folder_and_load_reads_it(capsys,
     written = json.loads((run / "curve.json").read_text())
     assert result["curve"].items() <= written.items()
     assert (written["step"], written["split"], written["blocks"]) == (8, "validation", 8)
+    assert eval_command(evaluated(run, "--passes=2")) == 0  # of fewer copies: not kept
+    assert "the one that is there is of more, 8 blocks at 4" in capsys.readouterr().err
+    assert json.loads((run / "curve.json").read_text()) == written
     assert written["data"] == result["data"] and sum(written["copies"]) == 8 * 4
     prices = result["price_of_calls"]
     assert list(prices) == ["8", "16", "32", "64", "128"]

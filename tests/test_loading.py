@@ -202,3 +202,13 @@ def test_a_model_of_sedd_smalls_size_is_loaded_and_sampled_within_3_gib(tmp_path
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 3 * 2**20, f"{int(run.stdout) / 2**20:.2f} GiB"
+
+
+def test_a_folder_inside_of_a_run_names_the_run(tiny_run):
+    (checkpoint,) = (tiny_run / "checkpoints").glob("8")
+    with says(
+        "holds no model", f"it is a folder of the run {str(tiny_run)!r}: name that and step 8"
+    ):
+        sedd_jax.load(checkpoint)
+    with says("holds no model", f"of the run {str(tiny_run)!r}: name that"):
+        sedd_jax.load(tiny_run / "checkpoints")

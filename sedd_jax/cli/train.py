@@ -70,7 +70,7 @@ def parse_train(name: str, argv: list[str]) -> Request:
     """--config=FILE[:ARGUMENT], --config.key=value, --workdir=DIR and the flags of `USAGE`."""
     from sedd_jax import config as configuration
     from sedd_jax.cli.keys import with_texts
-    from sedd_jax.runs.workdir import saved_config
+    from sedd_jax.runs.workdir import run_around, saved_config
 
     values = flags.FlagValues()
     values.set_gnu_getopt(True)
@@ -117,10 +117,9 @@ def parse_train(name: str, argv: list[str]) -> Request:
         if not is_there:
             is_empty = flag == "config" and workdir is not None
             why = f", and {str(workdir)!r} holds no run to go on with" if is_empty else ""
-            raise ValueError(
-                f"--{flag} is missing{why}; for example {name} --config=quickstart "
-                "--workdir=runs/quickstart"
-            )
+            example = f"; for example {name} --config=quickstart --workdir=runs/quickstart"
+            remedy = (run_around(workdir) if is_empty else "") or example
+            raise ValueError(f"--{flag} is missing{why}{remedy}")
     texts = {k: values[f"config.{k}"].value for k in keys if values[f"config.{k}"].present}
     return Request(
         config=with_texts(config, texts),

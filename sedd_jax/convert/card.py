@@ -12,6 +12,8 @@ from sedd_jax.config import Constraint
 from sedd_jax.convert.original_config import TEXT
 from sedd_jax.data import Tokenizer
 from sedd_jax.diffusion.objectives import OBJECTIVES
+from sedd_jax.files import load_json
+from sedd_jax.runs.workdir import SUMMARY, Workdir
 
 log = logging.getLogger(__name__)
 
@@ -119,3 +121,37 @@ def _plain(text: Any) -> str:
 def _table(head: tuple, rows: Iterable) -> list[str]:
     lines = ["| " + " | ".join(map(_plain, cells)) + " |" for cells in (head, *rows)]
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def facts_of_run(run: Workdir) -> dict[str, Any]:
+    """What a model card says of the moving average: its corpus, and the numbers of sedd-report.
+
+    Without the numbers, and with a warning, where summary.json is not as sedd-report writes it.
+    """
+    facts = {"weights": "ema", "corpus": run.config.data.corpus, "numbers": []}
+    summary = run.folder / SUMMARY
+    try:
+        if summary.is_file():
+            heldout = load_json(summary.read_bytes(), repr(str(summary)))["heldout"]
+            facts["numbers"] = _numbers(heldout)
+    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        log.warning(
+            "%r is left out, it is not as sedd-report writes it (%s); run that again",
+            str(summary),
+            reason,
+        )
+    return facts
+
+
+def _numbers(heldout: dict[str, Any]) -> list[dict[str, str]]:
+    how = (
+        f"upper bound, {heldout['passes']} noise levels a block, {heldout['blocks']} blocks of "
+        f"split {heldout['split']!r}, step {heldout['step']}, seed {heldout['seed']}"
+    )
+    numbers = []
+    for unit in ("bits_per_character", "nats_per_token"):
+        value, error = (heldout[unit][key] for key in ("bound", "bound_standard_error"))
+        number = {"name": unit.replace("_", " "), "value": f"{value:.3f} +- {error:.3f}"}
+        numbers.append({**number, "how": how})
+    return numbers

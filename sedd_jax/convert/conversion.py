@@ -11,6 +11,7 @@ from sedd_jax import config as configuration
 from sedd_jax import experiment
 from sedd_jax.convert import folder as hub
 from sedd_jax.convert import names, original_config, original_run
+from sedd_jax.convert.card import facts_of_run
 from sedd_jax.convert.folder import Pretrained
 from sedd_jax.convert.sisters import FAMILIES
 from sedd_jax.data import Tokenizer
@@ -142,8 +143,11 @@ def recognise(source: Path) -> str:
         return "workdir" if is_run else "hub"
     raise ValueError(
         f"{str(source)!r} holds no model: it is not a .pth file of a run, and no folder with "
-        f"{original_run.YAML} or {hub.CONFIG}; give the workdir of a sedd-train, a hub folder, or "
-        "a run of the original"
+        f"{original_run.YAML} or {hub.CONFIG}"
+        + (
+            workdir.run_around(source)
+            or "; give the workdir of a sedd-train, a hub folder, or a run of the original"
+        )
     )
 
 
@@ -235,7 +239,7 @@ def read_workdir(
     """
     run = workdir.open_workdir(local_path(source))
     if weights == "ema":  # whose numbers sedd-report has written
-        (step, params), about = workdir.read_average(run, step), workdir.about(run)
+        (step, params), about = workdir.read_average(run, step), facts_of_run(run)
     else:
         train_state, about = workdir.read_state(run), {"weights": weights}
         step, params = int(train_state.step), train_state.params

@@ -65,6 +65,8 @@ def evaluate_answers(
     """
     check_noise(passes, batch_size, seed)
     check_scorable(model)
+    if not answers:
+        raise ValueError("there is no answer to score; give at least one")
     pairs = []
     for prompt, answer, where in answers:
         try:

@@ -116,6 +116,8 @@ def evaluate_choices(
             f"target_standard_error {target} is not between 0 and 1; give that of the accuracy, as "
             "0.01"
         )
+    if not questions:
+        raise ValueError("there is no question to score; give at least one")
     pairs = [_pairs(model, question) for question in questions]
     order = np.arange(len(questions))
     if target is not None:

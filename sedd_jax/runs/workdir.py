@@ -276,6 +276,15 @@ def missing_files(folder: Path) -> list[str]:
     return [n for n in (CONFIG, TOKENIZER, CHECKPOINTS) if not (folder / n).exists()]
 
 
+def run_around(folder: Path) -> str:
+    """What to say of a folder inside of a run, as of one of its checkpoints; "" of another."""
+    for parent in list(folder.absolute().parents)[:2]:
+        if not missing_files(parent):
+            step = f" and step {folder.name}" if folder.name.isdecimal() else ""
+            return f"; it is a folder of the run {str(parent)!r}: name that{step}"
+    return ""
+
+
 def open_workdir(folder: Path) -> Workdir:
     """A training run's folder; ValueError if it is none, or holds code that may not run: see
     `imports.import_modules`."""
@@ -302,6 +311,15 @@ def write_curve(folder: Path, result: Mapping[str, Any]) -> None:
     if missing_files(folder):
         raise ValueError(f"{str(folder)!r} is not the folder of a run")
     about = {key: result[key] for key in ("step", "split", "blocks", "passes", "seed", "data")}
+    before = _read_json(folder / CURVE) or {}
+    same = ("step", "split", "data")
+    if all(before.get(key) == about[key] for key in same) and (
+        before["blocks"] * before["passes"] > about["blocks"] * about["passes"]
+    ):
+        raise ValueError(
+            f"the one that is there is of more, {before['blocks']} blocks at {before['passes']} "
+            "noise levels"
+        )
     try:
         write_text(folder / CURVE, json.dumps({**about, **result["curve"]}))
     except OSError as error:
@@ -310,7 +328,10 @@ def write_curve(folder: Path, result: Mapping[str, Any]) -> None:
 
 def read_curve(workdir: Workdir) -> dict[str, Any] | None:
     """What `write_curve` wrote, not checked; None without it, and with a warning if no JSON."""
-    file = workdir.folder / CURVE
+    return _read_json(workdir.folder / CURVE)
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
     try:
         return load_json(file.read_bytes(), repr(str(file))) if file.is_file() else None
     except (OSError, ValueError) as error:
@@ -342,40 +363,6 @@ def _checkpoints(workdir: Workdir) -> Checkpoints:
 
 def _shape(workdir: Workdir) -> TrainState:
     return experiment.make_experiment(workdir.config, workdir.tokenizer.vocab_size, None).shape
-
-
-def about(workdir: Workdir) -> dict[str, Any]:
-    """What a model card says of the moving average: its corpus, and the numbers of sedd-report.
-
-    Without the numbers, and with a warning, where summary.json is not as sedd-report writes it.
-    """
-    facts = {"weights": "ema", "corpus": workdir.config.data.corpus, "numbers": []}
-    summary = workdir.folder / SUMMARY
-    try:
-        if summary.is_file():
-            heldout = load_json(summary.read_bytes(), repr(str(summary)))["heldout"]
-            facts["numbers"] = _numbers(heldout)
-    except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        log.warning(
-            "%r is left out, it is not as sedd-report writes it (%s); run that again",
-            str(summary),
-            reason,
-        )
-    return facts
-
-
-def _numbers(heldout: dict[str, Any]) -> list[dict[str, str]]:
-    how = (
-        f"upper bound, {heldout['passes']} noise levels a block, {heldout['blocks']} blocks of "
-        f"split {heldout['split']!r}, step {heldout['step']}, seed {heldout['seed']}"
-    )
-    numbers = []
-    for unit in ("bits_per_character", "nats_per_token"):
-        value, error = (heldout[unit][key] for key in ("bound", "bound_standard_error"))
-        number = {"name": unit.replace("_", " "), "value": f"{value:.3f} +- {error:.3f}"}
-        numbers.append({**number, "how": how})
-    return numbers
 
 
 # --- a run that is written whole

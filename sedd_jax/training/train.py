@@ -105,6 +105,13 @@ def set_up(
     processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
     configuration.check(config)
     check_trackers(config.train.trackers)
+    warmup = config.optimizer.warmup_steps
+    if warmup >= config.train.steps:
+        log.warning(
+            "optimizer.warmup_steps %d is not below train.steps %d: the learning rate rises to the "
+            "end and never stays at %g; lower it for so short a run",
+            *(warmup, config.train.steps, config.optimizer.learning_rate),
+        )
     config = runs.with_stored_data(config)
     mesh = make_mesh(config)
     processes.on_all_processes(lambda: runs.check_workdir(config, workdir))
