@@ -60,7 +60,7 @@ def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         "updates": 64 if is_watched else 20,
         "batch_size": options.batch_size,
         "seed": options.seed,
-        "progress": not is_live and sys.stderr.isatty(),
+        "progress": not is_live,
         **chosen,
     }
     if options.revise is not None:

@@ -223,8 +223,12 @@ def _train_here(name: str, request: Request) -> int:
 
 
 def _dry_run(name: str, request: Request) -> int:
+    from sedd_jax.runs.workdir import stored_vocab_size
     from sedd_jax.training.dry_run import describe, dry_run
 
-    estimate = dry_run(request.config, request.target, vocab_size=request.vocab_size)
+    vocab_size = request.vocab_size
+    if vocab_size is None and request.workdir is not None:
+        vocab_size = stored_vocab_size(request.workdir)
+    estimate = dry_run(request.config, request.target, vocab_size=vocab_size)
     print(describe(estimate))
     return say(name, ValueError(estimate.complaint), status=2) if estimate.complaint else 0

@@ -343,6 +343,12 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     return tokenizer_from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
+def stored_vocab_size(folder: Path) -> int | None:
+    """The clean tokens of the run that is there; None where there is none."""
+    file = folder / TOKENIZER
+    return _read_tokenizer(file).vocab_size if file.is_file() else None
+
+
 def read_state(workdir: Workdir) -> TrainState:
     """The newest checkpoint's whole train state, on one device."""
     with _checkpoints(workdir) as checkpoints:

@@ -1,6 +1,8 @@
 """What a dry run returns, and its text for a terminal."""
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 from sedd_jax.parallel.devices import Device, device, format_bytes
@@ -122,39 +124,54 @@ def describe(estimate: Estimate) -> str:
     e = estimate
     mesh = ", ".join(f"{axis}={size}" for axis, size in e.mesh.items())
     lines = [
-        f"{e.target}: {e.devices} x {e.device_kind}, mesh {mesh}; compiled in "
-        + f"{e.compile_seconds:.1f} s",
+        f"{e.target}: {e.devices} x {e.device_kind}, mesh {mesh};",
+        f"compiled in {e.compile_seconds:.1f} s",
         *_parameter_lines(e),
         *_memory_lines(e),
         "",
-        f"a step: {e.tokens:,} tokens, {e.flops / 1e12:,.2f} TFLOP of the model, "
-        + f"{e.flops / e.tokens / 1e9:.3f} GFLOP a token, forward and backward",
+        f"a step: {e.tokens:,} tokens, {_operations(e.flops)} of the model, "
+        + f"{_operations(e.flops / e.tokens)} a token,",
+        "forward and backward",
     ]
     if e.step_seconds is not None:
-        lines.append(
-            f"if it runs at {MFU:.0%} of the peak of {e.device.flops / 1e12:.0f} TFLOP/s: "
-            f"{e.step_seconds:.3f} s a step, {e.tokens / e.step_seconds:,.0f} tokens/s, "
-            f"{e.hours:,.1f} h for {e.steps:,} steps ({e.hours * e.devices:,.0f} device hours)"
-        )
+        peak = f"{e.device.flops / 1e12:.0f} TFLOP/s"
+        lines += [f"if it runs at {MFU:.0%} of the peak of {peak}:", _pace(e, e.step_seconds)]
     lines += _cost_lines(e) if e.costs else []
     return "\n".join(lines + (_collective_lines(e) if e.is_compiled else []))
 
 
+def _operations(flops: float) -> str:
+    power = min(4, max(0, int(math.log10(flops)) // 3)) if flops else 0
+    return f"{flops / 1000**power:,.2f} {('', 'K', 'M', 'G', 'T')[power]}FLOP"
+
+
+def _pace(e: Estimate, seconds: float) -> str:
+    """What a step of so many seconds makes of all the config's steps."""
+    hours = seconds * e.steps / 3600
+    return (
+        f"{1e3 * seconds:,.1f} ms a step, {e.tokens / seconds:,.0f} tokens/s, "
+        f"{hours:,.1f} h for {e.steps:,} steps ({hours * e.devices:,.0f} device hours)"
+    )
+
+
 def _parameter_lines(e: Estimate) -> list[str]:
-    width = max(len(row.name) for row in e.parameters)
-    lines = ["", f"{'parameter':{width}}  {'shape':20}{'dtype':10}{'on a device':>12}  sharding"]
-    for row in e.parameters:
-        shape = "x".join(map(str, row.shape))
-        lines.append(
-            f"{row.name:{width}}  {shape:20}{row.dtype:10}{format_bytes(row.bytes):>12}  "
-            f"{row.spec.removeprefix('PartitionSpec')}"
-        )
+    """A row a parameter; sharding has the mesh axis of each dimension, "-" of one that is whole."""
+    shapes = ["x".join(map(str, row.shape)) for row in e.parameters]
+    width, shape_width = max(len(row.name) for row in e.parameters), max(map(len, shapes))
+    dtypes = ", ".join(dict.fromkeys(row.dtype for row in e.parameters))
+    head = f"{'parameter':{width}}  {'shape':{shape_width}}{'on a device':>13}  sharding"
+    lines = ["", f"the parameters are {dtypes}", head]
+    for row, shape in zip(e.parameters, shapes, strict=True):
+        axes = re.findall(r"\w+", row.spec)[1:]  # after the class's name
+        axes = ",".join("-" if axis == "None" else axis for axis in axes)
+        size = format_bytes(row.bytes)
+        lines.append(f"{row.name:{width}}  {shape:{shape_width}}{size:>13}  {axes}".rstrip())
     return lines
 
 
 def _memory_lines(e: Estimate) -> list[str]:
     state = (
-        f"parameters {format_bytes(e.parameter_bytes)}, average {format_bytes(e.ema_bytes)}, "
+        f"parameters {format_bytes(e.parameter_bytes)}, EMA {format_bytes(e.ema_bytes)}, "
         f"optimizer {format_bytes(e.optimizer_bytes)}"
     )
     rows = [("state", e.state_bytes, state)]
@@ -178,8 +195,8 @@ def _cost_lines(e: Estimate) -> list[str]:
         "",
         "where the time will go: predicted from the program, not measured",
         *describe_costs(e.costs),
-        f"so a step in {1e3 * seconds:,.1f} ms, {e.tokens / seconds:,.0f} tokens/s, "
-        + f"{rate:.0%} of the peak",
+        f"so at {rate:.0%} of the peak:",
+        _pace(e, seconds),
     ]
 
 
