@@ -108,8 +108,8 @@ def convert(
         )
     elif form == "hub":
         hub.write_folder(target, model._replace(tokenizer=tokenizer), replace=replace)
+    family, where = FAMILIES[model.family], target.absolute() if form == "original" else target
     expected = names.expected_tensors(config, vocab_size)
-    family = FAMILIES[model.family]
     return Conversion(
         read=FORMS[read].words if not family.marks else f"{family.title} folder",
         wrote=FORMS[form].words,
@@ -118,7 +118,7 @@ def convert(
         tensors=len(expected) + 1,
         step=step,
         notices=notices,
-        next=FORMS[form].next.format(target=target.absolute() if form == "original" else target),
+        next=FORMS[form].next.format(target=where),
     )
 
 

@@ -4,6 +4,7 @@ Imports jax only. Everything here is a pure function of arrays and of `(score_fn
 the caller jits.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -130,63 +131,109 @@ def sample(
         raise ValueError(f"begin {begin} needs the chain at that step")
     index = jnp.arange(shape[0]) if index is None else index
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    key_limit, key_steps, key_last = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
-    clamp = known.clamp if known is not None else lambda x: x
-    start = Chain.of(clamp(jax.vmap(lambda k: graph.limit(k, shape[1:]))(key_limit)))
+    of_limit, of_steps, of_last = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
+    loop = _Loop(
+        score_fn=score_fn,
+        graph=graph,
+        schedule=schedule,
+        steps=steps,
+        predictor=predictor,
+        options=options or Options(),
+        known=known,
+        t_min=t_min,
+        draw=draw,
+        grid=grid,
+        keys=of_steps,
+        sample_keys=jax.vmap(jax.random.fold_in, (0, None))(of_limit, jnp.uint32(OWN)),
+    )
+    start = Chain.of(loop.clamp(jax.vmap(lambda k: graph.limit(k, shape[1:]))(of_limit)))
     if chain is not None:
         start = jax.tree.map(lambda new, old: jnp.where(begin == 0, new, old), start, chain)
-        start = start._replace(tokens=clamp(start.tokens))
-    column = jnp.ones((shape[0], 1), jnp.float32)
-    options = options or Options()
+        start = start._replace(tokens=loop.clamp(start.tokens))
     stop = steps if end is None else end
 
-    def is_unfinished(chain):  # bool [B]
-        if not (trait(predictor, "is_adaptive") and hasattr(graph, "mask")):
-            return jnp.ones(shape[0], bool)
-        return (chain.tokens == graph.mask).any(axis=-1)
-
-    def moved(chain, keys, distribution, calls, is_confident=False):
-        x = chain.tokens
-        drawn = clamp(jnp.where(x < 0, x, draw(keys, distribution)))
-        sure = chain.confidence
-        if is_confident:
-            is_new = (x == graph.mask) & (drawn != graph.mask)
-            sure = jnp.where(is_new, distribution.confidence(drawn), sure)
-        return Chain(drawn, chain.calls + calls * is_unfinished(chain), sure)
-
-    def step(i, chain):
-        t, s = grid(i, steps, t_min), grid(i + 1, steps, t_min)
-        s = jnp.where(i + 1 == steps, t_min, s)  # exactly
-        keys = jax.vmap(jax.random.fold_in, (0, None))(key_steps, i)
-        one = Step(
-            t=t * column,
-            s=s * column,
-            score_fn=score_fn,
-            graph=graph,
-            schedule=schedule,
-            options=options,
-            index=i,
-            steps=steps,
-            is_free=jnp.ones(shape, bool) if known is None else ~known.is_known,
-            keys=jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(OWN)),
-            sample_keys=jax.vmap(jax.random.fold_in, (0, None))(key_limit, jnp.uint32(OWN)),
-            draw=draw,
-            confidence=chain.confidence,
-        )
-        of_step = trait(predictor, "calls"), trait(predictor, "is_confident")
-        return moved(chain, keys, predictor(chain.tokens, one), *of_step)
-
-    def finish(chain):
-        t, last = t_min * column, greedy if is_greedy else options.shape
-        clean = denoise(chain.tokens, t, score_fn, graph, schedule, last)
-        return moved(chain, key_last, clean, 1)
+    def finish(chain: Chain) -> Chain:
+        last = greedy if is_greedy else loop.options.shape
+        clean = denoise(chain.tokens, loop.times(t_min, chain), score_fn, graph, schedule, last)
+        return loop.moved(chain, of_last, clean, 1)
 
     if trait(predictor, "is_adaptive"):
         _, start = jax.lax.while_loop(
-            lambda state: (state[0] < stop) & is_unfinished(state[1]).any(),
-            lambda state: (state[0] + 1, step(*state)),
+            lambda state: (state[0] < stop) & loop.is_unfinished(state[1]).any(),
+            lambda state: (state[0] + 1, loop.step(*state)),
             (jnp.asarray(begin, jnp.int32), start),
         )
     elif predictor is not None:
-        start = jax.lax.fori_loop(begin, stop, step, start)
+        start = jax.lax.fori_loop(begin, stop, loop.step, start)
     return finish(start) if end is None else jax.lax.cond(end == steps, finish, lambda c: c, start)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """The reverse steps of `sample`, with its arguments; a key for each sample, [B]."""
+
+    score_fn: ScoreFn
+    graph: Graph
+    schedule: Schedule
+    steps: int | jax.Array
+    predictor: Callable[[Tokens, Step], Distribution] | None
+    options: Options
+    known: Known | None
+    t_min: float
+    draw: Draw
+    grid: Callable[..., jax.Array]
+    keys: jax.Array
+    sample_keys: jax.Array
+
+    def clamp(self, x: Tokens) -> Tokens:
+        return x if self.known is None else self.known.clamp(x)
+
+    def times(self, t: jax.Array | float, chain: Chain) -> jax.Array:
+        """t for each sample, float32 [B, 1]."""
+        return t * jnp.ones((len(chain.tokens), 1), jnp.float32)
+
+    def is_unfinished(self, chain: Chain) -> jax.Array:
+        """Whether a sample needs another call, bool [B]."""
+        if not (trait(self.predictor, "is_adaptive") and hasattr(self.graph, "mask")):
+            return jnp.ones(len(chain.tokens), bool)
+        return (chain.tokens == self.graph.mask).any(axis=-1)
+
+    def step(self, i: jax.Array, chain: Chain) -> Chain:
+        t, s = (self.grid(j, self.steps, self.t_min) for j in (i, i + 1))
+        s = jnp.where(i + 1 == self.steps, self.t_min, s)  # exactly
+        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, i)
+        x = chain.tokens
+        one = Step(
+            t=self.times(t, chain),
+            s=self.times(s, chain),
+            score_fn=self.score_fn,
+            graph=self.graph,
+            schedule=self.schedule,
+            options=self.options,
+            index=i,
+            steps=self.steps,
+            is_free=jnp.ones(x.shape, bool) if self.known is None else ~self.known.is_known,
+            keys=jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(OWN)),
+            sample_keys=self.sample_keys,
+            draw=self.draw,
+            confidence=chain.confidence,
+        )
+        of_step = trait(self.predictor, "calls"), trait(self.predictor, "is_confident")
+        return self.moved(chain, keys, self.predictor(x, one), *of_step)
+
+    def moved(
+        self,
+        chain: Chain,
+        keys: jax.Array,
+        distribution: Distribution,
+        calls: int,
+        is_confident: bool = False,
+    ) -> Chain:
+        """The chain with tokens drawn, after so many more network calls."""
+        x = chain.tokens
+        drawn = self.clamp(jnp.where(x < 0, x, self.draw(keys, distribution)))
+        sure = chain.confidence
+        if is_confident:
+            is_new = (x == self.graph.mask) & (drawn != self.graph.mask)
+            sure = jnp.where(is_new, distribution.confidence(drawn), sure)
+        return Chain(drawn, chain.calls + calls * self.is_unfinished(chain), sure)

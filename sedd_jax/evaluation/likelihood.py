@@ -86,21 +86,9 @@ def evaluate_split(
     with activity("counting, and pricing few calls", progress):
         sizes = _sizes(records, split, heldout)
         price = price_of_calls(model, total.curve, CALLS)
+        sums = {**total.sums, **{name: float(each.sum()) for name, each in baselines.items()}}
         nats = {**_by_token(total, heldout), **baselines}
-        groups, values = _with_document_errors(
-            {**total.sums, **{name: float(each.sum()) for name, each in baselines.items()}},
-            nats,
-            heldout,
-            records,
-            sizes,
-        )
-    target = {}
-    if target_standard_error is not None:
-        error = values["nats_per_token"]["bound_standard_error"]
-        target = {
-            "target_standard_error": target_standard_error,
-            "target_reached": error <= target_standard_error,
-        }
+        groups, values = _with_document_errors(sums, nats, heldout, records, sizes)
     return {
         "model": model.objective.title,
         "step": model.step,
@@ -111,13 +99,20 @@ def evaluate_split(
         **sizes,
         "passes": total.passes,
         "is_exact": model.objective.is_causal,
-        **target,
+        **_target(target_standard_error, values["nats_per_token"]["bound_standard_error"]),
         "seed": seed,
         "data": _provenance(records, split),
         **values,
         "curve": None if total.curve is None else total.curve.to_dict(),
         "price_of_calls": price,
     }
+
+
+def _target(target: float | None, error: float) -> dict[str, Any]:
+    """What a result says of the standard error that was asked for; nothing where none was."""
+    if target is None:
+        return {}
+    return {"target_standard_error": target, "target_reached": error <= target}
 
 
 def price_of_calls(

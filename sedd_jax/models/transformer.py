@@ -268,6 +268,22 @@ class Transformer(nn.Module):
         """Whether the blocks are compiled one by one."""
         return for_platform(IS_UNROLLED, self.placement.platform)
 
+    def _conditioning(self, sigma: jax.Array) -> jax.Array:
+        """What the blocks see of the noise level, float32 [B, cond_dim]; a part of __call__."""
+        if not self.time_conditioning:  # the same parameters; what they give is a constant
+            sigma = jnp.zeros_like(sigma)
+        x = sigma_embedding(NOISE_INPUTS[self.noise_input](sigma))
+        for name, fan_in in (("sigma_1", FREQUENCIES), ("sigma_2", self.cond_dim)):
+            linear = nn.Dense(
+                self.cond_dim,
+                kernel_init=_torch_linear,
+                bias_init=_torch_bias(fan_in),
+                precision=Precision.HIGHEST,
+                name=name,
+            )
+            x = nn.silu(linear(x))
+        return x
+
     @nn.compact
     def __call__(
         self,
@@ -287,22 +303,7 @@ class Transformer(nn.Module):
             tokens = self.placement.whole(embedding)[tokens]
         x = self.placement.rows(tokens.astype(self.residual_dtype))
 
-        def embedded(name, fan_in):
-            bias_init = _torch_bias(fan_in)
-            return nn.Dense(
-                self.cond_dim,
-                kernel_init=_torch_linear,
-                bias_init=bias_init,
-                precision=Precision.HIGHEST,
-                name=name,
-            )
-
-        if not self.time_conditioning:  # the same parameters; what they give is a constant
-            sigma = jnp.zeros_like(sigma)
-        noise = NOISE_INPUTS[self.noise_input](sigma)
-        conditioning = embedded("sigma_1", FREQUENCIES)(sigma_embedding(noise))
-        conditioning = embedded("sigma_2", self.cond_dim)(nn.silu(conditioning))
-        conditioning = self.placement.rows(nn.silu(conditioning))
+        conditioning = self.placement.rows(self._conditioning(sigma))
 
         # In a loop nothing that is recomputed can be merged with what it was computed from.
         block = nn.remat(Block, prevent_cse=self.is_unrolled, policy=saving(SAVED[self.remat]))

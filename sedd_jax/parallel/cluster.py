@@ -125,6 +125,16 @@ def check_environment(kind: str | None) -> None:
         )
 
 
+def _check_mpi() -> None:
+    for size, index in MPI:
+        if os.environ.get(size, "1") != "1":
+            raise ValueError(
+                f"{size}={os.environ[size]}: processes that mpirun starts do not join each other "
+                "by themselves; start them with srun, or give each --coordinator=HOST:PORT "
+                f"--process_count=${size} --process_index=${index}"
+            )
+
+
 def join(cluster: Cluster) -> None:
     """Join the other processes, before anything touches a device; nothing on a plain machine.
 
@@ -142,13 +152,7 @@ def join(cluster: Cluster) -> None:
         )
     check_environment(kind)
     if is_alone:
-        for size, index in MPI:
-            if os.environ.get(size, "1") != "1":
-                raise ValueError(
-                    f"{size}={os.environ[size]}: processes that mpirun starts do not join each "
-                    "other by themselves; start them with srun, or give each "
-                    f"--coordinator=HOST:PORT --process_count=${size} --process_index=${index}"
-                )
+        _check_mpi()
         return
     if jax.distributed.is_initialized():  # a command before this one, in the same process
         return
