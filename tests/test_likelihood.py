@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import dense
 import jax
@@ -12,7 +13,13 @@ import pytest
 import scipy.stats
 
 from sedd_jax.diffusion.graphs import GRAPHS, Absorbing
-from sedd_jax.diffusion.likelihood import bits_per_character, bound, perplexity, stratified
+from sedd_jax.diffusion.likelihood import (
+    Bound,
+    bits_per_character,
+    bound,
+    perplexity,
+    stratified,
+)
 from sedd_jax.diffusion.samplers import denoise
 from sedd_jax.diffusion.schedules import SCHEDULES, Geometric, LogLinear
 from sedd_jax.diffusion.scores import DenseScores
@@ -339,3 +346,11 @@ def test_the_bound_costs_as_many_network_calls_as_it_says(name):
     jax.block_until_ready(part)
     jax.effects_barrier()
     assert len(calls) == 6 + 2
+
+
+def test_a_bound_shows_its_totals_and_errors():
+    passes, none = jnp.array([[1.0, 3.0], [2.0, 2.0]]), jnp.zeros((2, 1))
+    shown = repr(Bound(passes, none, jnp.array([0.5, 0.25])))
+    assert re.fullmatch(r"Bound\(2\.500±\d\.\d{3}, 2\.250±0\.000 nats\)", shown)
+    many = Bound(np.ones((9, 2)), np.zeros((9, 1)), np.zeros(9))
+    assert repr(many).count("±") == 8 and repr(many).endswith(", ... nats)")

@@ -43,6 +43,14 @@ class Bound(NamedTuple):
     share: jax.Array | None = None  # the probability that a token is masked
     cross_entropy: jax.Array | None = None  # nats of a masked token, by its normalised scores
 
+    def __repr__(self) -> str:
+        """The totals in nats with their standard errors, of 8 sequences at most."""
+        if isinstance(self.prior, jax.core.Tracer):
+            return f"Bound of {self.prior.shape} sequences"
+        rows = zip(self.total.tolist()[:8], self.standard_error.tolist())
+        more = ", ..." if len(self.prior) > 8 else ""
+        return f"Bound({', '.join(f'{total:.3f}±{error:.3f}' for total, error in rows)}{more} nats)"
+
     @property
     def diffusion(self) -> jax.Array:
         """The integral over [t_min, 1], [B]."""
