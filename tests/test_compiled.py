@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from sedd_jax.cli import sample_command
 from sedd_jax.cli.compiled import delete_oldest
 
@@ -46,15 +48,36 @@ def test_a_program_is_compiled_once(tiny_run, tmp_path):
     assert "Error reading persistent compilation cache entry" in third.stderr
 
 
-def test_a_cpus_programs_are_kept_where_that_is_asked_for(tiny_run, tmp_path):
-    sample(tiny_run, tmp_path)
-    sample(tiny_run, tmp_path, "--compilation_cache=off")
-    sample(tiny_run, tmp_path, "--compilation_cache=on", **{FOLDER: ""})
-    assert not programs(tmp_path)
-
-
-def test_a_home_that_takes_no_file_is_no_hindrance(tiny_run):
-    assert sample(tiny_run, "/dev/null", "--compilation_cache=on").stdout
+@pytest.mark.parametrize(
+    ("choice", "environment", "named"),
+    [
+        (None, {}, False),  # a CPU
+        (None, {"JAX_PLATFORMS": "cuda,cpu"}, True),
+        (None, {"JAX_PLATFORMS": "cuda", FOLDER: ""}, False),
+        ("off", {"JAX_PLATFORMS": "tpu"}, False),
+        ("on", {}, True),
+        ("on", {"XDG_CACHE_HOME": "/dev/null"}, False),  # a home that takes no file
+    ],
+)
+def test_where_programs_are_kept(tmp_path, choice, environment, named):
+    program = (
+        "import jax; from sedd_jax.cli.compiled import keep_compiled_programs;"
+        f"keep_compiled_programs({choice!r}); c = jax.config;"
+        "print(c.jax_enable_compilation_cache and c.jax_compilation_cache_dir)"
+    )
+    clean = {name: value for name, value in os.environ.items() if name != FOLDER}
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**clean, "XDG_CACHE_HOME": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    if named:
+        assert printed.startswith(f"{tmp_path}/sedd_jax/compiled-")
+        assert os.stat(printed).st_mode & 0o777 == 0o700
+    else:
+        assert printed in ("None", "", "False") and not list(tmp_path.iterdir())
 
 
 def test_another_choice_is_refused(capsys, tiny_run):

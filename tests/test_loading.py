@@ -212,3 +212,11 @@ def test_a_folder_inside_of_a_run_names_the_run(tiny_run):
         sedd_jax.load(checkpoint)
     with says("holds no model", f"of the run {str(tiny_run)!r}: name that"):
         sedd_jax.load(tiny_run / "checkpoints")
+
+
+def test_a_misspelt_folder_is_no_question_to_the_hub(tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/quickstart").symlink_to(tiny_run)
+    monkeypatch.chdir(tmp_path)
+    with says("no folder at 'runs/quikstart'; did you mean 'runs/quickstart'?"):
+        sedd_jax.load("runs/quikstart")

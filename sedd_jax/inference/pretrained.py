@@ -1,6 +1,7 @@
 """load(): a model from a training run, from an exported folder, or from the Hugging Face hub."""
 
 import dataclasses
+import difflib
 import logging
 import os
 from collections.abc import Sequence
@@ -123,7 +124,11 @@ def _read(
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The snapshot of a hub id."""
+    """The snapshot of a hub id; ValueError for what is rather a misspelt folder."""
+    parent = local_path(name).parent
+    folders = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    if near := difflib.get_close_matches(Path(name).name, folders, n=1, cutoff=0.8):
+        raise ValueError(f"no folder at {name!r}; did you mean {str(parent / near[0])!r}?")
     parsed = hub.parse(name)
     if parsed is None:
         raise ValueError(f"no folder at {name!r}, and it is not a hub id owner/name; {SOURCES}")
