@@ -333,7 +333,8 @@ def _remdm(xt: Tokens, step: Step, chance: Callable[[jax.Array], jax.Array]) -> 
 def entropy_bounded(xt: Tokens, step: Step) -> Distribution:
     """Entropy-bounded (Ben-Hamu et al. 2025, 2505.24857): draws the tokens of the lowest entropies,
     as long as those before have at most gamma nats together. For absorbing noise the others stay
-    masked; for uniform noise they are noised anew, and the steps are not cut short."""
+    masked; for uniform noise they are noised anew, and the steps are not cut short: a gamma much
+    below the nats of a whole text then leaves noise in it."""
     graph = step.graph
     if hasattr(graph, "mask"):
         scores, is_masked = _at_share(xt, step)
