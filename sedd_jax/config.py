@@ -58,7 +58,7 @@ def _one_of(table: Mapping[str, Any]) -> Constraint:
 def _named(kind: str, holds: Callable[[Any], bool] | None = None, known: str = "") -> Constraint:
     about = registry.KINDS[kind]
     known = known or ", ".join(about.table)
-    words = f"one of {known}, or a name that a module of config.imports registers"
+    words = f"one of {known}, or a name that a module of config.imports (or a cell) has registered"
     return Constraint(holds or (lambda x: isinstance(x, str) and x in about.table), words)
 
 

@@ -143,7 +143,7 @@ def register(kind: KindName, name: str) -> Callable[[Part], Part]:
         is_built_in = name in about.built_in or (kind == "corpus" and name not in about.table)
         if is_built_in and (kind != "corpus" or is_corpus(name)):
             raise ValueError(f"{kind} {name!r} is one of sedd_jax's; choose another name")
-        if earlier is not None and _identity(earlier) != _identity(part):
+        if earlier is not None and not _is_same(earlier, part):
             raise ValueError(
                 f"{kind} {name!r} is registered already, by {' '.join(_identity(earlier))}; choose "
                 "another name, or another process"
@@ -166,6 +166,16 @@ def _identity(part: Any) -> tuple[str, str]:
     """Where a part is defined: a module that runs again, as a notebook's cell does, may replace
     it."""
     return getattr(part, "__module__", "?"), getattr(part, "__qualname__", repr(part))
+
+
+def _is_same(earlier: Any, part: Any) -> bool:
+    """Whether a part is that one, defined again, or the same text from another file."""
+    if _identity(earlier) == _identity(part):
+        return True
+    try:
+        return inspect.getsource(earlier) == inspect.getsource(part)
+    except (OSError, TypeError):  # no file has it
+        return False
 
 
 def is_registered(kind: str, name: Any) -> bool:

@@ -453,6 +453,14 @@ def test_commands_carry_a_run_there_and_back_and_train_on(tiny_run, tmp_path, ca
     config.data.records, config.data.length = "", 16
     records = workdir.prepare_data(config, tmp_path / "fresh")
     assert records.tokenizer.to_dict() == json.loads((tiny_run / "tokenizer.json").read_text())
+    # So it goes on with a text of the user's, and then with no other.
+    fresh = f"--workdir={tmp_path / 'fresh'}"
+    own = ["--config.data.corpus=text", f"--config.data.path={tmp_path / 'new.txt'}"]
+    short = ["--config.train.steps=1", "--config.data.length=16", "--config.data.records="]
+    assert train_command([fresh, *own, *short]) == 0
+    assert workdir.saved_config(tmp_path / "fresh").data.corpus == "text"
+    assert train_command([fresh, "--config.data.corpus=pydoc", "--config.train.steps=2"]) == 2
+    assert "data.corpus: 'text' -> 'pydoc'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

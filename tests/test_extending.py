@@ -375,8 +375,12 @@ def test_a_name_belongs_to_the_module_that_registered_it(files, tmp_path):
     imports.import_modules([files["cosine.py"]])  # the same once more
     other = tmp_path / "other.py"
     other.write_text(BLOCKS["cosine.py"])
-    with says("other.py", "'cosine' is registered already", "cosine_"):
-        imports.import_modules([str(other)])
+    imports.import_modules([str(other)])  # the same text
+    changed = tmp_path / "changed.py"
+    changed.write_text(BLOCKS["cosine.py"].replace("eps: float = 1e-3", "eps: float = 2e-3"))
+    assert changed.read_text() != other.read_text()
+    with says("changed.py", "'cosine' is registered already", "other_"):
+        imports.import_modules([str(changed)])
 
 
 def test_a_cell_of_a_notebook_may_run_again():

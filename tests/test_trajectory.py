@@ -85,7 +85,7 @@ def test_every_fault_of_states_is_named(tmp_path):
     for states in ([a[0], b[1]], [*a, *b], [*a, *a[1:]], [a[0], some_states("ab", samples=2)[1]]):
         with says(f"{len(states)} states differ in their steps, samples or lengths; give those"):
             Animation(states)
-    with says("no folder for the page", "none/a.html"):
+    with says("no folder for", "none/a.html"):
         show(iter([]), path=tmp_path / "none/a.html")
 
 

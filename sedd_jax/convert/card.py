@@ -49,6 +49,9 @@ def model_card(
     noise = f"{schedule.name}, eps {schedule.eps:g}"
     if schedule.name == "geometric":
         noise = f"geometric, {schedule.sigma_min:g} to {schedule.sigma_max:g}"
+    elif schedule.name != "log_linear":  # one of the user's own
+        values = dict(schedule.get("parameters", {}).items())
+        noise = ", ".join([schedule.name, *(f"{name} {value}" for name, value in values.items())])
     token_kind = config.data.tokenizer if tokenizer is None else tokenizer.name
     facts = {
         "parameters": f"{parameters:,}",

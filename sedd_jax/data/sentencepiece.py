@@ -8,7 +8,7 @@ import io
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ class SentencePiece(Tokenizer):
     run of some models. Models trained here give back every text; others do as they were made to.
     """
 
-    model: str  # base64 of the model's file
+    model: str = field(repr=False)  # base64 of the model's file
     name: ClassVar[str] = "sentencepiece"
 
     @classmethod

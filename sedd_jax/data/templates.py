@@ -23,6 +23,11 @@ def parse_template(
       ValueError: no mask, one that is written otherwise or with a count below 1, more than
         `length` positions, or a character outside the tokenizer.
     """
+    if not isinstance(template, str):
+        raise TypeError(
+            f"a template is one text, not {shorten(repr(template))}; for several texts of it "
+            "give num_samples"
+        )
     if not template:
         raise ValueError('template "" is empty; write text and [MASK:20] for 20 free positions')
     pieces: list[np.ndarray | int] = []  # ids of text, or a number of free positions

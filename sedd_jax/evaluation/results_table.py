@@ -50,6 +50,8 @@ class Number(NamedTuple):
         errors = {sign: error for sign, error in errors.items() if error}
         if not errors or not all(map(math.isfinite, (self.value, *errors.values()))):
             return f"{self.value:.4g}"
+        if self.value >= 1e6:  # a perplexity of a word
+            return f"{self.value:.3e}" + "".join(f"{s}{e:.1e}" for s, e in errors.items())
         digits = min(4, max(0, 1 - math.floor(math.log10(min(errors.values())))))
         each = (f"{sign}{error:.{digits}f}" for sign, error in errors.items())
         return f"{self.value:.{digits}f}" + "".join(each)

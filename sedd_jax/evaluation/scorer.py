@@ -292,7 +292,8 @@ def _locate(name: str) -> tuple[str, Path]:
     if revision is None:
         raise ValueError(
             f"no scorer {name!r}: neither a folder, nor owner/name@revision on the hub, nor one of "
-            f"{', '.join(SCORERS)}"
+            f"{', '.join(SCORERS)}; n-grams of a run's text are ngram:N in a command, "
+            "evaluation.ngrams.load_ngram_scorer in Python"
         )
     optional = [subwords.WHOLE, subwords.CONFIG, VOCAB, MERGES]
     folder = weights.download(repository, revision, optional=optional)

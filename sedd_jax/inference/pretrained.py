@@ -43,7 +43,7 @@ def load(
     mesh: Mesh | None = None,
     tokenizer: Tokenizer | str | None = None,
     step: int | None = None,
-    imports: Sequence[str] = (),
+    imports: str | Sequence[str] = (),
 ) -> SEDD:
     """The model at `source`, with a training run's moving average as its weights.
 
@@ -69,7 +69,7 @@ def load(
         raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(configuration.DTYPES)}")
     check_platform()
     check_settings()
-    import_modules(imports)
+    import_modules((imports,) if isinstance(imports, str) else imports)
     is_shared = mesh is not None and processes.is_shared(mesh)
 
     def read() -> tuple[Pretrained, str | None]:

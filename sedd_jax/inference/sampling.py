@@ -202,7 +202,9 @@ class Sampling:
         for name, table in TABLES.items():
             value = getattr(self, name)
             if value not in table and not callable(value):
-                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(table)}")
+                known = [one for one in table if one not in OF_OTHERS]
+                also = "; it is tweedie here" if value == "analytic" else ""  # of the original
+                raise ValueError(f"unknown {name} {value!r}{also}; known: {', '.join(known)}")
         known = self._known_parameters()
         for name in self.parameters or ():
             if name not in known:
@@ -238,7 +240,7 @@ class Sampling:
                 "steps of tokens; take tweedie"
             )
         if not is_absorbing and self.trait("graph") == "absorbing":
-            table = TABLES["predictor"].items()
+            table = [(key, one) for key, one in PREDICTORS.items() if key not in OF_OTHERS]
             others = ", ".join(key for key, one in table if trait(one, "graph") is None)
             raise ValueError(
                 f"predictor {name!r} is for absorbing noise and this model's is uniform; for it "

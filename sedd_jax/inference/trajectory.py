@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sedd_jax.data.tokenizer import shorten
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.files import local_path, replacing, write_text
 from sedd_jax.inference import frames
@@ -166,6 +167,7 @@ class Animation:
         [plot] extra) or .svg, which show the first text and play once. ValueError for another one.
         """
         path = local_path(path)
+        _check_file(path)
         format_of(path)(self, path)
         return path
 
@@ -224,6 +226,13 @@ def _save_svg(animation: Animation, path: Path) -> None:
 FORMATS = {".html": _save_page, ".gif": _save_gif, ".svg": _save_svg}
 
 
+def _check_file(path: Path) -> None:
+    """ValueError for a file of no format, or in no folder."""
+    format_of(path)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"no folder for {str(path)!r}; make it, or give another path")
+
+
 def format_of(path: Path) -> Callable[[Animation, Path], None]:
     """What writes the file of this name; ValueError for another ending, or without a library."""
     if path.suffix.lower() not in FORMATS:
@@ -259,9 +268,7 @@ def show(
       ValueError: no states, states of different shapes, or a path in no folder or of no format.
     """
     if path is not None:
-        format_of(local_path(path))
-        if not local_path(path).absolute().parent.is_dir():
-            raise ValueError(f"no folder for the page {str(path)!r}; make it, or give another path")
+        _check_file(local_path(path))
     handle = None
     if live and not isinstance(states, list | tuple) and _in_notebook():
         from IPython import get_ipython
@@ -270,6 +277,10 @@ def show(
         handle = display(HTML(""), display_id=True)  # one output, updated in place
     seen, last = [], -PAUSE
     for state in states:
+        if not isinstance(state, State):
+            raise TypeError(
+                f"{shorten(repr(state))} is no state; give what SEDD.stream yields, not texts"
+            )
         seen.append(state)
         if handle is not None and time.monotonic() - last >= PAUSE:
             handle.update(HTML(state._repr_html_()))
@@ -296,7 +307,9 @@ def _joined(states: list[State]) -> list[State]:
     for state in states:
         by_step.setdefault(state.step, []).append(state)
     if not by_step:
-        raise ValueError("0 states make no animation; give those of SEDD.stream")
+        raise ValueError(
+            "0 states make no animation; give those of SEDD.stream, which can be read once"
+        )
     groups = list(by_step.values())
     shapes = {tuple(np.shape(state.tokens) for state in group) for group in groups}
     if len(shapes) > 1 or len({length for _, length in min(shapes)}) > 1:

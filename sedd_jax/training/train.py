@@ -9,8 +9,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from sedd_jax import __version__, data
+from sedd_jax import __version__, data, registry
 from sedd_jax import config as configuration
+from sedd_jax.configs.base import get_config as get_base_config
 from sedd_jax.console import activity
 from sedd_jax.experiment import Experiment, make_experiment, make_mesh
 from sedd_jax.files import local_path
@@ -105,13 +106,7 @@ def set_up(
     processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
     configuration.check(config)
     check_trackers(config.train.trackers)
-    warmup = config.optimizer.warmup_steps
-    if warmup >= config.train.steps:
-        log.warning(
-            "optimizer.warmup_steps %d is not below train.steps %d: the learning rate rises to the "
-            "end and never stays at %g; lower it for so short a run",
-            *(warmup, config.train.steps, config.optimizer.learning_rate),
-        )
+    _tell_what_has_no_effect(config)
     config = runs.with_stored_data(config)
     mesh = make_mesh(config)
     processes.on_all_processes(lambda: runs.check_workdir(config, workdir))
@@ -261,3 +256,23 @@ def make_draw_texts(
         progress.samples(step, texts)
 
     return draw_texts
+
+
+def _tell_what_has_no_effect(config: ConfigDict) -> None:
+    """Warns of values that are allowed and can hardly be meant."""
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps >= steps:
+        log.warning(
+            "optimizer.warmup_steps %d is not below train.steps %d: the learning rate rises to the "
+            "end and never stays at %g; lower it for so short a run",
+            *(optimizer.warmup_steps, steps, optimizer.learning_rate),
+        )
+    schedule, usual = config.schedule, get_base_config().schedule
+    if registry.is_registered("schedule", schedule.name):
+        for key in ("eps", "sigma_min", "sigma_max"):
+            if schedule[key] != usual[key]:
+                log.warning(
+                    "schedule.%s %g is of sedd_jax's own schedules; %r has its numbers in "
+                    "schedule.parameters",
+                    *(key, schedule[key], schedule.name),
+                )
