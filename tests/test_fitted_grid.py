@@ -12,7 +12,7 @@ from conftest import REPOSITORY, says
 from test_cli import fails
 
 import sedd_jax
-from sedd_jax.cli import eval_command, report_command, sample_command
+from sedd_jax.cli import eval_command, prepare_command, report_command, sample_command
 from sedd_jax.diffusion import grids
 from sedd_jax.diffusion.graphs import Uniform
 from sedd_jax.inference import sampling
@@ -59,7 +59,7 @@ def test_the_bound_leaves_the_curve_in_the_runs_folder_and_load_reads_it(capsys,
     assert result["curve"].items() <= written.items()
     assert (written["step"], written["split"], written["blocks"]) == (8, "validation", 8)
     assert eval_command(evaluated(run, "--passes=2")) == 0  # of fewer copies: not kept
-    assert "the one that is there is of more, 8 blocks at 4" in capsys.readouterr().err
+    assert "the one that is there is of more noised copies, 32, not 16" in capsys.readouterr().err
     assert json.loads((run / "curve.json").read_text()) == written
     assert written["data"] == result["data"] and sum(written["copies"]) == 8 * 4
     prices = result["price_of_calls"]
@@ -100,15 +100,32 @@ def test_what_will_be_done_is_explained_with_its_price(capsys, tiny_run, run):
     assert capsys.readouterr().out.splitlines()[-1].startswith("no price: the model comes without")
 
 
-def test_an_evaluation_whose_curve_cannot_be_kept_says_so_and_succeeds(capsys, run, tmp_path):
+def test_an_exported_model_keeps_no_curve_of_its_evaluation(capsys, run, tmp_path):
     sedd_jax.load(run).save_pretrained(tmp_path / "exported")
     records = (f"--records={run / 'records'}", "--split=validation")
     assert eval_command(evaluated(tmp_path / "exported", *records)) == 0
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("the curve of cross entropy is not saved for --grid=fitted: ")
-    assert last.endswith("/exported' is not the folder of a run")
+    assert "curve" not in capsys.readouterr().err
+    assert not (tmp_path / "exported/curve.json").exists()
     with says("run sedd-eval likelihood --workdir=RUN, on the run that it is of, and export"):
         sedd_jax.load(tmp_path / "exported").sample(grid="fitted")
+
+
+def test_the_curve_of_another_text_does_not_replace_that_of_the_runs_own(capsys, run, tmp_path):
+    (tmp_path / "own.txt").write_text("a line of another text\n" * 60)
+    command = ["--dataset=text", f"--manual_dir={tmp_path / 'own.txt'}", "--heldout_fraction=1"]
+    tokenizer = f"--tokenizer={run / 'tokenizer.json'}"
+    assert prepare_command([*command, tokenizer, "--length=32", f"--out={tmp_path / 'r'}"]) == 0
+    other = f"--records={tmp_path / 'r'}"
+    (run / "curve.json").unlink(missing_ok=True)
+    assert eval_command(evaluated(run, other, "--passes=2")) == 0
+    of_other = (run / "curve.json").read_text()
+    assert eval_command(evaluated(run, "--passes=2")) == 0
+    own = (run / "curve.json").read_text()
+    assert own != of_other
+    assert eval_command(evaluated(run, other, "--passes=8")) == 0
+    assert (run / "curve.json").read_text() == own
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith("the one that is there is of the run's own text")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes in read-only folders")

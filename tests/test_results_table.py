@@ -81,6 +81,14 @@ def test_numbers_per_token_of_different_tokenizers_do_not_compare(capsys, caplog
     assert "do not compare: ptb test nats/token, ptb test PPL/token; bits/char does" in line
 
 
+def test_numbers_of_different_texts_are_told(capsys, caplog, folders):
+    path = folders / "medium/ptb.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "blocks": 5}))
+    table(capsys, folders / "small/ptb.json", path, "--columns=bits/char")
+    (line,) = caplog.messages
+    assert line.startswith("the runs were scored on different texts or blocks in: ptb test bits")
+
+
 def test_text_fits_a_terminal(capsys, folders):
     lines = table(capsys, folders / "small", folders / "medium", "--format=text").splitlines()
     assert max(map(len, lines)) <= WIDTH

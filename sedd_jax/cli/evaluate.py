@@ -121,8 +121,10 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
 def _save_curve(workdir: Path, result: dict[str, Any]) -> None:
     """Writes the curve into the run's folder; says what became of it."""
-    from sedd_jax.runs.workdir import CURVE, write_curve
+    from sedd_jax.runs.workdir import CURVE, missing_files, write_curve
 
+    if missing_files(workdir):  # an exported model
+        return
     try:
         write_curve(workdir, result)
     except ValueError as error:
@@ -190,6 +192,8 @@ def _table(parser: argparse.ArgumentParser, argv: list[str]) -> None:
             "the runs have different tokenizers, so these do not compare: %s; bits/char does",
             ", ".join(columns),
         )
+    if columns := results_table.incomparable(runs, "text"):
+        log.warning("the runs were scored on different texts or blocks in: %s", ", ".join(columns))
     if options.out is None:
         print(text, end="")
     else:

@@ -91,12 +91,16 @@ def convert(
         config = _changed(config, {"data.tokenizer": tokenizer.name, **changes}, source)
     if form == "original":
         step, notices = original_run.export_run(source, target), ()
+        if step >= config.train.steps:
+            done = f"the run is at step {step} of its {config.train.steps}: to go on, raise"
+            notices = (f"{done} training.n_iters in {original_run.YAML}",)
     else:
         model, state = _read(model, source, read, form, weights, optimizer)
         step, notices = model.step, model.notices
     # Without a tokenizer, load takes that of GPT-2.
     if tokenizer is None and original_config.TOKENIZERS.get(vocab_size) != "gpt2":
-        notices = (*notices, f"no tokenizer is known for {vocab_size} tokens; add --tokenizer")
+        known = f"no tokenizer is known for {vocab_size} tokens: load takes tokenizer=, or convert"
+        notices = (*notices, f"{known} again with --tokenizer and --replace")
     if form == "workdir":
         step = state.get("step", 0)
         workdir.write_workdir(
@@ -170,8 +174,8 @@ def _check_options(
         if form != read:
             fault = "of which no run of the original is made"
         raise ValueError(
-            f"{source!r} is a {FORMS[read].words}, {fault}; choose another --form of "
-            f"{', '.join(FORMS)}"
+            f"{source!r} is a {FORMS[read].words}, {fault}; choose another --form: "
+            + " or ".join(one for one in FORMS if one not in (form, read))
         )
     for has_no_effect, fault in (
         (

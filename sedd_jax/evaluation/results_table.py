@@ -39,6 +39,7 @@ class Number(NamedTuple):
     error: float | None  # over the noise, or over samples
     documents_error: float | None = None
     tokenizer: str = ""  # what its unit is, where it is per token
+    text: str = ""  # sha256 of what was scored
 
     @property
     def column(self) -> str:
@@ -50,7 +51,7 @@ class Number(NamedTuple):
         errors = {sign: error for sign, error in errors.items() if error}
         if not errors or not all(map(math.isfinite, (self.value, *errors.values()))):
             return f"{self.value:.4g}"
-        if self.value >= 1e6:  # a perplexity of a word
+        if self.value >= 1e9:  # a perplexity of a word
             return f"{self.value:.3e}" + "".join(f"{s}{e:.1e}" for s, e in errors.items())
         digits = min(4, max(0, 1 - math.floor(math.log10(min(errors.values())))))
         each = (f"{sign}{error:.{digits}f}" for sign, error in errors.items())
@@ -139,7 +140,8 @@ def _likelihood(result: dict[str, Any]) -> Iterator[Number]:
                 error = None if is_exact else values.get(f"{row}_standard_error")
                 documents = values.get(row + OF_DOCUMENTS)
                 unit_of = tokenizer if unit.endswith("_per_token") else ""
-                yield Number(title, words + name, values[row], error, documents, unit_of)
+                text = f"{result['data'].get('sha256')}, {result.get('blocks')} blocks"
+                yield Number(title, words + name, values[row], error, documents, unit_of, text)
 
 
 def _samples(result: dict[str, Any]) -> Iterator[Number]:
@@ -200,13 +202,13 @@ READERS = {
 }
 
 
-def incomparable(runs: Sequence[Run]) -> list[str]:
-    """The columns of numbers per token in which the runs have different tokenizers."""
-    tokenizers: dict[str, set[str]] = {}
+def incomparable(runs: Sequence[Run], field: str = "tokenizer") -> list[str]:
+    """The columns in which the runs have different tokenizers (or texts, with that field)."""
+    kinds: dict[str, set[str]] = {}
     for run in runs:
         for name, number in run.numbers.items():
-            tokenizers.setdefault(name, set()).add(number.tokenizer)
-    return [name for name, several in tokenizers.items() if len(several) > 1]
+            kinds.setdefault(name, set()).add(getattr(number, field))
+    return [name for name, several in kinds.items() if len(several) > 1]
 
 
 def check_format(name: str | None, out: Path | None) -> str:

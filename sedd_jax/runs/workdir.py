@@ -314,14 +314,16 @@ def write_curve(folder: Path, result: Mapping[str, Any]) -> None:
         raise ValueError(f"{str(folder)!r} is not the folder of a run")
     about = {key: result[key] for key in ("step", "split", "blocks", "passes", "seed", "data")}
     before = _read_json(folder / CURVE) or {}
-    same = ("step", "split", "data")
-    if all(before.get(key) == about[key] for key in same) and (
-        before["blocks"] * before["passes"] > about["blocks"] * about["passes"]
-    ):
-        raise ValueError(
-            f"the one that is there is of more, {before['blocks']} blocks at {before['passes']} "
-            "noise levels"
-        )
+    own = _read_json(folder / DATA) or {}
+    own_texts = [split["sha256"] for split in own.get("splits", {}).values()]
+    if before.get("step") == about["step"] and {*about} <= {*before}:
+        is_own, was_own = (each["data"]["sha256"] in own_texts for each in (about, before))
+        if was_own and not is_own:
+            raise ValueError("the one that is there is of the run's own text")
+        is_same_text = all(before[key] == about[key] for key in ("data", "split"))
+        copies, now = (each["blocks"] * each["passes"] for each in (before, about))
+        if is_same_text and copies > now:
+            raise ValueError(f"the one that is there is of more noised copies, {copies}, not {now}")
     try:
         write_text(folder / CURVE, json.dumps({**about, **result["curve"]}))
     except OSError as error:
