@@ -126,6 +126,7 @@ def test_the_curve_of_another_text_does_not_replace_that_of_the_runs_own(capsys,
     assert (run / "curve.json").read_text() == own
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith("the one that is there is of the run's own text")
+    (run / "curve.json").unlink()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes in read-only folders")
