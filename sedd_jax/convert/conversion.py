@@ -1,7 +1,7 @@
 """One call for every direction: what the source is, is seen from its files."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,16 +91,9 @@ def convert(
         config = _changed(config, {"data.tokenizer": tokenizer.name, **changes}, source)
     if form == "original":
         step, notices = original_run.export_run(source, target), ()
-        if step >= config.train.steps:
-            done = f"the run is at step {step} of its {config.train.steps}: to go on, raise"
-            notices = (f"{done} training.n_iters in {original_run.YAML}",)
     else:
         model, state = _read(model, source, read, form, weights, optimizer)
         step, notices = model.step, model.notices
-    # Without a tokenizer, load takes that of GPT-2.
-    if tokenizer is None and original_config.TOKENIZERS.get(vocab_size) != "gpt2":
-        known = f"no tokenizer is known for {vocab_size} tokens: load takes tokenizer=, or convert"
-        notices = (*notices, f"{known} again with --tokenizer and --replace")
     if form == "workdir":
         step = state.get("step", 0)
         workdir.write_workdir(
@@ -121,9 +114,26 @@ def convert(
         parameters=sum(math.prod(shape) for shape in expected.values()),
         tensors=len(expected) + 1,
         step=step,
-        notices=notices,
+        notices=(*notices, *_left_to_do(form, step, config, tokenizer, vocab_size)),
         next=FORMS[form].next.format(target=where),
     )
+
+
+def _left_to_do(
+    form: str, step: int | None, config: ConfigDict, tokenizer: Tokenizer | None, vocab_size: int
+) -> Iterator[str]:
+    """Notices of what must be done before the result can be used."""
+    if form == "original" and step >= config.train.steps:
+        yield (
+            f"the run is at step {step} of its {config.train.steps}: to go on, raise "
+            f"training.n_iters in {original_run.YAML}"
+        )
+    # Without a tokenizer, load takes that of GPT-2.
+    if tokenizer is None and original_config.TOKENIZERS.get(vocab_size) != "gpt2":
+        yield (
+            f"no tokenizer is known for {vocab_size} tokens: load takes tokenizer=, or convert "
+            "again with --tokenizer and --replace"
+        )
 
 
 def _changed(config: ConfigDict, changes: Mapping[str, Any], source: Path) -> ConfigDict:

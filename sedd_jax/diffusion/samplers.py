@@ -132,20 +132,9 @@ def sample(
     index = jnp.arange(shape[0]) if index is None else index
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     of_limit, of_steps, of_last = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
-    loop = _Loop(
-        score_fn=score_fn,
-        graph=graph,
-        schedule=schedule,
-        steps=steps,
-        predictor=predictor,
-        options=options or Options(),
-        known=known,
-        t_min=t_min,
-        draw=draw,
-        grid=grid,
-        keys=of_steps,
-        sample_keys=jax.vmap(jax.random.fold_in, (0, None))(of_limit, jnp.uint32(OWN)),
-    )
+    own_keys = jax.vmap(jax.random.fold_in, (0, None))(of_limit, jnp.uint32(OWN))
+    process, how = (score_fn, graph, schedule), (predictor, options or Options(), draw)
+    loop = _Loop(*process, *how, steps, t_min, grid, known, keys=of_steps, sample_keys=own_keys)
     start = Chain.of(loop.clamp(jax.vmap(lambda k: graph.limit(k, shape[1:]))(of_limit)))
     if chain is not None:
         start = jax.tree.map(lambda new, old: jnp.where(begin == 0, new, old), start, chain)
@@ -175,13 +164,13 @@ class _Loop:
     score_fn: ScoreFn
     graph: Graph
     schedule: Schedule
-    steps: int | jax.Array
     predictor: Callable[[Tokens, Step], Distribution] | None
     options: Options
-    known: Known | None
-    t_min: float
     draw: Draw
+    steps: int | jax.Array
+    t_min: float
     grid: Callable[..., jax.Array]
+    known: Known | None
     keys: jax.Array
     sample_keys: jax.Array
 

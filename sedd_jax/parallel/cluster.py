@@ -167,31 +167,8 @@ def join(cluster: Cluster) -> None:
         "process came; start all processes within that time, check that they reach HOST:PORT, or "
         "raise --join_timeout",
     ):
-        try:
-            jax.distributed.initialize(
-                cluster.coordinator,
-                cluster.process_count,
-                cluster.process_index,
-                # Explicit processes have the devices that they see; SLURM's share a machine's.
-                local_device_ids=None if kind else [],
-                coordinator_bind_address=cluster.coordinator_bind,
-                initialization_timeout=cluster.join_timeout + 60,
-                heartbeat_timeout_seconds=cluster.heartbeat,
-            )
-        except (ValueError, TypeError, LookupError) as error:  # of what it reads about the others
-            raise ValueError(
-                f"cannot join {where}: {error}; correct its variables in the environment, or give "
-                f"--coordinator=localhost:8476 --process_count=1 --process_index=0 {ALONE}"
-            ) from error
-        except RuntimeError as error:
-            if type(error) is not RuntimeError:  # of the join itself
-                raise
-            if kind == "tpu":  # a notebook on a TPU machine, where jax is in use: alone
-                return
-            raise ValueError(
-                f"cannot join {where}: jax is in use already; start the command as a process of "
-                "its own"
-            ) from error
+        if not _initialize(cluster, kind, where):
+            return
         try:
             check_platform()
         except ValueError as error:  # of this process perhaps: a proper exit waits for the others
@@ -202,3 +179,32 @@ def join(cluster: Cluster) -> None:
     # jax has installed a handler that only records that the signal came.
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _initialize(cluster: Cluster, kind: str | None, where: str) -> bool:
+    """Joins jax's coordination service; False where jax is in use, in a notebook on a TPU."""
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.process_count,
+            cluster.process_index,
+            # Explicit processes have the devices that they see; SLURM's share a machine's.
+            local_device_ids=None if kind else [],
+            coordinator_bind_address=cluster.coordinator_bind,
+            initialization_timeout=cluster.join_timeout + 60,
+            heartbeat_timeout_seconds=cluster.heartbeat,
+        )
+    except (ValueError, TypeError, LookupError) as error:  # of what it reads about the others
+        raise ValueError(
+            f"cannot join {where}: {error}; correct its variables in the environment, or give "
+            f"--coordinator=localhost:8476 --process_count=1 --process_index=0 {ALONE}"
+        ) from error
+    except RuntimeError as error:
+        if type(error) is not RuntimeError:  # of the join itself
+            raise
+        if kind == "tpu":
+            return False
+        raise ValueError(
+            f"cannot join {where}: jax is in use already; start the command as a process of its own"
+        ) from error
+    return True
