@@ -63,8 +63,9 @@ class _Lines(plain.tqdm):
 
 @contextlib.contextmanager
 def ticking(bar: tqdm) -> Iterator[tqdm]:
-    """Within it, the time that a bar shows goes on each second, on a terminal."""
-    if bar.disable or not sys.stderr.isatty():
+    """Within it, the time that a bar shows goes on each second, and a log file gets its lines
+    whether the bar moves or not."""
+    if bar.disable or not (sys.stderr.isatty() or isinstance(bar, _Lines)):
         yield bar
         return
     is_over = threading.Event()

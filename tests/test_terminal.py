@@ -121,3 +121,13 @@ def test_a_log_file_has_a_line_now_and_then_and_none_of_short_work(capsys, monke
     lines = capsys.readouterr().err.splitlines()
     assert all(re.match(TIME + "sample [123] of 3 steps, 00:00 left", line) for line in lines)
     assert lines[0].endswith("1 of 3 steps, 00:00 left: compiling ...") and len(lines) == 3
+
+
+def test_a_log_file_is_told_of_a_step_that_takes_long(capsys, monkeypatch):
+    monkeypatch.setattr(console, "LINE_SECONDS", 0.5)
+    with console.progress_bar(total=3, desc="sample", unit=" steps", is_shown=True) as bar:
+        bar.set_postfix_str("compiling ...")
+        with console.ticking(bar):
+            time.sleep(1.3)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(TIME + "sample 0 of 3 steps: compiling ...", line)
