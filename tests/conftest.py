@@ -87,6 +87,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TEST_DATA = Path(os.environ.get("SEDD_TEST_DATA", REPOSITORY / "../shared/data"))
 
 
+@pytest.fixture
+def bars(monkeypatch):
+    """Progress is drawn as on a terminal, though standard error is none."""
+    monkeypatch.setattr("sedd_jax.console.has_lines", lambda: False)
+
+
 def real(name: str) -> Path:
     """A file or folder of the real test data; skips where it is absent."""
     path = TEST_DATA / name

@@ -164,7 +164,7 @@ def test_numbers_do_not_depend_on_the_batch_and_a_shape_is_traced_once(folder, m
     assert len(traces) == 2
 
 
-def test_progress_is_shown_when_asked_for(scorer, capsys):
+def test_progress_is_shown_when_asked_for(scorer, capsys, bars):
     scorer.nats(draw_tokens(3), batch_size=3)
     assert capsys.readouterr().err == ""
     for score in (scorer.nats, scorer.features):

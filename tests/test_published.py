@@ -372,7 +372,7 @@ print(list(corpus.pairs()), [m for m in ("tensorflow", "tensorflow_datasets", "j
     assert (result.stdout, result.stderr) == (f"{lines} []\n", "")
 
 
-def test_preparing_is_quiet_without_progress(tmp_path, capfd):
+def test_preparing_is_quiet_without_progress(tmp_path, capfd, bars):
     file = write(tmp_path / "given/wiki.test.raw", " one \n")
     corpus = open_published("wikitext2", manual_dir=file.parent, data_dir=tmp_path, progress=False)
     prepare(corpus, TOKENIZERS["bytes"](), 2, tmp_path / "quiet")
@@ -538,7 +538,7 @@ def test_a_download_without_a_network_is_a_short_line(name, opened, monkeypatch)
     assert len(str(refused.value)) < 400
 
 
-def test_a_download_shows_one_bar_with_the_files_name(tmp_path, row, server, capfd):
+def test_a_download_shows_one_bar_with_the_files_name(tmp_path, row, server, capfd, bars):
     archive = write(server.folder / "lambada_test.jsonl", '{"text": "a"}\n')
     row("lambada", archive=archive, urls=(f"{server.url}/{archive.name}",))
     corpus = open_published("lambada", manual_dir=None, data_dir=tmp_path / "data")

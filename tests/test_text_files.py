@@ -309,7 +309,7 @@ def test_no_lock_of_the_file_system_is_needed_and_a_dead_claim_is_no_hindrance(t
     assert {p.name for p in tmp_path.iterdir()} == {"t", "r"}
 
 
-def test_the_bar_knows_the_whole_from_the_start(tmp_path, capfd):
+def test_the_bar_knows_the_whole_from_the_start(tmp_path, capfd, bars):
     contents = {f"{i:03d}.txt": "words of a line\n" * 400 for i in range(250)}
     write(tmp_path / "t", contents)
     assert command(manual_dir=tmp_path / "t", out=tmp_path / "r") == 0

@@ -57,6 +57,8 @@ def train(config: ConfigDict, workdir: str | Path) -> int:
         step = int(train_state.step)
         progress = stack.enter_context(make_progress(experiment, records, workdir, step))
         log_start(experiment, records, step)
+        if step < steps and processes.is_first():
+            _tell_what_has_no_effect(config)
         evaluate = make_evaluate(experiment, heldout, progress, must_stop)
         draw_texts = make_draw_texts(experiment, records.tokenizer, progress, must_stop)
         profile = Profile(workdir / runs.PROFILE, config.profile.start, config.profile.steps)
@@ -106,7 +108,6 @@ def set_up(
     processes.check_same("versions", {"sedd_jax": __version__, "jax": jax.__version__})
     configuration.check(config)
     check_trackers(config.train.trackers)
-    _tell_what_has_no_effect(config)
     config = runs.with_stored_data(config)
     mesh = make_mesh(config)
     processes.on_all_processes(lambda: runs.check_workdir(config, workdir))
