@@ -31,6 +31,12 @@ def is_address(path: str | os.PathLike) -> bool:
     return bool(_ADDRESS.match(os.fspath(path)))
 
 
+def user_cache() -> Path:
+    """The package's folder in the user's cache: $XDG_CACHE_HOME/sedd_jax or ~/.cache/sedd_jax."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "sedd_jax"
+
+
 def local_path(path: str | os.PathLike) -> Path:
     """A path that a user wrote, with ~ expanded; ValueError if it cannot be a file's or folder's.
 

@@ -7,14 +7,13 @@ model hold a copy. Running it registers parts of a user's own: see registry.py.
 import contextlib
 import hashlib
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
-from sedd_jax.files import local_path
+from sedd_jax.files import local_path, user_cache
 
 FOLDER = "imports"  # of a run and of an exported model: the copies of its .py files
 
@@ -129,8 +128,7 @@ def _import(name: str) -> None:
 
 def _memory() -> Path:
     """Where the digests of the code that the user has named are: an empty file each."""
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "sedd_jax" / "imports"
+    return user_cache() / "imports"
 
 
 def _remember(digest: str) -> None:

@@ -403,7 +403,7 @@ def test_a_cluster_that_is_half_described_is_refused_with_the_variable(
             monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cluster, "has_tpu", lambda: False)
+    monkeypatch.setattr(cluster, "can_use_tpu", lambda: False)
     # jax.distributed refuses to begin where devices are in use, as in this process.
     monkeypatch.setattr(jax._src.xla_bridge, "backends_are_initialized", lambda: False)
     with says(words, "to run as one process"):

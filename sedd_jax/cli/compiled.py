@@ -7,6 +7,8 @@ import platform
 import zlib
 from pathlib import Path
 
+from sedd_jax.files import user_cache
+
 CHOICES = ("on", "off")
 WORDS = (
     "on or off: keep compiled programs in ~/.cache/sedd_jax (or $XDG_CACHE_HOME/sedd_jax) for the "
@@ -37,11 +39,13 @@ def keep_compiled_programs(choice: str | None) -> None:
     is_named = jax.config.jax_compilation_cache_dir is not None
     if is_named or (choice is None and not _has_accelerator()):
         return
+    folder = cache_folder()
+    if not folder.is_absolute():  # there is no home
+        return
     try:
-        folder = cache_folder()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         delete_oldest(folder)
-    except (OSError, RuntimeError):  # no home, or one that is read-only or full: compiled anew
+    except OSError:  # a home that is read-only or full: compiled anew
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", SECONDS)
@@ -51,27 +55,22 @@ def _has_accelerator() -> bool:
     """Whether jax will find a GPU or TPU, from what is installed: no device is started."""
     import jax
 
-    from sedd_jax.parallel.devices import has_gpu, has_tpu
-
-    def is_installed(*names: str) -> bool:
-        return any(importlib.util.find_spec(name) is not None for name in names)
+    from sedd_jax.parallel.devices import can_use_tpu, has_gpu
 
     if platforms := jax.config.jax_platforms:
         return platforms.split(",")[0] != "cpu"
-    return (has_gpu() and is_installed("jax_cuda12_plugin", "jax_cuda13_plugin")) or (
-        has_tpu() and is_installed("libtpu")
-    )
+    plugins = map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))
+    return can_use_tpu() or (has_gpu() and any(plugins))
 
 
 def cache_folder() -> Path:
     """That of this kind of CPU: machines that share a home may not run each other's programs."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
         features = next(line for line in lines if line.startswith((b"flags", b"Features")))
     except (OSError, StopIteration):  # not Linux
         features = platform.processor().encode()
-    return Path(home, "sedd_jax", f"compiled-{platform.machine()}-{zlib.crc32(features):08x}")
+    return user_cache() / f"compiled-{platform.machine()}-{zlib.crc32(features):08x}"
 
 
 def delete_oldest(folder: Path, limit: int = LIMIT) -> None:

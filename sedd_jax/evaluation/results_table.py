@@ -39,7 +39,7 @@ class Number(NamedTuple):
     error: float | None  # over the noise, or over samples
     documents_error: float | None = None
     tokenizer: str = ""  # what its unit is, where it is per token
-    text: str = ""  # sha256 of what was scored
+    text: str = ""  # which was scored: its sha256, and how many blocks
 
     @property
     def column(self) -> str:

@@ -1,6 +1,5 @@
 """Joining the other processes of a cluster: named by flags, or found in the environment."""
 
-import importlib.util
 import os
 import re
 import signal
@@ -9,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 
-from sedd_jax.parallel.devices import check_platform, has_tpu
+from sedd_jax.parallel.devices import can_use_tpu, check_platform
 from sedd_jax.parallel.processes import Watchdog, gather_text
 
 ALONE = "to run as one process"
@@ -90,7 +89,7 @@ def kind_of_cluster() -> str | None:
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("", "tpu"):
         return None
     # Kubernetes names a worker's peers; a Cloud TPU machine has chips and its metadata server.
-    return "tpu" if "," in _tpu_workers()[1] or _can_use_tpu() else None
+    return "tpu" if "," in _tpu_workers()[1] or can_use_tpu() else None
 
 
 def _tpu_workers() -> tuple[str, str]:
@@ -98,10 +97,6 @@ def _tpu_workers() -> tuple[str, str]:
     names = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
     name = names[0] if names[0] in os.environ else names[1]
     return name, os.environ.get(name, "")
-
-
-def _can_use_tpu() -> bool:
-    return importlib.util.find_spec("libtpu") is not None and has_tpu()
 
 
 def check_environment(kind: str | None) -> None:
@@ -118,7 +113,7 @@ def check_environment(kind: str | None) -> None:
             beside = "" if shows == name else f", but {shows} is set, as for several processes"
             raise ValueError(f"{name} {fault}{beside}; correct it, or unset {shows} {ALONE}")
     name, workers = _tpu_workers()
-    if kind == "tpu" and "," in workers and not _can_use_tpu():
+    if kind == "tpu" and "," in workers and not can_use_tpu():
         raise ValueError(
             f"{name} {workers!r} names several workers, but no TPU and libtpu are here; install "
             f"sedd_jax[tpu] on a TPU machine, or unset {name} {ALONE}"

@@ -1,5 +1,6 @@
 """The devices that jax may use, their peak figures, and the memory that a program needs."""
 
+import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,11 @@ def has_tpu() -> bool:
     files = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     vendors = [file.read_text().strip() for file in Path("/sys/bus/pci/devices").glob("*/vendor")]
     return bool(files) and ("0x1ae0" in vendors or not vendors)
+
+
+def can_use_tpu() -> bool:
+    """Whether a TPU is visible and the library that drives it is installed."""
+    return importlib.util.find_spec("libtpu") is not None and has_tpu()
 
 
 def device(kind: str) -> Device | None:

@@ -52,7 +52,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     if saved is not None:
         imports.check_copies(workdir, config.imports)
         lines = configuration.differences(saved, config)
-        if not (workdir / DATA).exists():  # a converted run has no data yet: any of its tokenizer
+        if _has_no_data_yet(workdir):  # any of its tokenizer will do
             lines = [line for line in lines if not line.startswith("data.")]
         if lines:
             more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
@@ -169,9 +169,7 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
     folder, section = records_folder(config, workdir), config.data
     is_new = not (folder / "fingerprint.json").exists()
     if is_new:
-        # A converted run has a tokenizer and no data yet.
-        is_converted = (workdir / TOKENIZER).is_file() and not (workdir / DATA).is_file()
-        saved = str(workdir / TOKENIZER) if is_converted else None
+        saved = str(workdir / TOKENIZER) if _has_no_data_yet(workdir) else None
         data.make_records(
             section.corpus,
             folder,
@@ -228,6 +226,11 @@ def _check_text(records: data.Records, path: str, heldout_fraction: float) -> No
             f"now{reason}; name another folder in config.data.records, put the old text back, or "
             "leave config.data.path empty to use the records as they are"
         )
+
+
+def _has_no_data_yet(workdir: Path) -> bool:
+    """Whether a converted run is there that has not trained: it has a tokenizer alone."""
+    return (workdir / TOKENIZER).is_file() and not (workdir / DATA).is_file()
 
 
 def records_folder(config: ConfigDict, workdir: Path) -> Path:
@@ -313,8 +316,7 @@ def write_curve(folder: Path, result: Mapping[str, Any]) -> None:
     if missing_files(folder):
         raise ValueError(f"{str(folder)!r} is not the folder of a run")
     about = {key: result[key] for key in ("step", "split", "blocks", "passes", "seed", "data")}
-    before = _read_json(folder / CURVE) or {}
-    own = _read_json(folder / DATA) or {}
+    before, own = _json_in(folder / CURVE), _json_in(folder / DATA)
     own_texts = [split["sha256"] for split in own.get("splits", {}).values()]
     if before.get("step") == about["step"] and {*about} <= {*before}:
         is_own, was_own = (each["data"]["sha256"] in own_texts for each in (about, before))
@@ -332,15 +334,19 @@ def write_curve(folder: Path, result: Mapping[str, Any]) -> None:
 
 def read_curve(workdir: Workdir) -> dict[str, Any] | None:
     """What `write_curve` wrote, not checked; None without it, and with a warning if no JSON."""
-    return _read_json(workdir.folder / CURVE)
-
-
-def _read_json(file: Path) -> dict[str, Any] | None:
+    file = workdir.folder / CURVE
     try:
         return load_json(file.read_bytes(), repr(str(file))) if file.is_file() else None
     except (OSError, ValueError) as error:
         log.warning("%s; it is left out: run sedd-eval likelihood again", error)
         return None
+
+
+def _json_in(file: Path) -> dict[str, Any]:
+    """What the file holds; nothing where it is absent or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return load_json(file.read_bytes(), repr(str(file)))
+    return {}
 
 
 def _read_tokenizer(file: Path) -> Tokenizer:
