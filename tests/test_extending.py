@@ -27,9 +27,15 @@ from sedd_jax.cli.train import parse_train
 from sedd_jax.configs import base, quickstart
 from sedd_jax.configs.rivals import RIVALS
 from sedd_jax.data import make_corpus
+from sedd_jax.diffusion.draws import categorical
+from sedd_jax.diffusion.graph import lift
 from sedd_jax.diffusion.graphs import GRAPHS, Uniform
+from sedd_jax.diffusion.predictors import PREDICTORS, suits
+from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
+from sedd_jax.experiment import evaluated_fraction
 from sedd_jax.inference import sampling
+from sedd_jax.inference.sampling import Sampling
 from sedd_jax.training.train import train
 
 PAGE = (REPOSITORY / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -249,6 +255,38 @@ def test_with_power_0_the_graph_by_tables_is_uniform(zipf):
     ):
         values = jax.jit(lambda question=question: (question(ours), question(theirs)))()
         np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-5)
+
+
+def test_the_graph_draws_with_all_the_digits_of_its_noise(zipf):
+    # Moves of 1e-7 each: jax's own draw makes half of them.
+    graph, key, x0 = zipf(1024, power=0.0), jax.random.key(0), jnp.zeros((1, 50), jnp.int32)
+    log_p = jnp.log(lift(graph.transition, x0, jnp.full((1, 1), 1e-4)))
+    drawn = graph.perturb(key, x0, jnp.full((1, 1), 1e-4))
+    assert (drawn == categorical(key, log_p)).all()
+    limit = jnp.log(jnp.broadcast_to(graph.base_probabilities(), (2, 30, 1024)))
+    assert (graph.limit(key, (2, 30)) == categorical(key, limit)).all()
+
+
+def test_predictors_that_need_more_of_a_graph_are_refused(zipf):
+    for name in ("two_stage", "entropy_bounded", "first_hitting"):
+        with says(f"predictor {name!r} is for", "Zipf", "euler, tweedie, none, theta"):
+            Sampling().replaced(predictor=name).checked_for(zipf(4))
+    config = quickstart.get_config()
+    config.graph.update(name="zipf", scale_by_sigma=False)
+    config.sample.predictor = "two_stage"
+    with says("config.sample.predictor 'two_stage' does not fit the zipf graph"):
+        configuration.check(config)
+
+
+def test_a_graph_with_a_mask_of_its_own_is_absorbing(zipf):
+    @dataclasses.dataclass(frozen=True)
+    class Masked(zipf):
+        mask = property(lambda self: self.vocab_size)
+
+    assert suits(PREDICTORS["first_hitting"], Masked)
+    assert not suits(PREDICTORS["first_hitting"], zipf)
+    assert evaluated_fraction(Masked(4), LogLinear(), 0.0) == pytest.approx(0.5, abs=1e-3)
+    assert evaluated_fraction(zipf(4), LogLinear(), 0.0) == 1.0
 
 
 def test_the_prior_of_the_graph_is_the_largest_over_the_clean_tokens(zipf):

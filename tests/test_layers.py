@@ -179,13 +179,15 @@ def later():
     }
 
 
-def test_importing_everything_touches_no_device():
+def test_importing_everything_touches_no_device_and_no_slow_library():
+    slow = ("huggingface_hub", "scipy", "tensorboardX", "torch")  # the calls import them
     lines = [
-        "import importlib",
+        "import importlib, sys",
         "import jax",
         "from jax._src import xla_bridge",
         *(f"importlib.import_module({m!r})" for m in modules() if not m.endswith("__main__")),
         "assert not xla_bridge._backends, xla_bridge._backends",
+        f"assert not set({slow}) & sys.modules.keys(), set({slow}) & sys.modules.keys()",
         "jax.devices()",
         "assert xla_bridge._backends  # where jax keeps them",
         "print('untouched')",

@@ -261,11 +261,19 @@ DISAGREEMENTS = {
         lambda index: ["--config.mesh.data=3"],
         r"mesh data=3, fsdp=1, tensor=1 does not multiply to 8 devices; set one size to -1",
     ),
+    "tensor": (
+        lambda index: ["--config.mesh.tensor=8", "--config.model.heads=8"],
+        r"tensor=8 goes over several processes, .* set it to 1, or to a divisor of the devices",
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=() if name == "config" else long) for name in DISAGREEMENTS]
+    "case",
+    [
+        pytest.param(name, marks=() if name in ("config", "tensor") else long)
+        for name in DISAGREEMENTS
+    ],
 )
 def test_what_only_one_process_can_see_is_an_error_on_every_process(tmp_path, monkeypatch, case):
     each, message = DISAGREEMENTS[case]

@@ -540,6 +540,19 @@ def test_a_tracker_of_a_users_own_gets_what_the_runs_folder_gets(tmp_path, monke
     assert not (tmp_path / "tensorboard").exists()
 
 
+def test_tensorboard_imports_no_torch_and_leaves_it_to_be_imported(tmp_path):
+    pytest.importorskip("torch", reason="the [torch] extra")
+    lines = (
+        "import sys; from pathlib import Path; from sedd_jax.training.trackers import TensorBoard",
+        f"events = TensorBoard(Path({str(tmp_path)!r}), 0, {{}})",
+        "events.scalars(1, 'train', {'loss': 2.0}); events.close()",
+        "assert 'torch' not in sys.modules",
+        "import torch; torch.zeros(1)",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
+    assert list(tmp_path.glob("tensorboard/events.*"))
+
+
 def test_trackers_that_cannot_be_opened_are_refused_before_any_work(
     tmp_path, tiny_config, monkeypatch
 ):

@@ -233,7 +233,7 @@ def explained(model: Any, named: dict[str, Any], options: argparse.Namespace) ->
         of_step = model.curve.about.get("step")
         lines += [f"the price of Tweedie's steps, by the curve of cross entropy of step {of_step}:"]
         lines += price_table(price_of_calls(model, model.curve, [sampling.nfe]))
-    elif model.objective.has_curve and model.graph.dim > model.graph.vocab_size:
+    elif model.objective.has_curve and model.graph.mask is not None:
         lines.append(
             "no price: the model comes without the curve of cross entropy that sedd-eval "
             "likelihood keeps in its run's folder"

@@ -5,7 +5,6 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from ml_collections import ConfigDict
 
 from sedd_jax.config import Constraint
@@ -82,6 +81,8 @@ def model_card(
     if about.get("numbers"):
         rows = [tuple(row[key] for key in _NUMBER) for row in about["numbers"]]
         lines += ["", "## Numbers", "", *_table(("what", "value", "how it was made"), rows)]
+    from huggingface_hub import ModelCard, ModelCardData
+
     front = ModelCardData(
         license=about.get("license") or None,
         library_name="sedd_jax",

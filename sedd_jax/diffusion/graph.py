@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.special import xlogy
 
 from sedd_jax.diffusion.reverse import Distribution, Shape, Table, shape_probabilities
 from sedd_jax.diffusion.schedules import Schedule
@@ -75,6 +76,11 @@ class Graph(abc.ABC):
     def dim(self) -> int:
         """Number of states D, the mask included where there is one."""
 
+    @property
+    def mask(self) -> int | None:
+        """The state that says nothing of the clean token, at which noise ends; None: no state."""
+        return None
+
     # --- one token
 
     @abc.abstractmethod
@@ -121,6 +127,13 @@ class Graph(abc.ABC):
         An approximate score's is made a distribution: nothing below 0, sum 1.
         """
 
+    def ancestral_probabilities(
+        self, p: jax.Array, x: jax.Array, sigma_t: jax.Array, sigma_s: jax.Array, kappa: jax.Array
+    ) -> jax.Array:
+        """The distribution of `ancestral` for one token, [D], from p [V]: of a graph whose batches
+        have no form of their own."""
+        raise NotImplementedError(f"{type(self).__name__} has no ancestral_probabilities")
+
     # --- a batch: the forward process
 
     @abc.abstractmethod
@@ -132,11 +145,13 @@ class Graph(abc.ABC):
         """Draws from p_base, the distribution that sampling starts from, int32 of that shape."""
 
     def hidden(self, xt: Tokens, where: jax.Array) -> Tokens:
-        """xt, of which nothing is known where `where` is True; ValueError without such a state."""
-        raise ValueError(
-            f"no state of {self} says that nothing is known of a token, as MASK does; take a model "
-            "of absorbing noise"
-        )
+        """xt, of which nothing is known where `where` is True; ValueError without a mask."""
+        if self.mask is None:
+            raise ValueError(
+                f"no state of {self} says that nothing is known of a token, as MASK does; take a "
+                "model of absorbing noise"
+            )
+        return jnp.where(where, self.mask, xt)
 
     @abc.abstractmethod
     def prior(self, sigma: jax.Array) -> jax.Array:
@@ -180,11 +195,21 @@ class Graph(abc.ABC):
     def squared_error(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> jax.Array:
         """sum over y != x of Q[x, y] (s_y - ratio_y)^2, the ratios as above, [B, L]."""
 
-    @abc.abstractmethod
     def posterior_kl(
         self, scores: Scores, xt: Tokens, x0: Tokens, sigma_t: Sigma, sigma_s: Sigma
     ) -> jax.Array:
-        """KL(q(x_s | x_t, x0) || the reverse step of `ancestral`), nats per token, [B, L]."""
+        """KL(q(x_s | x_t, x0) || the reverse step of `ancestral`), nats per token, [B, L]: by the
+        table of states, for scores of a clean token's distribution."""
+
+        def token(score, x, x0, sigma_t, sigma_s):
+            given = self._at(x0)[: self.vocab_size]
+            q = self.ancestral_probabilities(given, x, sigma_t, sigma_s, 1.0)
+            p = self.tweedie_probabilities(score, x, sigma_t - sigma_s)
+            p = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
+            # Both sum to 1, and this way no term is below 0.
+            return (xlogy(q, q) - xlogy(q, p) - q + p).sum()
+
+        return lift(token, jnp.exp(scores.log_score()), xt, x0, sigma_t, sigma_s)
 
     # --- a batch: how far two sets of scores are apart
 
@@ -237,7 +262,6 @@ class Graph(abc.ABC):
         """Tweedie tau-leaping ("analytic") step over delta_sigma = sigma_t - sigma_s, [B, 1]."""
         return self._table(self.tweedie_probabilities, scores, xt, delta_sigma)
 
-    @abc.abstractmethod
     def ancestral(
         self,
         scores: Scores,
@@ -256,19 +280,6 @@ class Graph(abc.ABC):
         what is clean is noised anew, which gives a token a second chance (Psi, arXiv 2602.21185).
         shape acts on p.
         """
-
-    def _ancestral_table(
-        self,
-        scores: Scores,
-        xt: Tokens,
-        sigma_t: Sigma,
-        sigma_s: Sigma,
-        *,
-        kappa: jax.Array | float = 1.0,
-        shape: Shape | None = None,
-    ) -> Table:
-        """`ancestral` of a graph with ancestral_probabilities(p, x, sigma_t, sigma_s, kappa), the
-        same for one token, [D], from p [V]."""
 
         def token(score, x, sigma_t, sigma_s, kappa):
             p = shape_probabilities(self.clean_probabilities(score, x, sigma_t), shape)

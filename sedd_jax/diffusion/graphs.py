@@ -60,9 +60,6 @@ class Absorbing(Graph):
         del key
         return jnp.full(shape, self.mask, jnp.int32)
 
-    def hidden(self, xt: Tokens, where: jax.Array) -> Tokens:
-        return jnp.where(where, self.mask, xt)
-
     def prior(self, sigma: jax.Array) -> jax.Array:
         """alpha log V nats per token: p_base spreads the mass alpha = exp(-sigma) that is not yet
         masked evenly over the clean tokens."""
@@ -244,7 +241,6 @@ class Uniform(Graph):
         return p / p.sum()
 
     def ancestral_probabilities(self, p, x, sigma_t, sigma_s, kappa) -> jax.Array:
-        """The distribution of `ancestral` for one token, [V], from p [V]."""
         weight = p / self._noised(self._at(x), sigma_t)
         back = self._noised(weight, sigma_s) * self._noised(self._at(x), sigma_t - sigma_s)
         return kappa * back + (1.0 - kappa) * self._noised(p, sigma_s)
@@ -252,8 +248,6 @@ class Uniform(Graph):
     def _noised(self, p: jax.Array, sigma: jax.Array) -> jax.Array:
         """p [V] after noise sigma; the transitions are symmetric."""
         return jnp.exp(-sigma) * p - jnp.expm1(-sigma) / self.vocab_size * p.sum()
-
-    ancestral = Graph._ancestral_table
 
     def perturb(self, key: jax.Array, x0: Tokens, sigma: Sigma) -> Tokens:
         key_move, key_token = jax.random.split(key)
@@ -311,21 +305,6 @@ class Uniform(Graph):
         # The ratios are 1 but for that of x0.
         moved = squares - 2.0 * total + (vocab - 2) + gain**2 - 2.0 * (gain - 1.0) * score_x0
         return jnp.where(xt == x0, stayed, moved) / vocab
-
-    def posterior_kl(self, scores, xt, x0, sigma_t, sigma_s) -> jax.Array:
-        """By the table of states: V numbers a token."""
-
-        def token(score, x, x0, sigma_t, sigma_s):
-            delta_sigma = sigma_t - sigma_s
-            q = self.ancestral_probabilities(self._at(x0), x, sigma_t, sigma_s, 1.0)
-            # Scores of a clean token's distribution: the ancestral step is Tweedie's.
-            p = self.tweedie_probabilities(score, x, delta_sigma)
-            p = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
-            # Both sum to 1, and this way no term is below 0.
-            terms = jax.scipy.special.xlogy(q, q) - jax.scipy.special.xlogy(q, p) - q + p
-            return terms.sum()
-
-        return lift(token, jnp.exp(scores.log_score()), xt, x0, sigma_t, sigma_s)
 
     def divergence_from_uniform(self, scores, sigma, xt) -> jax.Array:
         """1/V sum over y != x of s_y log s_y - s_y + 1: the ratios of uniform tokens are 1."""

@@ -6,6 +6,7 @@ Lou et al. 2024, Theorem 3.6, with the two boundary terms that its tables leave 
 """
 
 import math
+import numbers
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
@@ -310,8 +311,8 @@ def stratified(key: jax.Array, index: jax.Array, passes: int) -> jax.Array:
 
 def check_passes(passes: int, name: str = "passes") -> None:
     """ValueError unless the passes can be compared in pairs."""
-    if not isinstance(passes, int) or passes < 2 or passes % 2:
-        raise ValueError(f"{name} {passes!r} must be an even number of at least 2")
+    if not isinstance(passes, numbers.Integral) or passes < 2 or passes % 2:
+        raise ValueError(f"{name} {passes} must be an even number of at least 2")
 
 
 def pairs_variance(values: jax.Array) -> jax.Array:

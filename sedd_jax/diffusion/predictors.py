@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graph import Graph, lift
+from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.reverse import (
     Distribution,
     Plan,
@@ -75,7 +76,7 @@ class Step(NamedTuple):
 class Traits(NamedTuple):
     """What is special about a predictor; a plain function has the defaults."""
 
-    graph: str | None = None  # the only one that it is for
+    graph: str | tuple[str, ...] | None = None  # of GRAPHS, those that it is for; None: all
     calls: int = 1  # of the network in a step
     is_adaptive: bool = False  # a sample is done when nothing is masked
     is_confident: bool = False  # it needs Step.confidence
@@ -99,6 +100,17 @@ def trait(predictor: Callable | None, name: str) -> Any:
     return getattr(getattr(predictor, "traits", Traits()), name)
 
 
+def suits(predictor: Callable | None, graph: type[Graph]) -> bool:
+    """Whether a predictor is for these graphs; those with a mask count as absorbing."""
+    names = trait(predictor, "graph")
+    names = (names,) if isinstance(names, str) else names
+    has_mask = graph.mask is not Graph.mask
+    return names is None or any(
+        issubclass(graph, GRAPHS.get(name, ())) or (name == "absorbing" and has_mask)
+        for name in names
+    )
+
+
 # --- the paper's
 
 
@@ -117,7 +129,7 @@ def tweedie(xt: Tokens, step: Step) -> Distribution:
     of clean tokens, which for the exact score is the same; so too where uniform noise is shaped."""
     sigma_t, sigma_s = step.noise
     scores, shape = step.score_fn(xt, sigma_t), step.options.shape
-    if step.options.normalised or (shape is not None and not hasattr(step.graph, "mask")):
+    if step.options.normalised or (shape is not None and step.graph.mask is None):
         return step.graph.ancestral(scores, xt, sigma_t, sigma_s, shape=shape)
     return _shaped(step.graph.tweedie(scores, xt, sigma_t - sigma_s), shape)
 
@@ -154,7 +166,7 @@ def first_hitting(xt: Tokens, step: Step) -> Distribution:
 # --- second order: two calls a step
 
 
-@traits(calls=2)
+@traits(graph=("absorbing", "uniform"), calls=2)
 def two_stage(xt: Tokens, step: Step) -> Distribution:
     """To a time rho between t and s, and from there with c p_rho - (c - 1) p_t, cut at 0, for p:
 
@@ -174,7 +186,7 @@ def two_stage(xt: Tokens, step: Step) -> Distribution:
     ratio = -jnp.expm1(sigma_rho - sigma_t) / jnp.expm1(sigma_rho - sigma_s)  # u / v
     c = 1.0 + 0.5 * (ratio + 1.0 / ratio)
     shape = step.options.shape or (lambda row: row)
-    if hasattr(graph, "mask"):
+    if graph.mask is not None:
 
         def weights(row, row_before, c):
             p, p_before = jax.nn.softmax(row), jax.nn.softmax(row_before)
@@ -217,14 +229,14 @@ def theta_trapezoidal(xt: Tokens, step: Step) -> Distribution:
     sigma_t, sigma_rho = step.schedule.sigma(step.t), step.schedule.sigma(rho)
     slope_t, slope_rho = step.schedule.dsigma_dt(step.t), step.schedule.dsigma_dt(rho)
     before = step.score_fn(xt, sigma_t)
-    if hasattr(graph, "mask"):
+    if graph.mask is not None:
         first = graph.ancestral(before, xt, sigma_t, sigma_rho, shape=step.options.shape)
     else:
         first = Table(lambda: lift(_leap, _rates(graph, before, xt, slope_t), xt, step.t - rho))
     z = jnp.where(step.is_free, step.draw(step.keys, first), xt)
     scores = step.score_fn(z, sigma_rho)
     shape, time = step.options.shape or (lambda row: row), rho - step.s
-    if hasattr(graph, "mask"):
+    if graph.mask is not None:
 
         def weights(row, row_before, w, w_before):
             means = w * jax.nn.softmax(shape(row)) - w_before * jax.nn.softmax(shape(row_before))
@@ -329,14 +341,14 @@ def _remdm(xt: Tokens, step: Step, chance: Callable[[jax.Array], jax.Array]) -> 
 # --- positions chosen by what the network says: fewer calls where it is sure
 
 
-@traits(is_adaptive=True)
+@traits(graph=("absorbing", "uniform"), is_adaptive=True)
 def entropy_bounded(xt: Tokens, step: Step) -> Distribution:
     """Entropy-bounded (Ben-Hamu et al. 2025, 2505.24857): draws the tokens of the lowest entropies,
     as long as those before have at most gamma nats together. For absorbing noise the others stay
     masked; for uniform noise they are noised anew, and the steps are not cut short: a gamma much
     below the nats of a whole text then leaves noise in it."""
     graph = step.graph
-    if hasattr(graph, "mask"):
+    if graph.mask is not None:
         scores, is_masked = _at_share(xt, step)
         _, entropy = scores.peak_and_entropy(is_masked)
         return _switch(scores, xt, step, _lowest(entropy, is_masked, step.options.gamma))

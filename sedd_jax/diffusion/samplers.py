@@ -183,7 +183,7 @@ class _Loop:
 
     def is_unfinished(self, chain: Chain) -> jax.Array:
         """Whether a sample needs another call, bool [B]."""
-        if not (trait(self.predictor, "is_adaptive") and hasattr(self.graph, "mask")):
+        if self.graph.mask is None or not trait(self.predictor, "is_adaptive"):
             return jnp.ones(len(chain.tokens), bool)
         return (chain.tokens == self.graph.mask).any(axis=-1)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
+from sedd_jax.diffusion.draws import categorical
 from sedd_jax.diffusion.graph import Graph, ScoreEntropy, lift
 from sedd_jax.diffusion.scores import DenseScores, Scores, Sigma, Tokens
 
@@ -47,7 +48,6 @@ class TableGraph(Graph):
         return jnp.where(p.sum() > 0.0, p / p.sum(), 1.0 / self.vocab_size)
 
     def ancestral_probabilities(self, p, x, sigma_t, sigma_s, kappa) -> jax.Array:
-        """The distribution of `ancestral` for one token, [D], from p [V]."""
         earlier = self._transitions(sigma_s)
         given_x = p / jnp.maximum(self.transp_transition(x, sigma_t)[: self.vocab_size], TINY)
         back = self.transp_transition(x, sigma_t - sigma_s) * (earlier @ given_x)
@@ -64,12 +64,11 @@ class TableGraph(Graph):
     # --- a batch
 
     def perturb(self, key: jax.Array, x0: Tokens, sigma: Sigma) -> Tokens:
-        log_p = jnp.log(lift(self.transition, x0, sigma))
-        return jax.random.categorical(key, log_p).astype(jnp.int32)
+        return categorical(key, jnp.log(lift(self.transition, x0, sigma)))
 
     def limit(self, key: jax.Array, shape: tuple[int, ...]) -> Tokens:
         log_p = jnp.log(self.base_probabilities())
-        return jax.random.categorical(key, log_p, shape=shape).astype(jnp.int32)
+        return categorical(key, jnp.broadcast_to(log_p, (*shape, self.dim)))
 
     def prior(self, sigma: jax.Array) -> jax.Array:
         """The largest over x0: the bound is one for every text."""
@@ -98,18 +97,6 @@ class TableGraph(Graph):
 
         return lift(token, scores.log_score(), xt, x0, sigma)
 
-    def posterior_kl(self, scores, xt, x0, sigma_t, sigma_s) -> jax.Array:
-        def token(log_score, x, x0, sigma_t, sigma_s):
-            clean = self.clean_probabilities(jnp.exp(log_score), x, sigma_t)
-            given = self._at(x0)[: self.vocab_size]
-            p, q = (
-                self.ancestral_probabilities(of, x, sigma_t, sigma_s, 1.0) for of in (clean, given)
-            )
-            # Both sum to 1, and this way no term is below 0.
-            return (xlogy(q, q) - xlogy(q, jnp.maximum(p, TINY)) - q + p).sum()
-
-        return lift(token, scores.log_score(), xt, x0, sigma_t, sigma_s)
-
     def divergence_from_uniform(self, scores: Scores, sigma: Sigma, xt: Tokens) -> jax.Array:
         logits = DenseScores(jnp.zeros((*xt.shape, self.vocab_size)), xt, self.vocab_size)
         return self.score_divergence(scores, self.scores_of_clean(logits, xt, sigma), sigma, xt)
@@ -121,5 +108,3 @@ class TableGraph(Graph):
             return log_p - log_p[x]
 
         return DenseScores(lift(token, logits.log_score(), xt, sigma), xt, self.vocab_size)
-
-    ancestral = Graph._ancestral_table

@@ -7,7 +7,6 @@ and, where there, tokenizer.json or vocab.json and merges.txt.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +30,7 @@ from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
 from sedd_jax.parallel import processes, sharding
 from sedd_jax.parallel.devices import check_platform
-from sedd_jax.parallel.sharding import path_name
+from sedd_jax.parallel.sharding import Placement, path_name
 
 # Short name -> owner/name@commit, so that a number has one meaning on every day.
 SCORERS = {
@@ -109,7 +108,7 @@ class TextScorer(Protocol):
     def sha256(self) -> str: ...  # of all that decides its numbers
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # eq=False: the object is its own jit cache key
+@dataclasses.dataclass(frozen=True, eq=False)
 class Scorer:
     """A GPT-2 with its weights; tokens are GPT-2's ids, whoever wrote the text."""
 
@@ -141,7 +140,7 @@ class Scorer:
         tokens int32 [N, L]; L at least 2 and at most the network's positions.
         """
         tokens = self._check(tokens, min_length=2)
-        return self._over_batches(self._nats, batch_size, progress, tokens)
+        return self._over_batches(gpt2.token_nats, batch_size, progress, tokens)
 
     def features(
         self,
@@ -157,7 +156,7 @@ class Scorer:
         nothing; lengths int [N], None where every row is full.
         """
         rows = self._check_rows(tokens, lengths)
-        return self._over_batches(self._features, batch_size, progress, *rows)
+        return self._over_batches(_last_features, batch_size, progress, *rows)
 
     def mean_features(
         self,
@@ -169,32 +168,9 @@ class Scorer:
     ) -> np.ndarray:
         """Mean of the last hidden states over the tokens of each row, float32 [N, C]."""
         rows = self._check_rows(tokens, lengths)
-        return self._over_batches(self._mean_features, batch_size, progress, *rows)
+        return self._over_batches(_mean_features, batch_size, progress, *rows)
 
-    @functools.cached_property
-    def _nats(self) -> Callable:
-        return jax.jit(lambda params, tokens: gpt2.token_nats(self.network, params, tokens))
-
-    @functools.cached_property
-    def _features(self) -> Callable:
-        @jax.jit
-        def features(params, tokens, lengths):
-            hidden = self.network.apply({"params": params}, tokens)
-            return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-
-        return features
-
-    @functools.cached_property
-    def _mean_features(self) -> Callable:
-        @jax.jit
-        def features(params, tokens, lengths):
-            hidden = self.network.apply({"params": params}, tokens)
-            is_text = jnp.arange(tokens.shape[1]) < lengths[:, None]
-            return jnp.mean(hidden, axis=1, where=is_text[..., None])
-
-        return features
-
-    def _over_batches(self, fn, batch_size, progress, *arrays):
+    def _over_batches(self, of_rows, batch_size, progress, *arrays):
         count = len(arrays[0])
         parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
         results = []
@@ -202,7 +178,8 @@ class Scorer:
             batch = [array[rows] for array in arrays]
             if self.mesh is not None:
                 batch = sharding.put_whole(batch, self.mesh)
-            results.append(processes.fetch(fn(self.params, *batch)))
+            of_batch = _on_mesh(of_rows, self.network, self.mesh, self.params, batch)
+            results.append(processes.fetch(of_batch))
         return np.concatenate(results)[:count]
 
     def _check_rows(self, tokens, lengths):
@@ -232,6 +209,27 @@ class Scorer:
                 f"[0, {self.network.vocab_size}); encode the text with GPT-2's tokenizer"
             )
         return tokens.astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _on_mesh(of_rows, network, mesh, params, rows):
+    """of_rows(network, params, *rows): each device of the mesh computes its rows."""
+
+    def of_device(rows, params):
+        return of_rows(network, params, *rows)
+
+    return Placement(mesh).over_rows(of_device, rows, params)
+
+
+def _last_features(network, params, tokens, lengths):
+    hidden = network.apply({"params": params}, tokens)
+    return jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
+
+
+def _mean_features(network, params, tokens, lengths):
+    hidden = network.apply({"params": params}, tokens)
+    is_text = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    return jnp.mean(hidden, axis=1, where=is_text[..., None])
 
 
 def params_sha256(params: Any) -> str:

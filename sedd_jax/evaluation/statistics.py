@@ -7,7 +7,6 @@ of any tokenizer; a caller says which, since every number here depends on it.
 from typing import Any
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 from sedd_jax.evaluation.scorer import check_token_rows
 
@@ -155,6 +154,8 @@ def energy_distance(p_features: np.ndarray, q_features: np.ndarray) -> tuple[flo
     standard error is the jackknife's over both sets (Arvesen 1969), on the safe side where P is Q;
     it takes the texts for independent. N and M are at least 3.
     """
+    from scipy.spatial.distance import cdist
+
     p, q = check_features(p_features, q_features, min_count=3)
     cross, within_p, within_q = cdist(p, q), cdist(p, p), cdist(q, q)
     mean_p, mean_q = _pair_mean(within_p), _pair_mean(within_q)

@@ -17,8 +17,6 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from scipy.optimize import nnls
-from scipy.special import bdtrc
 
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.objectives import Objective
@@ -109,6 +107,8 @@ class Curve:
         the bins' noise in the curve: a grid fitted to that costs more than the uniform one and
         claims half of its price.
         """
+        from scipy.optimize import nnls
+
         weight = np.sqrt(self.copies)
         # As if one copy more had seen each rise to be 0: where there are few, none runs off.
         flat = np.eye(DEGREE + 1)[1:]
@@ -127,6 +127,8 @@ class Curve:
 
 def _basis(u: np.ndarray) -> np.ndarray:
     """P(Binomial(DEGREE, u) >= j) for j = 0 .. DEGREE, at u [N]: [N, DEGREE + 1]."""
+    from scipy.special import bdtrc
+
     return bdtrc(np.arange(DEGREE + 1) - 1.0, DEGREE, np.asarray(u)[:, None])
 
 
@@ -182,7 +184,7 @@ def checked_curve(
             f"grid 'fitted' needs the curve of cross entropy, which the bound of {objective.title} "
             "does not measure; choose uniform or cosine"
         )
-    if graph.dim == graph.vocab_size:
+    if graph.mask is None:
         raise ValueError(
             "grid 'fitted' is for absorbing noise, whose masked tokens it counts; choose uniform "
             "or cosine"

@@ -15,7 +15,7 @@ import numpy as np
 
 from sedd_jax.diffusion import gaussian, grids, predictors, samplers
 from sedd_jax.diffusion.graph import Graph
-from sedd_jax.diffusion.predictors import Options, trait
+from sedd_jax.diffusion.predictors import Options, suits, trait
 from sedd_jax.diffusion.reverse import shaped
 from sedd_jax.diffusion.samplers import Chain, Known
 from sedd_jax.models.head import make_score_fn
@@ -233,18 +233,20 @@ class Sampling:
 
     def checked_for(self, graph: Graph) -> "Sampling":
         """These options; ValueError for what makes no sense with a model's noise."""
-        name, is_absorbing = self.predictor, hasattr(graph, "mask")
+        name, is_absorbing = self.predictor, graph.mask is not None
         if name in OF_OTHERS:
             raise ValueError(
                 f"predictor {name!r} is of {OF_OTHERS[name]} models, and this one takes reverse "
                 "steps of tokens; take tweedie"
             )
-        if not is_absorbing and self.trait("graph") == "absorbing":
+        if not suits(self._predictor, type(graph)):
             table = [(key, one) for key, one in PREDICTORS.items() if key not in OF_OTHERS]
-            others = ", ".join(key for key, one in table if trait(one, "graph") is None)
+            others = ", ".join(key for key, one in table if suits(one, type(graph)))
+            names = self.trait("graph")
+            names = names if isinstance(names, str) else " or ".join(names)
             raise ValueError(
-                f"predictor {name!r} is for absorbing noise and this model's is uniform; for it "
-                f"there are {others}"
+                f"predictor {name!r} is for {names} noise and this model's is of another kind, "
+                f"{type(graph).__name__}; for it there are {others}"
             )
         if self.normalised and name not in ("euler", "tweedie"):
             raise ValueError(f"normalised is of euler and tweedie, not of {name!r}; leave it out")

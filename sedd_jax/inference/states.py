@@ -78,7 +78,7 @@ class DiffusionSampler:
         return rows._replace(chain=chain)
 
     def noise_levels(self, steps: np.ndarray, sampling: Sampling) -> np.ndarray | None:
-        if hasattr(self.model.graph, "mask"):
+        if self.model.graph.mask is not None:
             return None
         times = jnp.asarray(sampling.grid(steps, sampling.steps, sampling.t_min))
         noised = -jnp.expm1(-self.model.schedule.sigma(times))

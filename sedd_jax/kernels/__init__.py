@@ -8,5 +8,11 @@ from typing import Any
 
 
 def for_platform(table: Mapping[str, Any], platform: str) -> Any:
-    """The entry of the table for a platform; CUDA and ROCm are both "gpu"."""
-    return table["gpu" if platform in ("cuda", "rocm") else platform]
+    """The entry of the table for a platform; CUDA and ROCm are both "gpu". ValueError for one
+    that is not in it."""
+    name = "gpu" if platform in ("cuda", "rocm") else platform
+    if name not in table:
+        raise ValueError(
+            f"jax's platform {platform!r} is not one of {', '.join(table)}; set JAX_PLATFORMS=cpu"
+        )
+    return table[name]

@@ -10,6 +10,7 @@ from its seal is passed over for the one before.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -111,8 +112,14 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._manager.close()
+    def __exit__(self, exception: type[BaseException] | None, *_) -> None:
+        try:
+            with self._writing():
+                self._manager.close()
+        except OSError as error:
+            if exception is None:
+                raise
+            log.error("%s", error)  # what ended the run comes first
 
     def newest(self, items: tuple[str, ...] = ITEMS) -> int | None:
         """The newest step whose items match their seals; None if there is no checkpoint.
@@ -167,8 +174,9 @@ class Checkpoints:
             if not self._read_only:
                 quarantine = self.folder.with_name("quarantine")
                 quarantine.mkdir(exist_ok=True)
-                taken = sum(path.name.split("-")[0] == str(step) for path in quarantine.iterdir())
-                name = f"{step}-{taken + 1}" if taken else str(step)
+                taken = {path.name for path in quarantine.iterdir()}
+                names = (f"{step}-{n}" if n > 1 else str(step) for n in itertools.count(1))
+                name = next(name for name in names if name not in taken)
                 (self.folder / str(step)).rename(quarantine / name)
 
     def needed(self, items: tuple[str, ...] = ITEMS, step: int | None = None) -> int:

@@ -5,18 +5,19 @@ A tracker of another kind is a class like these: its arguments are those of `ope
 """
 
 import html
+import importlib
 import importlib.util
 import json
 import logging
 import math
 import os
 import secrets
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol
-
-from tensorboardX import SummaryWriter
 
 from sedd_jax.files import write_text
 from sedd_jax.runs import workdir as runs
@@ -67,7 +68,8 @@ class TensorBoard:
 
     def __init__(self, workdir: Path, step: int, config: dict[str, Any]):
         # A viewer drops what earlier processes have written from this step on.
-        self._events = SummaryWriter(str(workdir / runs.TENSORBOARD), purge_step=step + 1)
+        writer = _without_torch("tensorboardX").SummaryWriter
+        self._events = writer(str(workdir / runs.TENSORBOARD), purge_step=step + 1)
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -79,6 +81,17 @@ class TensorBoard:
 
     def close(self) -> None:
         self._events.close()
+
+
+def _without_torch(module: str) -> ModuleType:
+    """A module, imported as where torch is not installed: it would import torch for tensors that
+    nothing here gives it, which takes a second and brings a second CUDA beside JAX's."""
+    is_imported = sys.modules.setdefault("torch", None) is not None
+    try:
+        return importlib.import_module(module)
+    finally:
+        if not is_imported:
+            del sys.modules["torch"]
 
 
 class WeightsAndBiases:
