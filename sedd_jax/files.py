@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
 import tempfile
@@ -100,8 +101,7 @@ def replacing(path: Path, mode: str = "wb", **options) -> Iterator[IO]:
 
     mode is "wb" or "w"; options are open()'s. A process that is killed leaves what was there.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    # x: a file that is there already is not ours to delete
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     out = part.open(mode.replace("w", "x"), **options)
     try:
         with out:
@@ -131,6 +131,16 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Wait until all that is in the folder is on disk, and its names."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_folder(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
     """A folder to fill, beside its place; it takes that place when all of it is written.
@@ -154,6 +164,7 @@ def appearing(folder: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         part.chmod(0o777 & ~mask)  # a temporary folder is its maker's alone
+        sync_tree(part)
         _replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,15 +1,18 @@
 """The model as one object: compiled once a bucket, honest about what it is given."""
 
 import collections
+import dataclasses
 import itertools
 
 import dense
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import says
 
 import sedd_jax
+from sedd_jax.data import Blocks
 from sedd_jax.diffusion import predictors, samplers
 from sedd_jax.inference import bounds, sampling
 
@@ -268,6 +271,17 @@ def test_padding_changes_no_sample(model, predictor):
             lambda m: m.sample(2, known=(np.zeros(0, int), np.zeros(0, bool))),
             "0 positions are not in [1, 32]",
         ),
+        (lambda m: m.sample(known=(np.zeros(4, int),)), "known is not a pair (tokens, is_known)"),
+        (lambda m: m.sample(predictor=["euler"]), "unknown predictor ['euler']; known: euler"),
+        (lambda m: m.sample(greedy="no"), "greedy 'no' is not True or False"),
+        (lambda m: m.sample(normalised="false"), "normalised 'false' is not True or False"),
+        (lambda m: m.revise("if", keep=5), "keep 5 is no text and no position in [0, 2)"),
+        (lambda m: m.bound(np.zeros((1, 4), int), batch_size=2.5), "batch_size 2.5 is not a whole"),
+        (lambda m: m.bound(np.zeros((1, 4), int), passes=np.int64(3)), "passes 3 must be an even"),
+        (
+            lambda m: dataclasses.replace(m, experiment={}).save_pretrained("exported"),
+            "a model that was built by hand has no config to export",
+        ),
         (lambda m: m.stream(steps=0), "steps 0 is not a whole number in"),
         (lambda m: m.stream(updates=0), "updates 0 is not a whole number in"),
         (lambda m: m.log_likelihood([]), "no texts; give at least one"),
@@ -299,7 +313,7 @@ def test_the_bound_is_finite_positive_and_repeats_with_its_seed(model):
     blocks = np.arange(3 * model.length).reshape(3, -1) % model.graph.vocab_size
     first = model.bound(blocks, passes=2, seed=5)
     assert isinstance(first, bounds.CorpusBound)
-    again = model.bound(blocks, passes=2, seed=5)
+    again = model.bound(Blocks(jnp.asarray(blocks)), passes=np.int64(2), seed=5)
     assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
     assert first.bound != model.bound(blocks, passes=2, seed=6).bound
     assert 0 < first.bound < np.inf and first.bound_standard_error > 0

@@ -198,3 +198,10 @@ def test_a_folder_on_a_read_only_mount_is_said(tmp_path, monkeypatch):
     where = f"cannot write in {str(tmp_path)!r}: Read-only"
     with says(where, "name another folder"), files.appearing(tmp_path / "out"):
         raise AssertionError
+
+
+def test_what_a_process_of_the_same_number_left_is_no_hindrance(tmp_path):
+    """In a container every program has the number 1."""
+    (tmp_path / f".a.json.{os.getpid()}.part").write_text("half")
+    files.write_text(tmp_path / "a.json", "whole")
+    assert (tmp_path / "a.json").read_text() == "whole"

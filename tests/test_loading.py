@@ -46,7 +46,11 @@ def test_an_exported_model_is_the_same_model(model, folder, tmp_path):
         assert found == file.read_bytes()
 
 
-def test_a_model_goes_to_the_hub_and_comes_back(model, server, alone, caplog):
+def test_a_model_goes_to_the_hub_and_comes_back(
+    model, server, alone, caplog, tmp_path, monkeypatch
+):
+    (tmp_path / "me/tiny2").mkdir(parents=True)  # nearly the name on the hub
+    monkeypatch.chdir(tmp_path)
     url = model.push_to_hub("me/tiny", token=OWNER)
     assert url.startswith(f"{server.url}/me/tiny/commit/")
     files = server.repositories["me/tiny"]["commits"]["main"]
@@ -214,7 +218,9 @@ def test_a_folder_inside_of_a_run_names_the_run(tiny_run):
         sedd_jax.load(tiny_run / "checkpoints")
 
 
-def test_a_misspelt_folder_is_no_question_to_the_hub(tiny_run, tmp_path, monkeypatch):
+def test_a_misspelt_folder_that_the_hub_does_not_have_is_asked_about(
+    tiny_run, tmp_path, monkeypatch
+):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/quickstart").symlink_to(tiny_run)
     monkeypatch.chdir(tmp_path)

@@ -197,6 +197,11 @@ def write_folder(
     """
     folder = local_path(folder)
     check_target(folder, replace)
+    if not model.config:
+        raise ValueError(
+            "a model that was built by hand has no config to export; load it, or give "
+            "SEDD(experiment=config.to_dict())"
+        )
     config, vocab_size, tokenizer = ConfigDict(model.config), model.vocab_size, model.tokenizer
     if OBJECTIVES[config.objective.name].is_continuous:
         raise ValueError(

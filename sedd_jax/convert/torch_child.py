@@ -164,8 +164,6 @@ def _write(file: str, folder: str, names: list[str], facts: dict[str, Any]) -> d
     }
     with open(file, "xb") as out:
         torch.save(state, out)
-        out.flush()
-        os.fsync(out.fileno())
     return {}
 
 

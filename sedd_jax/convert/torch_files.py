@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sedd_jax.convert.weights import Shapes, Tensors, open_tensors, write_tensors
-from sedd_jax.files import load_json, refuse_pointer_file, sync_folder
+from sedd_jax.files import load_json, refuse_pointer_file
 
 MAX_FILE = 32 << 30  # bytes
 MAX_PICKLE = 64 << 20  # bytes of the pickle in it, which holds names and offsets but no numbers
@@ -85,7 +85,6 @@ def write(file: Path, parts: Mapping[str, Mapping[str, np.ndarray]], facts: dict
         written = Path(folder) / file.name
         _run("write", written, folder, SECONDS, names=list(parts["ema"]), facts=facts)
         written.replace(file)
-    sync_folder(file.parent)
 
 
 def check_archive(file: Path) -> None:

@@ -291,8 +291,6 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     with open(file, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         out.writelines(array.data for _, array in arrays())
-        out.flush()
-        os.fsync(out.fileno())
 
 
 def _digest(tensors: Iterable[tuple[str, np.ndarray]]) -> str:

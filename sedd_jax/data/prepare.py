@@ -262,11 +262,7 @@ def _write(
         for name, content in (("tokenizer", tokenizer.to_dict()), ("fingerprint", fingerprint)):
             text = json.dumps(content, indent=1)
             (folder / f"{name}.json").write_text(text, encoding="utf-8")
-        for path in filter(Path.is_file, folder.rglob("*")):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        for path in (*map(folder.joinpath, splits), folder):
-            files.sync_folder(path)
+        files.sync_tree(folder)
     for split in splits:  # what was written can be read, before anyone sees it
         open_records(folder).source(split)
     return fingerprint

@@ -24,7 +24,6 @@ from sedd_jax.inference.batches import check_blocks
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import check_whole
 from sedd_jax.models.head import make_score_fn
-from sedd_jax.parallel import processes, sharding
 
 T_MIN = 1e-3  # of a model whose objective has no such time
 
@@ -177,15 +176,14 @@ def _divergences(
     progress: bool,
 ) -> np.ndarray:
     """The mean over passes of `_estimates` for each text, float64 [N]."""
-    model, count, key = models[0], len(blocks.tokens), make_key(seed)
-    parts = 1 if model.mesh is None else sharding.batch_parts(model.mesh)
-    name, results = measure.replace("_", " "), []
-    for rows in bounds.batches(count, batch_size, parts, name=name, progress=progress):
-        batch = jax.tree.map(lambda a, rows=rows: a[rows], blocks)
-        values = _estimates(
+    model, key = models[0], make_key(seed)
+
+    def of_batch(blocks, index):
+        return _estimates(
             tuple(one.params for one in models),
             key,
-            *model.put((batch, rows)),
+            blocks,
+            index,
             np.int32(first or 0),
             networks=tuple(one.network for one in models),
             graphs=tuple(one.graph for one in models),
@@ -194,12 +192,17 @@ def _divergences(
             passes=passes,
             t_min=_t_min(model),
         )
-        values = processes.fetch(values)
+
+    how = {"name": measure.replace("_", " "), "progress": progress}
+    results = []
+    for rows, values in bounds.over_batches(
+        of_batch, model.params, blocks, batch_size, model.mesh, **how
+    ):
         if not np.isfinite(values).all():
             wrong = ~np.isfinite(values).all(axis=1)
             raise NotFiniteError(f"on text {rows[wrong][0]}")
         results.append(values.astype(np.float64).mean(axis=1))
-    return np.concatenate(results)[:count]
+    return bounds.joined(results, len(blocks.tokens))
 
 
 NAMES = {

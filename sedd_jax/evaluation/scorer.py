@@ -25,7 +25,7 @@ from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.files import load_json, local_path
-from sedd_jax.inference.bounds import batches
+from sedd_jax.inference.bounds import joined, over_batches
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2
 from sedd_jax.parallel import processes, sharding
@@ -171,16 +171,12 @@ class Scorer:
         return self._over_batches(_mean_features, batch_size, progress, *rows)
 
     def _over_batches(self, of_rows, batch_size, progress, *arrays):
-        count = len(arrays[0])
-        parts = 1 if self.mesh is None else sharding.batch_parts(self.mesh)
-        results = []
-        for rows in batches(count, batch_size, parts, name="score", progress=progress):
-            batch = [array[rows] for array in arrays]
-            if self.mesh is not None:
-                batch = sharding.put_whole(batch, self.mesh)
-            of_batch = _on_mesh(of_rows, self.network, self.mesh, self.params, batch)
-            results.append(processes.fetch(of_batch))
-        return np.concatenate(results)[:count]
+        def of_batch(rows, index):
+            return _on_mesh(of_rows, self.network, self.mesh, self.params, rows)
+
+        how = {"name": "score", "progress": progress}
+        found = over_batches(of_batch, self.params, arrays, batch_size, self.mesh, **how)
+        return joined([result for _, result in found], len(arrays[0]))
 
     def _check_rows(self, tokens, lengths):
         """(tokens, lengths), int32, of rows to take features of."""

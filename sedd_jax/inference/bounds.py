@@ -3,7 +3,7 @@
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -142,19 +142,20 @@ def corpus_bound(
     A call of bound_fn takes batch_size blocks, rounded up to the devices of the mesh that share a
     batch. t_min is the objective's. by_token keeps the bound of each token.
     """
-    parts = 1 if mesh is None else sharding.batch_parts(mesh)
-    count = len(blocks.tokens)
-    results = []
-    for rows in batches(count, batch_size, parts, name="bound", progress=progress):
-        if should_stop():
-            return None
-        batch = (jax.tree.map(lambda a, rows=rows: a[rows], blocks), rows)
-        if mesh is not None:
-            batch = sharding.put_whole(batch, mesh)
-        bound = bound_fn(params, key, *batch, passes=passes)
-        results.append(processes.fetch(bound if by_token else bound._replace(by_token=None)))
-        check_finite(results[-1], rows, "block")
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
+    results, done, count = [], 0, len(blocks.tokens)
+
+    def of_batch(blocks, index):
+        bound = bound_fn(params, key, blocks, index, passes=passes)
+        return bound if by_token else bound._replace(by_token=None)
+
+    how = {"name": "bound", "progress": progress, "should_stop": should_stop}
+    for rows, bound in over_batches(of_batch, params, blocks, batch_size, mesh, **how):
+        check_finite(bound, rows, "block")
+        results.append(bound)
+        done = rows[-1] + 1
+    if done < count:
+        return None
+    whole = joined(results, count)
     curve = None
     if whole.share is not None:
         curve = Curve.of(whole.share.ravel(), whole.cross_entropy.ravel())
@@ -240,6 +241,33 @@ def batches(
         for start in bar:
             yield np.minimum(np.arange(start, start + size, dtype=np.int32), count - 1)
             bar.set_postfix_str("", refresh=False)
+
+
+def over_batches(
+    fn: Callable[..., Any],
+    params: Any,
+    arrays: Any,
+    batch_size: int,
+    mesh: Mesh | None,
+    *,
+    name: str,
+    progress: bool,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple[np.ndarray, Any]]:
+    """(rows, fn(batch, rows) as numpy) of `batches` of a tree of numpy arrays [N, ...], which come
+    to fn where the params are; no more once should_stop(). `joined` puts the results together."""
+    count = len(jax.tree.leaves(arrays)[0])
+    parts = 1 if mesh is None else sharding.batch_parts(mesh)
+    for rows in batches(count, batch_size, parts, name=name, progress=progress):
+        if should_stop():
+            return
+        batch = jax.tree.map(lambda a, rows=rows: a[rows], arrays), rows
+        yield rows, processes.fetch(fn(*sharding.put_beside(params, batch, mesh)))
+
+
+def joined(results: Sequence[Any], count: int) -> Any:
+    """Trees of arrays [B, ...] one after the other, without what fills the last batch up."""
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:count], *results)
 
 
 def bound_until(

@@ -22,7 +22,7 @@ from sedd_jax import convert, data, hub
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.graph import Graph
-from sedd_jax.diffusion.likelihood import Bound, check_passes
+from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.diffusion.objectives import Dwdse, Objective
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn
@@ -349,9 +349,9 @@ class SEDD:
         round after round, each with new noise, until the mean's error is that small or the next
         round would take more than max_passes. by_token keeps the bound of each token, [N, L].
         """
-        check_whole("seed", seed, 0, 2**32 - 1)
-        check_passes(passes)
-        blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(np.asarray(blocks))
+        bounds.check_noise(passes, batch_size, seed)
+        blocks = blocks if isinstance(blocks, data.Blocks) else data.Blocks(blocks)
+        blocks = jax.tree.map(np.asarray, blocks)
         batches.check_blocks(blocks, self.graph.vocab_size, self.length)
         how = {"passes": passes, "batch_size": batch_size, "by_token": by_token}
         how |= {"t_min": self.objective.t_min, "mesh": self.mesh, "progress": progress}
@@ -411,7 +411,5 @@ class SEDD:
         return [self.tokenizer.decode(row) for row in np.asarray(tokens)]
 
     def put(self, batch: Any) -> Any:
-        """A tree of numpy arrays where the weights are: put elsewhere, jit would compile twice."""
-        if self.mesh is not None:
-            return sharding.put_whole(batch, self.mesh)
-        return jax.device_put(batch, jax.tree.leaves(self.params)[0].sharding)
+        """A tree of numpy arrays where the weights are."""
+        return sharding.put_beside(self.params, batch, self.mesh)

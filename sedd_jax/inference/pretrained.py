@@ -124,14 +124,12 @@ def _read(
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The snapshot of a hub id; ValueError for what is rather a misspelt folder."""
-    parent = local_path(name).parent
-    folders = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
-    if near := difflib.get_close_matches(Path(name).name, folders, n=1, cutoff=0.8):
-        raise ValueError(f"no folder at {name!r}; did you mean {str(parent / near[0])!r}?")
-    parsed = hub.parse(name)
+    """The snapshot of a hub id; without one, the error asks about a folder of nearly that name."""
+    parsed, near = hub.parse(name), _near(name)
+    fault = f"no folder at {name!r}"
     if parsed is None:
-        raise ValueError(f"no folder at {name!r}, and it is not a hub id owner/name; {SOURCES}")
+        no_id = f", and it is not a hub id owner/name; {SOURCES}"
+        raise ValueError(fault + (near or no_id))
     repository, pinned = parsed
     if revision is not None and pinned is not None:
         raise ValueError(f"{name!r} names a revision and revision {revision!r} another; give one")
@@ -140,10 +138,18 @@ def _download(name: str, revision: str | None) -> Path:
         if weights.locate(folder) is None:  # an older model: torch's own format, read by a child
             folder = hub.download(repository, folder.name, [PICKLED])
     except ValueError as error:
-        raise ValueError(f"no folder at {name!r}, and as a hub id: {error}") from error
+        raise ValueError(fault + (near or f", and as a hub id: {error}")) from error
     if folder.name != (pinned or revision):
         log.info("%s is at commit %s; pass it as revision to pin it", repository, folder.name)
     return folder
+
+
+def _near(name: str) -> str:
+    """A question about a folder of nearly that name; empty where there is none."""
+    parent = local_path(name).parent
+    folders = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(Path(name).name, folders, n=1, cutoff=0.8)
+    return f"; did you mean {str(parent / near[0])!r}?" if near else ""
 
 
 def _read_folder(folder: Path, tokenizer: Tokenizer | str | None) -> Pretrained:

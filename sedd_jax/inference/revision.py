@@ -83,7 +83,7 @@ def drafts(
     """
     remedy = "give text, or revise it in parts"
     rows = encoded("draft", texts, tokenizer, max_length, remedy)
-    keep = [keep] if isinstance(keep, str) else list(keep)
+    keep = [keep] if isinstance(keep, str | int) else list(keep)
     is_known = [np.zeros(len(row), bool) for row in rows]
     pieces = [tokenizer.pieces(row) for row in rows] if keep else []
     for item in keep:

@@ -102,6 +102,7 @@ NUMBERS = {  # of Sampling; traced, so another value does not compile again
 }
 KnownTokens = tuple[np.ndarray, np.ndarray]  # tokens int32 and is_known bool, [L] or [N, L]
 SHAPES = ("temperature", "top_p", "top_k")
+SWITCHES = ("normalised", "greedy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +187,8 @@ class Sampling:
             chosen["parameters"] = {k: v for k, v in self.parameters.items() if k in known}
         checked = dataclasses.replace(self, **chosen)._checked()
         # As Python's numbers: of other types they would compile again, and JSON knows none.
-        kinds = {**dict.fromkeys(NUMBERS, float), "steps": int, "top_k": int}
+        kinds = {**dict.fromkeys(NUMBERS, float), **dict.fromkeys(("steps", "top_k"), int)}
+        kinds |= dict.fromkeys(SWITCHES, bool)
         numbers = {name: getattr(checked, name) for name in kinds}
         plain = {name: kinds[name](v) for name, v in numbers.items() if v is not None}
         return dataclasses.replace(checked, **plain)
@@ -201,7 +203,7 @@ class Sampling:
         check_whole("steps", self.steps, 1, 10**6)
         for name, table in TABLES.items():
             value = getattr(self, name)
-            if value not in table and not callable(value):
+            if not (callable(value) or (isinstance(value, str) and value in table)):
                 known = [one for one in table if one not in OF_OTHERS]
                 also = "; it is tweedie here" if value == "analytic" else ""  # of the original
                 raise ValueError(f"unknown {name} {value!r}{also}; known: {', '.join(known)}")
@@ -221,6 +223,9 @@ class Sampling:
                 raise ValueError(f"{name} {value!r} is not inside {rule}; {usual}")
         if self.top_k is not None:
             check_whole("top_k", self.top_k, 1)
+        for name in SWITCHES:
+            if (value := getattr(self, name)) not in (True, False):
+                raise ValueError(f"{name} {value!r} is not True or False; give one of them")
         # The original's draw is of a table of the model's own probabilities.
         others = [*self.changes_distribution]
         if not self.trait("has_table"):
@@ -382,6 +387,8 @@ def known_rows(
         length = max_length if length is None else length
         check_whole("length", length, 1, max_length)
         known = np.zeros(length, np.int32), np.zeros(length, bool)
+    if not isinstance(known, Sequence) or len(known) != 2:
+        raise ValueError("known is not a pair (tokens, is_known); give int and bool arrays")
     tokens, is_known = _integers("known tokens", known[0]), np.array(known[1], bool)
     try:
         shape = (num_samples, np.broadcast_shapes(tokens.shape, is_known.shape)[-1])

@@ -138,6 +138,13 @@ def put_whole(batch: Any, mesh: Mesh) -> Any:
     return put_tree("batch", batch, jax.tree.map(lambda _: rows, batch))
 
 
+def put_beside(params: Any, batch: Any, mesh: Mesh | None) -> Any:
+    """`put_whole`, or, without a mesh, where the weights are: elsewhere jit would compile again."""
+    if mesh is not None:
+        return put_whole(batch, mesh)
+    return jax.device_put(batch, getattr(jax.tree.leaves(params)[0], "sharding", whole(None)))
+
+
 def put_tree(what: str, tree: Any, shardings: Any) -> Any:
     """A tree of numpy arrays that every process of the shardings holds, as jax arrays.
 
