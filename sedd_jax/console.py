@@ -16,14 +16,19 @@ WIDTH = 79
 LINE_SECONDS = 15.0  # between the lines that stand for a bar in a log file
 
 
+def is_terminal() -> bool:
+    """Whether standard error is a terminal; not if it is closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def has_lines() -> bool:
     """Whether progress goes to a log file, where a bar drawn over itself cannot be read."""
-    return not sys.stderr.isatty() and "ipykernel" not in sys.modules
+    return not is_terminal() and "ipykernel" not in sys.modules
 
 
 def progress_bar(iterable: Iterable[Any] | None = None, *, is_shown: bool, **options: Any) -> tqdm:
     """A bar of tqdm, with its options; in a log file lines, none of work that is over sooner."""
-    kind = _Lines if has_lines() else tqdm
+    kind, is_shown = _Lines if has_lines() else tqdm, is_shown and sys.stderr is not None
     return kind(iterable, dynamic_ncols=True, disable=not is_shown, **options)
 
 
@@ -65,7 +70,7 @@ class _Lines(plain.tqdm):
 def ticking(bar: tqdm) -> Iterator[tqdm]:
     """Within it, the time that a bar shows goes on each second, and a log file gets its lines
     whether the bar moves or not."""
-    if bar.disable or not (sys.stderr.isatty() or isinstance(bar, _Lines)):
+    if bar.disable or not (is_terminal() or isinstance(bar, _Lines)):
         yield bar
         return
     is_over = threading.Event()
@@ -86,7 +91,7 @@ def ticking(bar: tqdm) -> Iterator[tqdm]:
 @contextlib.contextmanager
 def activity(name: str, is_shown: bool = True) -> Iterator[None]:
     """Within it, a terminal shows "name ... 00:03", below the bars; a log file has nothing."""
-    is_shown = is_shown and sys.stderr.isatty()
+    is_shown = is_shown and is_terminal()
     form = f"{name} ... {{elapsed}}"
     with (
         tqdm(bar_format=form, leave=False, dynamic_ncols=True, disable=not is_shown) as bar,

@@ -115,10 +115,20 @@ def replacing(path: Path, mode: str = "wb", **options) -> Iterator[IO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file by this text in UTF-8 at once; one that holds it already is left alone."""
-    if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
+    """Replace the file by this text in UTF-8 at once; one that holds it already is left alone.
+
+    What is no plain file, as /dev/stdout or a link, is written into.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+    elif not path.is_file() or path.read_bytes() != text.encode("utf-8"):
         with replacing(path) as out:
             out.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of a value as JSON for people: indented, all letters as they are."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def sync_folder(folder: Path) -> None:

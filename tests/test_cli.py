@@ -19,6 +19,8 @@ from sedd_jax.cli import (
     train_command,
 )
 from sedd_jax.config import KEYS, to_json
+from sedd_jax.data import open_records
+from sedd_jax.evaluation import report
 from sedd_jax.evaluation.report import _draw_curve, draw_picture
 from sedd_jax.inference import pretrained as loading
 from sedd_jax.inference.frames import Cell, Frame
@@ -101,7 +103,7 @@ def test_preparing_again_says_that_the_records_are_there(capsys, tmp_path):
     "command, arguments",
     [
         (eval_command, ["likelihood"]),
-        (eval_command, ["pareto"]),
+        (eval_command, ["frontier"]),
         (sample_command, []),
         (report_command, []),
     ],
@@ -149,7 +151,9 @@ def test_odd_passes_and_no_blocks_are_one_line(capsys, tiny_run):
     run = ("likelihood", f"--workdir={tiny_run}")
     assert "passes 3" in fails(capsys, eval_command, *run, "--passes=3")
     assert "limit 0" in fails(capsys, eval_command, *run, "--blocks=0")
-    assert "batch_size 0 is below 1" in fails(capsys, eval_command, *run, "--batch_size=0")
+    assert "batch_size 0 is not a whole number" in fails(
+        capsys, eval_command, *run, "--batch_size=0"
+    )
     line = fails(capsys, eval_command, *run, "--target_standard_error=0")
     assert "target_standard_error 0.0 is not above 0" in line
     line = fails(capsys, eval_command, "perplexity", f"--workdir={tiny_run}")
@@ -337,9 +341,9 @@ NO_FOLDER = "'/none/a' is in no folder; make it or give another path"
         (["likelihood", "--json=/none/a"], f"--json: {NO_FOLDER}"),
         (["generative_perplexity", "--json=/none/a"], f"--json: {NO_FOLDER}"),
         (["mauve", "--json=/"], "--json: '/' is a folder; give a file"),
-        (["pareto", "--json=/none/a"], f"--json: {NO_FOLDER}"),
-        (["pareto", "--picture=/none/a"], f"--picture: {NO_FOLDER}"),
         (["frontier", "--json=/none/a"], f"--json: {NO_FOLDER}"),
+        (["frontier", "--picture=/none/a.png"], "--picture: '/none/a.png' is in no folder"),
+        (["frontier", "--picture=a.foo"], "does not end in .png, .pdf or .svg"),
         (["frontier", "--steps="], "--steps '' is not like 32,64,128"),
         (["frontier", "--steps=8,2.5"], "--steps '8,2.5' is not like 32,64,128"),
         (["frontier", "--steps=0"], "--steps '0' is not like 32,64,128"),
@@ -347,8 +351,8 @@ NO_FOLDER = "'/none/a' is in no folder; make it or give another path"
         (["frontier", "--predictors="], "unknown predictor ''; known: "),
         (["frontier", "--predictors=euler", "--predictor=euler"], "leave one out"),
         (["frontier", "--temperatures="], "--temperatures '' is not like 0.8,1"),
-        (["frontier", "--temperatures=1,0"], "temperature 0.0 is not above 0"),
-        (["frontier", "--temperatures=nan"], "temperature nan is not above 0"),
+        (["frontier", "--temperatures=1,0"], "temperature 0.0 is not inside (0, inf)"),
+        (["frontier", "--temperatures=nan"], "temperature nan is not inside (0, inf)"),
         (["frontier", "--references=2"], "references 2 is too few for an energy distance"),
         (["frontier", "--references=9", "--num_samples=2"], "num_samples 2 is too few"),
         (["frontier", "--draw=gumbel"], "unknown draw 'gumbel'; known: exact, float32_gumbel"),
@@ -375,7 +379,7 @@ def test_a_library_that_is_missing_is_named_before_the_work(
     line = fails(capsys, eval_command, "mauve", run)
     assert "needs the library mauve-text" in line and 'pip install "sedd_jax[eval]"' in line
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    line = fails(capsys, eval_command, "pareto", run, f"--picture={tmp_path / 'a.png'}")
+    line = fails(capsys, eval_command, "frontier", run, f"--picture={tmp_path / 'a.png'}")
     assert '--picture needs the library matplotlib; pip install "sedd_jax[plot]"' in line
     assert "sedd-report needs the library matplotlib" in fails(capsys, report_command, run)
 
@@ -416,8 +420,9 @@ def test_a_folder_without_a_tokenizer_takes_one_from_the_command_line(capsys, ti
     few = ["--blocks=2", "--passes=2", "--split=validation"]
     records = f"--records={tiny_run / 'records'}"
     assert eval_command(["likelihood", f"--workdir={folder}", named, records, *few]) == 0
-    line = fails(capsys, eval_command, "likelihood", "--gpt2=gpt2", records, named)
-    assert "--tokenizer is for --workdir" in line
+    for flag in (named, "--passes=4", "--baselines", "--seed=1"):
+        line = fails(capsys, eval_command, "likelihood", "--gpt2=gpt2", records, flag)
+        assert f"{flag.split('=')[0]} is of the bound of --workdir; leave it out" in line
 
 
 def test_the_evaluations_are_listed_with_an_example(capsys):
@@ -450,13 +455,26 @@ def test_the_report_writes_the_summary_and_the_picture(capsys, tiny_run):
     assert f"{bits['bound']:.3f}" in capsys.readouterr().out
 
 
+def test_a_run_of_padded_records_has_a_report_without_ngrams(capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the picture needs the [plot] extra")
+    workdir = tmp_path / "run"
+    assert train_command(command_line(workdir, data__form="padded", train__steps=1)) == 0
+    assert report_command([f"--workdir={workdir}", "--passes=2"]) == 0
+    bits = json.loads((workdir / "summary.json").read_text())["bits_per_character"]
+    assert bits["bound"] > 0 and bits["unigram"] is bits["bigram"] is None
+    assert "bigram" not in capsys.readouterr().out
+    monkeypatch.setattr(report, "MOST_TOKENS", 10)  # the first part alone is read
+    records = open_records(workdir / "records")
+    assert 0 < len(report.vocabulary(records, "train"))
+
+
 def test_a_report_that_cannot_be_written_is_shown_first(capsys, tiny_run, monkeypatch):
     pytest.importorskip("matplotlib", reason="the picture needs the [plot] extra")
 
     def read_only(*_):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr("sedd_jax.evaluation.report.write_text", read_only)
+    monkeypatch.setattr("sedd_jax.evaluation.report.write_json", read_only)
     assert report_command([f"--workdir={tiny_run}", "--passes=2"]) == 2
     out, errors = capsys.readouterr()
     assert "bound" in out and "\n--- 4 ---" in out and "written" not in out
@@ -475,7 +493,11 @@ def test_an_older_checkpoint_is_sampled_and_scored(capsys, tiny_run, tmp_path):
         assert eval_command([*run, f"--step={step}", f"--json={tmp_path / 'a.json'}"]) == 0
         assert json.loads((tmp_path / "a.json").read_text())["step"] == step
     capsys.readouterr()
-    for command, *arguments in ((sample_command,), (eval_command, *run), (eval_command, "pareto")):
+    for command, *arguments in (
+        (sample_command,),
+        (eval_command, *run),
+        (eval_command, "frontier"),
+    ):
         line = fails(capsys, command, *arguments, f"--workdir={tiny_run}", "--step=5")
         assert "no checkpoint of step 5 in" in line and line.endswith("steps there: 4, 8")
     gpt2 = ["likelihood", "--gpt2=gpt2", f"--records={tiny_run / 'records'}", "--step=4"]
@@ -692,7 +714,7 @@ def test_what_a_config_file_derives_from_a_key_follows_the_command_line(tmp_path
     assert (config.train.eval_every, config.checkpoint.every) == (7, 14)
 
 
-@pytest.mark.parametrize("evaluation", ["generative_perplexity", "pareto", "frontier"])
+@pytest.mark.parametrize("evaluation", ["generative_perplexity", "frontier"])
 @pytest.mark.usefixtures("no_loading")
 def test_samples_too_short_to_be_measured_are_refused_first(capsys, tiny_run, evaluation):
     line = fails(capsys, eval_command, evaluation, f"--workdir={tiny_run}", "--length=2")
@@ -749,3 +771,9 @@ def test_the_helps_say_every_default_and_every_command(capsys):
         assert f"--config.{key}=" in text
     text = shown_help(capsys, cli.main)
     assert all(f" {name} " in text for name in cli.COMMANDS)
+
+
+def test_a_closed_standard_error_is_no_fault(tiny_run):
+    command = f"{sys.executable} -m sedd_jax sample --workdir={tiny_run} --steps=2 2>&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("--- 1 ---")

@@ -124,7 +124,7 @@ def test_the_text_whose_bound_is_not_finite_is_named():
         (sample_command, "--steps=2 --draw=float32_gumbel --predictor=euler --prefix=a"),
         (eval_command, "likelihood --passes=2"),
         (eval_command, "generative_perplexity --steps=2 --num_samples=2 --scorer={scorer}"),
-        (eval_command, "pareto --steps=2 --num_samples=2 --scorer={scorer}"),
+        (eval_command, "frontier --steps=2 --num_samples=2 --scorer={scorer}"),
         (report_command, ""),
     ],
 )

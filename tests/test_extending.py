@@ -23,6 +23,7 @@ import sedd_jax
 from sedd_jax import config as configuration
 from sedd_jax import imports, registry
 from sedd_jax.cli.compare import _runs
+from sedd_jax.cli.keys import values_of
 from sedd_jax.cli.train import parse_train
 from sedd_jax.configs import base, quickstart
 from sedd_jax.configs.rivals import RIVALS
@@ -313,6 +314,16 @@ def test_the_corpus_says_its_name_and_parameters(files):
     assert len([*corpus.documents("train")]) == 8
     expected = {"corpus": "squares", "heldout_fraction": 0.2, "parameters": {"count": 10}}
     assert corpus.source == expected
+
+
+def test_keys_of_a_conversion_name_parts_and_parameters(files):
+    texts = {
+        "data.parameters.count": "10",
+        "data.corpus": "squares",
+        "imports": files["squares.py"],
+    }
+    values = {"imports": (files["squares.py"],), "data.corpus": "squares"}
+    assert values_of(texts) == values | {"data.parameters": {"count": 10}}
 
 
 def test_a_comparison_takes_the_rival(files, tmp_path):

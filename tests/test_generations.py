@@ -98,23 +98,6 @@ def test_the_seconds_of_a_sample_hold_no_compilation(tiny_run, scorer_folder, mo
     assert compiled == [2, 2]  # a batch of four, a batch of one
 
 
-def test_pareto_has_a_line_a_number_of_steps_and_a_picture(
-    capsys, tiny_run, scorer_folder, tmp_path
-):
-    pytest.importorskip("matplotlib", reason="the picture needs the [plot] extra")
-    file, picture = tmp_path / "pareto.json", tmp_path / "pareto.png"
-    arguments = [f"workdir={tiny_run}", f"scorer={scorer_folder}", "steps=2,4,8", "num_samples=4"]
-    assert evaluate("pareto", *arguments, f"json={file}", f"picture={picture}") == 0
-    assert [row["nfe"] for row in json.loads(file.read_text())] == [3, 5, 9]
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    # The rows, in each of the parts that fit in 80 columns.
-    parts = [line for line in capsys.readouterr().out.splitlines() if "tweedie" in line]
-    assert [int(line.split()[1]) for line in parts] == [2, 4, 8] * (len(parts) // 3)
-    # Another seed replaces the file, as with any --json.
-    assert evaluate("pareto", *arguments, f"json={file}", "seed=1", "steps=2") == 0
-    assert [row["seed"] for row in json.loads(file.read_text())] == [1]
-
-
 @pytest.fixture
 def sampled(monkeypatch):
     """The (predictor, steps) of each row that is sampled."""
@@ -202,8 +185,16 @@ def test_rows_of_other_weights_are_not_taken_for_finished(tiny_run, scorer_folde
     with pytest.raises(ValueError, match="has model_sha256 .* give another file"):
         frontier.frontier(other, scorer, options, finished=rows, **shared)
     assert len(sampled) == 1
-    frontier.frontier(other, scorer, options, finished=rows, discard=True, **shared)
-    assert len(sampled) == 2
+
+
+def test_rows_from_before_an_option_had_its_default(tiny_run, scorer_folder, sampled):
+    model, scorer = load(tiny_run), load_scorer(str(scorer_folder))
+    options = frontier.combinations([2], ["euler"])
+    shared = {"num_samples": 4, "batch_size": 16}
+    rows = frontier.frontier(model, scorer, options, **shared)
+    old = [{name: value for name, value in row.items() if name != "parameters"} for row in rows]
+    assert frontier.frontier(model, scorer, options, finished=old, **shared) == old
+    assert len(sampled) == 1
 
 
 def test_network_calls_are_the_mean_over_samples_where_they_are_counted():
@@ -322,7 +313,7 @@ def test_gpt2_is_scored_on_records_of_its_own_tokenizer(capsys, scorer_folder, t
     [
         ("likelihood", [], "give --workdir, or --gpt2 with --records"),
         ("likelihood", ["gpt2=gpt2"], "--gpt2 needs --records"),
-        ("pareto", ["workdir={run}", "steps=2,x"], "--steps '2,x' is not like 32,64,128"),
+        ("frontier", ["workdir={run}", "steps=2,x"], "--steps '2,x' is not like 32,64,128"),
         ("frontier", ["workdir={run}", "scorer={scorer}", "length=33"], "length 33 is not"),
         ("generative_perplexity", ["workdir={run}", "scorer=gpt3"], "no scorer 'gpt3'"),
         ("mauve", ["workdir={run}", "scorer={scorer}"], "MAUVE's texts have 100"),

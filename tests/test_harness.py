@@ -225,6 +225,9 @@ def test_what_the_harness_may_not_ask_is_refused(tmp_path):
         SeddLM(independent(), passes=3)
     with says("unknown predictor 'eulr'"):
         SeddLM(independent(), predictor="eulr")
+    with says("unknown option 'stepz'; known: steps"):
+        SeddLM(independent(), stepz=4)
+    assert SeddLM(independent(), batch_size="auto:4").batch_size == 16
     with says("document 4 of task: 65 tokens to score, not 1 to 64, the model's length"):
         SeddLM(independent()).loglikelihood([request("loglikelihood", "", "a" * 65, number=4)])
 

@@ -109,6 +109,21 @@ def test_information_is_read(capsys, tmp_path):
     assert "| 3.250±0.040 | 3.250±0.040 |" in lines[2]
 
 
+def test_each_task_of_a_run_has_columns(capsys, tmp_path):
+    for task in ("hellaswag:/data/h.jsonl", "piqa:/data"):
+        result = {"task": task, "accuracy": {"total": 0.5}, "standard_error": {"total": 0.01}}
+        (tmp_path / f"{task[:5]}.json").write_text(json.dumps(result))
+    for pairs in ("some.jsonl", "more.jsonl"):
+        result = {"pairs": f"/data/{pairs}"}
+        for key in ("nats_per_answer", "nats_per_token", "bits_per_character"):
+            result |= {key: 2.0, f"{key}_standard_error": 0.1}
+        (tmp_path / f"{pairs}on").write_text(json.dumps(result))
+        (tmp_path / f"{pairs}on").rename(tmp_path / pairs.replace("jsonl", "json"))
+    head = table(capsys, tmp_path).splitlines()[0]
+    assert "| hellaswag accuracy, total | more nats per answer |" in head
+    assert "| piqa accuracy, total | some nats per answer |" in head
+
+
 def test_latex_is_booktabs_and_csv_has_all_digits(capsys, folders):
     text = table(capsys, folders / "small", "--format=latex", "--columns=entropy")
     assert r"\toprule" in text and r"\bottomrule" in text

@@ -1,5 +1,6 @@
 """Drafts noised in part and sampled again: their exact distribution, what stays, what it costs."""
 
+import gzip
 import json
 import math
 import types
@@ -263,6 +264,13 @@ def test_the_command_revises_a_file_and_its_own_samples(capsys, tiny_run, tmp_pa
     rows = lines(capsys, tiny_run, f"--revise={samples}", "--num_samples=2", "--strength=0")
     assert [row["text"] for row in rows] == ["if\n", "if\n", "or\n", "or\n"]
     assert [(row["draft"], row["nfe"]) for row in rows] == [(0, 0), (0, 0), (1, 0), (1, 0)]
+
+
+def test_a_file_of_drafts_that_is_cut_off_is_one_line(capsys, tiny_run, tmp_path):
+    file = tmp_path / "drafts.jsonl.gz"
+    file.write_bytes(gzip.compress(b'{"text": "if"}\n' * 99)[:-9])
+    assert sample_command([f"--workdir={tiny_run}", f"--revise={file}"]) == 2
+    assert f"cannot read {str(file)!r} to its end" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.devices(8)

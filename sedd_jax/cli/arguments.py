@@ -4,7 +4,6 @@ import argparse
 import atexit
 import difflib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sedd_jax.files import local_path
+from sedd_jax.files import local_path, write_json
 
 NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
 MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
@@ -301,7 +300,9 @@ def chosen_records(options: argparse.Namespace) -> tuple:
 
 
 def show_result(text: str, result: Any, file: Path | None) -> None:
-    """Prints the text; writes the result as JSON where there is a file."""
+    """Prints the text; writes the result as JSON where there is a file, on process 0."""
+    from sedd_jax.parallel import processes
+
     print(text)
-    if file is not None:
-        file.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    if file is not None and processes.is_first():
+        write_json(file, result)

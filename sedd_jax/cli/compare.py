@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import re
 import sys
 from typing import Any
@@ -18,7 +17,7 @@ FAILED = 3  # the status when a method could not be trained, scored or sampled
 def run(name: str, argv: list[str]) -> int:
     options, keys = _parsed(name, argv)
     from sedd_jax.evaluation import comparison, comparison_table
-    from sedd_jax.files import write_text
+    from sedd_jax.files import write_json
     from sedd_jax.runs.workdir import in_use, prepare_data
 
     out = options.out.absolute()
@@ -33,7 +32,7 @@ def run(name: str, argv: list[str]) -> int:
         with in_use(out):
             settings = comparison.check_settings(out, settings)  # again: see in_use
             prepare_data(base, out)
-            write_text(out / comparison.SETTINGS, json.dumps(settings, indent=1))
+            write_json(out / comparison.SETTINGS, settings)
             comparison.compare(
                 runs,
                 scoring,

@@ -56,12 +56,12 @@ def run(name: str, argv: list[str]) -> None:
 
 def _changes(arguments: list[str]) -> dict[str, Any]:
     """{"data.records": "DIR"} of --config.data.records=DIR."""
-    from sedd_jax.cli.keys import parse
+    from sedd_jax.cli.keys import values_of
 
-    changes = {}
+    texts = {}
     for argument in arguments:
         key, equals, text = argument.removeprefix("--config.").partition("=")
         if not argument.startswith("--config.") or not equals:
             raise ValueError(f"unknown argument {argument!r}; sedd-convert --help lists them")
-        changes[key] = parse(key, text)
-    return changes
+        texts[key] = text
+    return values_of(texts)

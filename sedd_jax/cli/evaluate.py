@@ -32,6 +32,12 @@ from sedd_jax.console import WIDTH
 
 log = logging.getLogger(__name__)
 
+# Flags of `likelihood` that GPT-2, whose likelihood is exact, has no use for.
+OF_BOUND = (
+    *("step", "tokenizer", "passes", "target_standard_error", "max_passes", "seed"),
+    *("baselines", "values"),
+)
+
 
 def run(name: str, argv: list[str]) -> int:
     if argv and argv[0] in EVALUATIONS:
@@ -96,12 +102,10 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         raise ValueError("give --workdir, or --gpt2 with --records")
     if options.gpt2 is not None and options.records is None:
         raise ValueError("--gpt2 needs --records: a folder made by sedd-prepare")
-    if options.gpt2 is not None and options.step is not None:
-        raise ValueError(f"--step={options.step} is of a run's checkpoint; leave it out of --gpt2")
-    if options.gpt2 is not None and options.tokenizer is not None:
-        raise ValueError("--tokenizer is for --workdir: leave it out with --gpt2")
-    if options.gpt2 is not None and options.values is not None:
-        raise ValueError("--values is for the bound of --workdir: leave it out with --gpt2")
+    if options.gpt2 is not None:
+        for flag in OF_BOUND:
+            if getattr(options, flag) != parser.get_default(flag):
+                raise ValueError(f"--{flag} is of the bound of --workdir; leave it out with --gpt2")
     if options.values is not None:
         from sedd_jax.evaluation.values import check_file
 
@@ -206,7 +210,6 @@ EVALUATIONS = {
     "generative_perplexity": generations.generative_perplexity,
     "mauve": generations.mauve,
     "frontier": generations.frontier,
-    "pareto": generations.pareto,
     "information": information.run,
     "choices": choices,
     "answers": answers,

@@ -1,8 +1,8 @@
 """sedd-eval generative_perplexity, mauve and frontier: scores of what a model writes."""
 
 import argparse
-import contextlib
 import re
+from pathlib import Path
 from typing import Any
 
 from sedd_jax.cli.arguments import (
@@ -21,6 +21,7 @@ from sedd_jax.cli.arguments import (
     show_result,
 )
 from sedd_jax.cli.cluster import load_model, load_scorer
+from sedd_jax.files import write_json
 
 
 def generative_perplexity(parser: argparse.ArgumentParser, argv: list[str]) -> None:
@@ -75,21 +76,17 @@ def mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     show_result(tables.describe_mauve(result), result, options.json)
 
 
-def frontier(
-    parser: argparse.ArgumentParser,
-    argv: list[str],
-    steps: str = "8,16,32,64,128",
-    replaces: bool = False,
-) -> None:
+def frontier(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """Generative perplexity against entropy and network calls, at every combination of lists."""
     add = parser.add_argument
     add_scorer(parser)
+    steps = "8,16,32,64,128"
     add("--steps", default=steps, help=f"numbers of steps, commas between (default: {steps})")
     add("--predictors", help="names, commas between (default: --predictor)")
     add("--temperatures", help="numbers above 0, commas between")
     add_samples(parser)
     _add_references(parser)
-    add("--picture", type=output_file, help="also draw the curves to this PNG file")
+    add("--picture", type=_picture_file, help="also draw the curves to this .png, .pdf or .svg")
     add(
         "--json",
         type=output_file,
@@ -107,12 +104,9 @@ def frontier(
 
     rows = frontiers.combinations(*lists)
 
-    def finished_rows() -> list[frontiers.Row]:
-        with contextlib.suppress(ValueError) if replaces else contextlib.nullcontext():
-            return frontiers.read_rows(options.json) if options.json else []
-        return []
-
-    finished = processes.on_first_process(finished_rows)
+    finished = processes.on_first_process(
+        lambda: frontiers.read_rows(options.json) if options.json else []
+    )
     model, scorer = _model_and_scorer(options)
     results = frontiers.frontier(
         model,
@@ -120,18 +114,19 @@ def frontier(
         rows,
         _references(options, model, scorer),
         finished=finished,
-        discard=replaces,
-        save=lambda rows: options.json and frontiers.write_rows(options.json, rows),
+        save=lambda rows: options.json and processes.is_first() and write_json(options.json, rows),
         **_sampling(options, "num_samples", "length"),
     )
-    show_result(tables.perplexity_table(results), results, options.json)
+    print(tables.perplexity_table(results))
     if options.picture:
         frontiers.draw_picture(options.picture, results)
 
 
-def pareto(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    """frontier under its first name: the paper's steps, and --json's file is replaced."""
-    frontier(parser, argv, steps="32,64,128,256,512,1024,2048", replaces=True)
+def _picture_file(text: str) -> Path:
+    file = output_file(text)
+    if file.suffix not in (".png", ".pdf", ".svg"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .png, .pdf or .svg; name it so")
+    return file
 
 
 def _lists(options: argparse.Namespace) -> tuple[list[int], list[str | None], list[float | None]]:

@@ -49,13 +49,20 @@ def _whole_of_float(text: str) -> int:
 
 
 def with_texts(config: ConfigDict, texts: Mapping[str, str]) -> ConfigDict:
-    """`with_values` of what is written after --config.KEY=, see `parse`; schedule.parameters.NAME
-    changes one of the parameters."""
+    """`with_values` of what is written after --config.KEY=."""
+    return with_values(config, values_of(texts, config))
+
+
+def values_of(texts: Mapping[str, str], config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The values of what is written after --config.KEY=, see `parse`; schedule.parameters.NAME
+    changes one of the config's parameters. Runs the modules of "imports" first: the other values
+    may name what they register."""
+    config = config or {}
     names = config.get("imports", ())
     if "imports" in texts:
         names = parse("imports", texts["imports"])
     check_value("imports", names)
-    import_modules(names)  # first: the others may name what they register
+    import_modules(names)
     values: dict[str, Any] = {}
     for key in sorted(texts, key=lambda key: ".parameters." in key):  # last
         value = parse(key, texts[key])
@@ -66,4 +73,4 @@ def with_texts(config: ConfigDict, texts: Mapping[str, str]) -> ConfigDict:
             values[whole] = {**before, parameter: value}
         else:
             values[key] = value
-    return with_values(config, values)
+    return values

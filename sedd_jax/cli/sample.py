@@ -167,17 +167,13 @@ def _animation_file(text: str) -> Path:
 
 def _drafts(file: Path) -> list[str]:
     """The text of a file without the line break at its end; those of a .jsonl file's lines."""
-    from sedd_jax.data.text_formats import OPENERS, READERS, kind_of
+    from sedd_jax.data.text_formats import documents
 
     if not file.is_file():
         raise ValueError(f"--revise: no file at {str(file)!r}; give one that holds a draft")
-    whole = READERS[".txt"]
-    kind, packing = kind_of(file.name)
-    reader = READERS.get(kind, whole)
-    with file.open("rb") as raw:
-        stream = OPENERS[packing](raw) if packing else raw
-        drafts = [text for _, text in reader(stream, str(file))]
-    if reader is whole:
+    read = list(documents(file.name, file, lambda file: file.open("rb")))
+    drafts = [text for _, text in read]
+    if [number for number, _ in read] == [""]:  # all of the file
         drafts = [drafts[0].removesuffix("\n").removesuffix("\r")]
     if not all(drafts) or not drafts:
         number = f" {drafts.index('')}" if len(drafts) > 1 else ""

@@ -134,18 +134,24 @@ def kind_of(name: str) -> tuple[str, str]:
     return (before[-1], last) if last in OPENERS else (last, "")
 
 
+def documents(name: str, file: Any, opened: Callable[[Any], Any]) -> Iterator[tuple[str, str]]:
+    """Yields (":3", document) of a file, by the ending of its name; of one with another ending, its
+    text. opened(file) is a context that gives the bytes."""
+    kind, packing = kind_of(name)
+    try:
+        with opened(file) as raw:
+            stream = OPENERS[packing](raw) if packing else raw
+            yield from READERS.get(kind, _whole)(stream, str(file))
+    except (*DAMAGE, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ValueError(
+            f"cannot read {str(file)!r} to its end: {reason}; get it again or move it elsewhere"
+        ) from error
+
+
 def read(files: Files, progress: ReadingProgress) -> Iterator[tuple[str, str]]:
     """Yields (identity, document) of all that are not blank."""
     for name, file in files:
-        kind, packing = kind_of(name)
-        try:
-            with progress.opened(file) as raw:
-                stream = OPENERS[packing](raw) if packing else raw
-                for number, document in READERS[kind](stream, str(file)):
-                    if document.strip():
-                        yield name + number, document
-        except (*DAMAGE, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise ValueError(
-                f"cannot read {str(file)!r} to its end: {reason}; get it again or move it elsewhere"
-            ) from error
+        for number, document in documents(name, file, progress.opened):
+            if document.strip():
+                yield name + number, document

@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax.evaluation.statistics import sample_statistics
-from sedd_jax.files import load_json, shown, write_text
+from sedd_jax.files import load_json, shown, write_json
 from sedd_jax.runs import workdir as runs
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Run(NamedTuple):
         return load_json(file.read_bytes(), repr(str(file))) if file.is_file() else None
 
     def write(self, part: str, result: Result) -> None:
-        write_text(self.file(part), json.dumps(result, indent=1, ensure_ascii=False))
+        write_json(self.file(part), result)
 
 
 class Stopped(RuntimeError):

@@ -6,7 +6,6 @@ column, and each says which it is.
 
 import csv
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from sedd_jax.evaluation.tables import (
     statistics_columns,
     with_error,
 )
-from sedd_jax.files import replacing, write_text
+from sedd_jax.files import replacing, write_json, write_text
 from sedd_jax.runs import workdir as runs
 
 FILE = "comparison"  # and .md, .tex, .csv, .json, .png
@@ -274,7 +273,7 @@ def write_files(out: Path, all_runs: Sequence[Run], settings: Result) -> list[Pa
         "runs": [run_result(run) for run in all_runs],
         "notes": notes(all_runs),
     }
-    write_text(out / f"{FILE}.json", json.dumps(whole, indent=1, ensure_ascii=False))
+    write_json(out / f"{FILE}.json", whole)
     return [out / f"{FILE}{suffix}" for suffix in (*FORMATS, ".csv", ".json")]
 
 

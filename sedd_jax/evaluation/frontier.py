@@ -4,6 +4,7 @@ Few calls, a low temperature or a draw in low precision all buy perplexity with 
 sampler is judged by the curve of both (the paper's Figures 1 and 2 show perplexity against calls).
 """
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -17,13 +18,14 @@ import numpy as np
 from sedd_jax.evaluation import generations
 from sedd_jax.evaluation.generations import References
 from sedd_jax.evaluation.scorer import TextScorer, params_sha256
-from sedd_jax.files import write_text
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]  # a result of generative_perplexity, with the sha256 of both sets of weights
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Sampling)}
+ABSENT = object()
 VARIED = ("predictor", "temperature", "steps")  # from row to row
 
 
@@ -40,15 +42,11 @@ def combinations(
     for name, values in lists.items():
         if not values:
             raise ValueError(f"{name} is empty; give at least one")
-    for predictor in predictors:
-        Sampling().replaced(predictor=predictor)
-    for temperature in temperatures:
-        if temperature is not None and not 0.0 < temperature < np.inf:
-            raise ValueError(f"temperature {temperature} is not above 0; 1 changes nothing")
     rows = []
     curves = itertools.product(dict.fromkeys(predictors), dict.fromkeys(temperatures))
     for predictor, temperature in curves:
-        takes_no_step = Sampling().replaced(predictor=predictor).nfe == 1
+        sampling = Sampling().replaced(predictor=predictor, temperature=temperature)
+        takes_no_step = sampling.nfe == 1
         for count in dict.fromkeys(steps[:1] if takes_no_step else steps):
             options = {"predictor": predictor, "temperature": temperature, "steps": count}
             rows.append({name: value for name, value in options.items() if value is not None})
@@ -62,7 +60,6 @@ def frontier(
     references: References | None = None,
     *,
     finished: Iterable[Row] = (),
-    discard: bool = False,
     save: Callable[[list[Row]], None] = lambda rows: None,
     batch_size: int,
     progress: bool = False,
@@ -72,8 +69,8 @@ def frontier(
 
     A row of `finished`, of an earlier call with the same weights and settings, is not made again.
     save is called with all rows there are whenever there is a new one. ValueError before any work
-    for options that the model cannot be sampled with, and, unless they are to be discarded, for
-    finished rows that this call would not make.
+    for options that the model cannot be sampled with, and for finished rows that this call would
+    not make.
     """
     generations.check_scorable(model, scorer, shared.get("length"))
     weights = {"model_sha256": _model_sha256(model), "scorer_sha256": scorer.sha256()}
@@ -86,7 +83,7 @@ def frontier(
     finished = list(finished)
     rows = [next((row for row in finished if _is_of(row, each)), None) for each in settings]
     others = [row for row in finished if row not in rows]
-    if others and not discard:
+    if others:
         raise ValueError(_why_not(others[0], settings[0]))
     if count := sum(row is not None for row in rows):
         log.info("%d of %d rows are there already", count, len(rows))
@@ -116,10 +113,6 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
-def write_rows(file: Path, rows: list[Row]) -> None:
-    write_text(file, json.dumps(rows, indent=1, ensure_ascii=False))
-
-
 def _model_sha256(model: SEDD) -> str:
     """Of all that decides the model's distribution: weights, graph, schedule, tokenizer."""
     parts = (
@@ -132,7 +125,12 @@ def _model_sha256(model: SEDD) -> str:
 
 
 def _is_of(row: Row, settings: dict[str, Any]) -> bool:
-    return all(name in row and row[name] == value for name, value in settings.items())
+    return all(_value_of(row, name) == value for name, value in settings.items())
+
+
+def _value_of(row: Row, name: str) -> Any:
+    """A row of an earlier version lacks an option that there was not: it had the default."""
+    return row.get(name, DEFAULTS.get(name, ABSENT))
 
 
 def _curve(row: Row) -> str:
@@ -151,7 +149,7 @@ def _why_not(row: Row, settings: dict[str, Any]) -> str:
     where = f"a finished row, {_label(row)},"
     of_steps = ("t_min", "times_sha256") if settings["grid"] == "fitted" else ()
     for name, value in settings.items():
-        if name not in (*VARIED, *of_steps) and (name not in row or row[name] != value):
+        if name not in (*VARIED, *of_steps) and _value_of(row, name) != value:
             return (
                 f"{where} has {name} {row.get(name)!r}, not {value!r}; give another file for other "
                 "settings"

@@ -63,6 +63,8 @@ class SeddLM(LM):
         workdir: str | None = None,
         step: int | None = None,
         dtype: str | None = None,
+        tokenizer: str | None = None,
+        imports: str = "",
         passes: int = 16,
         batch_size: int | str | None = None,
         seed: int = 0,
@@ -71,6 +73,7 @@ class SeddLM(LM):
         **sampling: Any,
     ):
         """A model, or what `sedd_jax.load` takes as workdir; batch_size "auto" or None is 16.
+        imports is one module or file; sampling are options of `SEDD.sample`.
 
         max_batch_size and device, PyTorch's, are not read: the harness gives its own to any model.
         """
@@ -79,11 +82,18 @@ class SeddLM(LM):
         super().__init__()
         if (model is None) == (workdir is None):
             raise ValueError("give a model, or workdir, in a command --model_args workdir=DIR")
-        self.batch_size = 16 if batch_size in (None, "auto") else int(batch_size)
+        is_auto = batch_size is None or str(batch_size).startswith("auto")  # auto:4 too
+        self.batch_size = 16 if is_auto else int(batch_size)
         check_noise(passes, self.batch_size, seed)
-        self.model = load(workdir, step=step, dtype=dtype) if model is None else model
+        if model is None:
+            how = {"step": step, "dtype": dtype, "tokenizer": tokenizer}
+            model = load(workdir, **how, imports=imports or ())
+        self.model = model
         check_scorable(self.model)
-        self.model.chosen(**sampling)  # refuses what cannot be meant
+        try:
+            self.model.chosen(**sampling)
+        except TypeError as error:  # of a command line's --model_args too, which has no keywords
+            raise ValueError(str(error)) from error
         self.passes, self.seed, self.sampling = passes, seed, sampling
 
     def get_model_info(self) -> dict[str, Any]:
@@ -197,6 +207,7 @@ class SeddLM(LM):
         options = {"top_k": 1}
         if chosen.pop("do_sample", False):
             options = {name: chosen.get(name) for name in ("temperature", "top_p", "top_k")}
+            options["top_k"] = options["top_k"] or None  # 0: no limit
         tokens = self.model.tokenizer.encode(context)
         return Job(tokens[max(0, len(tokens) + count - length) :], count, options, until)
 

@@ -1,6 +1,5 @@
 """A run's report: summary.json, and a picture of its training and of one sample's denoising."""
 
-import json
 import re
 import time
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from sedd_jax import data
 from sedd_jax.diffusion.likelihood import check_passes
 from sedd_jax.evaluation.likelihood import evaluate_split, stream_of
 from sedd_jax.evaluation.ngrams import read_parts
-from sedd_jax.files import write_text
+from sedd_jax.files import write_json
 from sedd_jax.inference.frames import COLUMNS, Frame, columns_of
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.trajectory import Animation
@@ -29,6 +28,8 @@ _HEADLINE = (
     "unigram",
     "bigram",
 )
+
+MOST_TOKENS = 20_000_000  # of training text that are counted and read for known words
 
 PANELS, MAX_LINES = 6, 12  # states of a sample in the picture, and lines of each
 COLORS = {"": "#111111", "masked": "#b5b5b5", "new": "#c0392b", "known": "#1c6e8c"}
@@ -47,17 +48,21 @@ def make_report(
     """The summary of the model of a run, and frames of one sample from noise to the last step.
 
     records are the run's. template is infilled three times, None not at all; began is the Unix
-    time that `seconds` counts from, None leaves it out.
+    time that `seconds` counts from, None leaves it out. The table has n-gram models too if the
+    records are packed and have at most MOST_TOKENS of training text.
     """
     check_passes(passes)
     infilled = [] if template is None else model.infill(template, 3, seed=0, progress=True)
     states = list(model.stream(num_samples=8, seed=0, updates=PANELS - 1, progress=True))
     samples = states[-1].texts
+    is_countable = records.counts(train_split)["tokens"] <= MOST_TOKENS
+    train = records.fingerprint["form"] == "packed" and is_countable and (records, train_split)
     heldout = evaluate_split(
-        model, records, heldout_split, passes=passes, train=(records, train_split), progress=True
+        model, records, heldout_split, passes=passes, train=train or None, progress=True
     )
+    per_character = heldout["bits_per_character"]
     summary = {
-        "bits_per_character": {name: heldout["bits_per_character"][name] for name in _HEADLINE},
+        "bits_per_character": {name: per_character.get(name) for name in _HEADLINE},
         "seconds": None if began is None else round(time.time() - began, 1),
         "samples": samples,
         "infill": infilled,
@@ -70,7 +75,7 @@ def make_report(
 def write_report(workdir: Path, summary: dict[str, Any], frames: Sequence[Frame]) -> None:
     """Writes what `make_report` returned as summary.json, curve.json and picture.png of the run in
     workdir."""
-    write_text(workdir / runs.SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False))
+    write_json(workdir / runs.SUMMARY, summary)
     if summary["heldout"]["curve"] is not None:
         runs.write_curve(workdir, summary["heldout"])
     metrics = runs.read_metrics(workdir)
@@ -87,10 +92,14 @@ def word_rate(texts: list[str], known_words: set[str]) -> float:
 
 
 def vocabulary(records: data.Records, split: str) -> set[str]:
-    """The words of three letters or more in the text of a split."""
+    """The words of three letters or more in the text of a split, or its first MOST_TOKENS."""
     words: set[str] = set()
+    count = 0
     for part in read_parts(records, split):
         words.update(_words(records.tokenizer.decode(stream_of(part)))[1:-1])
+        count += part.tokens.size
+        if count >= MOST_TOKENS:
+            break
     return words
 
 

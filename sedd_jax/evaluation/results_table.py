@@ -171,13 +171,16 @@ def _mauve(result: dict[str, Any]) -> Iterator[Number]:
 
 
 def _choices(result: dict[str, Any]) -> Iterator[Number]:
+    kind, colon, _ = result.get("task", "choices").partition(":")  # hellaswag:PATH, or a file
+    title = kind if colon else Path(kind).stem
     for name, value in result["accuracy"].items():
-        yield Number("choices", f"accuracy, {name}", value, result["standard_error"][name])
+        yield Number(title, f"accuracy, {name}", value, result["standard_error"][name])
 
 
 def _answers(result: dict[str, Any]) -> Iterator[Number]:
     for key in ("nats_per_answer", "nats_per_token", "bits_per_character"):
-        yield _scalar("answers", key.replace("_", " "), result, key)
+        title = Path(result.get("pairs", "answers")).stem
+        yield _scalar(title, key.replace("_", " "), result, key)
 
 
 def _information(result: dict[str, Any]) -> Iterator[Number]:
