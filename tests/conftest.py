@@ -21,6 +21,8 @@ INTERPRET = PLATFORM == "cpu"
 # The tests compile more than they compute: LLVM's level 1 takes a fifth off their time, level 0
 # makes the programs that draw 200,000 samples too slow.
 CPU_FLAGS = {"--xla_force_host_platform_device_count": 8, "--xla_backend_optimization_level": 1}
+# XLA_FLAGS of commands as processes of their own, which compute next to nothing.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Before anything imports jax:
 if PLATFORM == "cpu":
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -176,7 +178,7 @@ def command_line(workdir, **changes):
 
 def start(name, *arguments, **options):
     """A command as a process of its own, on one CPU device."""
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": QUICK}
     return subprocess.Popen(
         [sys.executable, "-m", "sedd_jax", name, *map(str, arguments)],
         env=environment,

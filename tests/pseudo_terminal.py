@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from conftest import QUICK
+
 COLUMNS, ROWS = 80, 24
 CONTROL = re.compile(r"\x1b\[([\d;]*)([A-Za-z])|[\r\n\b]|[^\x1b\r\n\b]")
 
@@ -79,7 +81,7 @@ def in_terminal(folder: Path, *arguments: str, **environment: str) -> Capture:
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
     inherited = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES", "NO_COLOR")}
     command = [sys.executable, "-m", "sedd_jax", *arguments]
-    variables = {**inherited, "XLA_FLAGS": "", "TERM": "xterm-256color", **environment}
+    variables = {**inherited, "XLA_FLAGS": QUICK, "TERM": "xterm-256color", **environment}
     began = time.monotonic()
     with subprocess.Popen(
         command, stdin=inner, stdout=inner, stderr=inner, env=variables, cwd=folder

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, TINY, says
+from conftest import QUICK, REPOSITORY, TINY, says
 
 from sedd_jax import config as configuration
 from sedd_jax.cli import compare, compare_command
@@ -52,7 +52,7 @@ def text(tmp_path_factory):
 
 def started(text, *argv):
     """The command as a process whose own processes compile quickly."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": QUICK}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     line = [sys.executable, "-m", "sedd_jax", "compare", *argv]
     return subprocess.Popen(line, env=environment, **pipes)

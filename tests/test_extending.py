@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_graphs
-from conftest import REPOSITORY, TINY, says
+from conftest import QUICK, REPOSITORY, TINY, says
 
 import sedd_jax
 from sedd_jax import config as configuration
@@ -43,8 +43,6 @@ PAGE = (REPOSITORY / "docs" / "extend.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, re.DOTALL))
 ALL = ["cosine.py", "zipf.py", "sampler.py", "squares.py", "halved.py"]
 POWER, SHARE = 0.5, 0.8
-# Compiling is nearly all of the time.
-QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"}
 
 
 def forget() -> None:
@@ -87,7 +85,7 @@ def commands(cache, *lines):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=cache.parent,
-        env={**os.environ, **QUICK, "XDG_CACHE_HOME": str(cache)},
+        env={**os.environ, "XLA_FLAGS": QUICK, "XDG_CACHE_HOME": str(cache)},
         capture_output=True,
         text=True,
         check=False,

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import QUICK, REPOSITORY
 
 import sedd_jax
 
@@ -25,7 +25,7 @@ def run(name: str, folder: Path, **settings: str) -> None:
     made = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--nbmake", "--nbmake-timeout=600", str(notebook)],
         cwd=folder,
-        env={**os.environ, "XLA_FLAGS": "", **few, **settings},
+        env={**os.environ, "XLA_FLAGS": QUICK, **few, **settings},
         capture_output=True,
         text=True,
         check=False,

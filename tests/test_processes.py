@@ -17,7 +17,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, command_line, says
+from conftest import QUICK, REPOSITORY, command_line, says
 from test_train import assert_bit_equal, checkpoint_steps, logged_steps, restored
 
 from sedd_jax.parallel import cluster, processes
@@ -52,7 +52,7 @@ class Processes:
         self.address = f"127.0.0.1:{port()}"
         environment = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}",
             "PYTHONPATH": str(REPOSITORY),
         }
         self.logs = [name.with_name(f"{name.name}.{i}.log") for i in range(count)]

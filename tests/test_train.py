@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import command_line, says, start
+from conftest import QUICK, command_line, says, start
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sedd_jax import config as configuration
@@ -195,7 +195,7 @@ def test_a_terminal_that_is_closed_ends_training_with_a_checkpoint(tmp_path):
     arguments = [sys.executable, "-m", "sedd_jax", "train", *command_line(workdir, **changes)]
     process, terminal = pty.fork()  # the process leads the session of a terminal of its own
     if process == 0:
-        os.execve(sys.executable, arguments, {**os.environ, "XLA_FLAGS": ""})
+        os.execve(sys.executable, arguments, {**os.environ, "XLA_FLAGS": QUICK})
     try:
         end = time.monotonic() + 120
         while max(logged_steps(workdir), default=0) < 3 and time.monotonic() < end:
