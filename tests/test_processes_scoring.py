@@ -51,7 +51,9 @@ def measure(argv):
     from sedd_jax.parallel import processes, sharding
 
     run, scorer, out = argv
-    result = measured(load(run, mesh=_mesh()), load_scorer(scorer), run_records(Path(run))[0])
+    model = load(run, mesh=_mesh())
+    model.save_pretrained(f"{out}.model")  # by all, and written once
+    result = measured(model, load_scorer(scorer), run_records(Path(run))[0])
     index = jax.process_index()
     alone = load(run)  # each process may have one of its own, and results of its own
     result["alone"] = [*processes.fetch(alone.put(np.arange(3) + index)).tolist()]
@@ -94,6 +96,9 @@ if __name__ == "__main__":
 
 
 from test_processes import Processes  # pytest imports it, the program above does not
+
+import sedd_jax
+from sedd_jax.evaluation.frontier import _model_sha256
 
 
 def assert_close(one, other, where=""):
@@ -144,6 +149,7 @@ def test_all_processes_have_the_numbers_of_one(tmp_path, tiny_run, scorer_folder
         for words in mesh:
             assert words.startswith(f"the mesh has devices of the processes {count - 1} of {count}")
         assert_close(result, of_one)
+    assert _model_sha256(sedd_jax.load(f"{out}.model")) == of_one["sha256"]
 
 
 @long

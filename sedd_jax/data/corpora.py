@@ -82,8 +82,12 @@ class Corpus:
 
     def plain(self, split: str) -> Iterator[str]:
         """Returns the same, detokenized: what tokenizers see."""
-        detokenize = DETOKENIZERS[self.detokenizer] if self.detokenizer else str
-        return map(detokenize, self.documents(split))
+        return map(self.detokenize, self.documents(split))
+
+    @property
+    def detokenize(self) -> Callable[[str], str]:
+        """What makes a published document plain."""
+        return DETOKENIZERS[self.detokenizer] if self.detokenizer else str
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Yields (split, document) in one pass, a split's documents in their order."""

@@ -184,8 +184,7 @@ def _encode_all(
     num_reused = num_documents = 0
     jobs = _cut(corpus.pairs())
     for split, documents in itertools.islice(jobs, 1):  # a mistake shows before the bar does
-        detokenize = DETOKENIZERS[corpus.detokenizer] if corpus.detokenizer else str
-        tokenizer.encode(detokenize(documents[0]))
+        tokenizer.encode(corpus.detokenize(documents[0]))
         jobs = itertools.chain([(split, documents)], jobs)
     if corpus.is_read:
         passed_over = f"; passed over: {corpus.passed_over}" if corpus.passed_over else ""

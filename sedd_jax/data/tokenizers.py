@@ -37,9 +37,8 @@ class Characters(Tokenizer):
     def make(cls, path: str, corpus: Corpus) -> "Characters":
         """Fits the alphabet on every split of `corpus`, so that heldout text can be encoded."""
         characters = {"\n"}
-        for split in corpus.streams:
-            for document in corpus.plain(split):
-                characters.update(document)
+        for _, document in corpus.pairs():
+            characters.update(corpus.detokenize(document))
         return cls("".join(sorted(characters)))
 
     @cached_property

@@ -10,7 +10,7 @@ model.log_likelihood(["The first statement"], seed=0)  # Bound, nats
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -378,7 +378,8 @@ class SEDD:
         config.json, model.safetensors with the original's names, sedd_jax.json (the tokenizer and
         the whole config) and README.md, a model card, in which the model is called `name`, the
         folder's by default. ValueError if anything is in folder; with replace, if that is more
-        than an earlier export.
+        than an earlier export. Of several processes that share the model all call it, and process 0
+        writes.
         """
         model = convert.Pretrained(
             config=self.experiment,
@@ -390,7 +391,8 @@ class SEDD:
             about=dict(self.about),
             curve=None if self.curve is None else self.curve.to_dict(),
         )
-        convert.write_folder(local_path(folder), model, name=name, replace=replace)
+        folder = local_path(folder)
+        self._once(lambda: convert.write_folder(folder, model, name=name, replace=replace))
 
     def push_to_hub(
         self,
@@ -404,7 +406,13 @@ class SEDD:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, name=name)
-            return hub.push(folder, name, private=private, token=token, message=message)
+            how = {"private": private, "token": token, "message": message}
+            return self._once(lambda: hub.push(folder, name, **how))
+
+    def _once(self, action: Callable[[], Any]) -> Any:
+        """action() here, or on process 0 of those that share the model."""
+        is_shared = self.mesh is not None and processes.is_shared(self.mesh)
+        return processes.on_first_process(action) if is_shared else action()
 
     def decode(self, tokens: jax.Array | np.ndarray) -> list[str]:
         """A text for each row of int32 [B, L]; masked positions show as ░."""
