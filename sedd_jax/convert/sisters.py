@@ -5,7 +5,8 @@ differ from the original's. The facts are those of the authors' repositories, na
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import ChainMap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,9 +68,10 @@ class Family(NamedTuple):
     ) -> dict:
         """Our parameter tree from the folder's tensors; ValueError as names.from_original."""
         if self.has_biases:
-            tensors = _BiasesAsShifts(tensors, names.expected_tensors(config, vocab_size))
+            shapes = names.expected_tensors(config, vocab_size)
+            tensors = ChainMap(tensors, _biases_as_shifts(tensors, shapes))
         if COSINES in tensors:
-            tensors = _WithFrequencies(tensors, where)
+            tensors = ChainMap({BUFFER: _frequencies(tensors, where)}, tensors)
         return names.from_original(tensors, config.model.heads, where)
 
 
@@ -228,60 +230,30 @@ def _taken_for(family: Family, config: ConfigDict, vocab_size: int, where: str) 
     )
 
 
-class _BiasesAsShifts(Mapping[str, np.ndarray]):
-    """The original's tensors of a network whose norms have biases, and which sees no noise level.
-
-    It is the adaLN whose weights are 0 and whose biases are shift = the norm's bias, scale = 0 and
-    gate = 1.
-    """
-
-    def __init__(self, tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]):
-        self._tensors, self._shapes = tensors, shapes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self._shapes, **self._tensors})
-
-    def __len__(self) -> int:
-        return len({**self._shapes, **self._tensors})
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes or name in self._tensors
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name in self._tensors:
-            return self._tensors[name]
-        array = np.zeros(self._shapes[name], np.float32)
+def _biases_as_shifts(
+    tensors: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, np.ndarray]:
+    """The original's tensors that a network lacks whose norms have biases, and which sees no noise
+    level: the adaLN whose weights are 0 and whose biases are shift = the norm's bias, scale = 0 and
+    gate = 1."""
+    made = {n: np.zeros(shape, np.float32) for n, shape in shapes.items() if n not in tensors}
+    for name, array in made.items():
         layer, _, kind = name.rpartition(".adaLN_modulation.")
         if kind == "bias":
             norms = ("norm_final",) if layer == "output_layer" else ("norm1", "norm2")
-            rows = array.reshape(len(norms), -1, len(self._tensors[f"{layer}.{norms[0]}.bias"]))
+            rows = array.reshape(len(norms), -1, len(tensors[f"{layer}.{norms[0]}.bias"]))
             for row, norm in zip(rows, norms):  # shift, scale and, but for the last norm, gate
-                row[0], row[2:] = self._tensors[f"{layer}.{norm}.bias"], 1.0
-        return array
+                row[0], row[2:] = tensors[f"{layer}.{norm}.bias"], 1.0
+    return made
 
 
-class _WithFrequencies(Mapping[str, np.ndarray]):
-    """The tensors and, of their tables of cosines and sines, the frequencies as BUFFER."""
-
-    def __init__(self, tensors: Mapping[str, np.ndarray], where: str):
-        self._tensors = tensors
-        cos, sin = tensors[COSINES], tensors[SINES]
-        if cos.ndim != 5 or cos.shape != sin.shape or cos.shape[1] < 2:
-            raise ValueError(
-                f"{COSINES} in {where} has shape {list(cos.shape)}, which is no table of a rotary "
-                "embedding; get it again"
-            )
-        half = cos.shape[-1] // 2
-        self._frequencies = np.arctan2(sin[0, 1, 0, 0, :half], cos[0, 1, 0, 0, :half])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**dict.fromkeys(self._tensors), BUFFER: None})
-
-    def __len__(self) -> int:
-        return len({*self._tensors, BUFFER})
-
-    def __contains__(self, name: object) -> bool:
-        return name == BUFFER or name in self._tensors
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._frequencies if name == BUFFER else self._tensors[name]
+def _frequencies(tensors: Mapping[str, np.ndarray], where: str) -> np.ndarray:
+    """Those of the rotary embedding, by its tables of cosines and sines."""
+    cos, sin = tensors[COSINES], tensors[SINES]
+    if cos.ndim != 5 or cos.shape != sin.shape or cos.shape[1] < 2:
+        raise ValueError(
+            f"{COSINES} in {where} has shape {list(cos.shape)}, which is no table of a rotary "
+            "embedding; get it again"
+        )
+    half = cos.shape[-1] // 2
+    return np.arctan2(sin[0, 1, 0, 0, :half], cos[0, 1, 0, 0, :half])

@@ -272,8 +272,7 @@ def write_tensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write float32 tensors by name, with the sha256 that `open_tensors` checks.
 
     One at a time, where the library's writer would copy all of them, most of which are transposed
-    views. The file is on disk when this returns; the caller writes it into a temporary folder, so
-    that it appears whole.
+    views. The caller writes it into a temporary folder, so that it appears whole.
     """
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:

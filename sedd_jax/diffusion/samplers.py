@@ -133,8 +133,19 @@ def sample(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     of_limit, of_steps, of_last = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
     own_keys = jax.vmap(jax.random.fold_in, (0, None))(of_limit, jnp.uint32(OWN))
-    process, how = (score_fn, graph, schedule), (predictor, options or Options(), draw)
-    loop = _Loop(*process, *how, steps, t_min, grid, known, keys=of_steps, sample_keys=own_keys)
+    every = Step(
+        t=jnp.zeros((shape[0], 1)),
+        s=jnp.zeros((shape[0], 1)),
+        score_fn=score_fn,
+        graph=graph,
+        schedule=schedule,
+        options=options or Options(),
+        steps=steps,
+        is_free=jnp.ones(shape, bool) if known is None else ~known.is_known,
+        sample_keys=own_keys,
+        draw=draw,
+    )
+    loop = _Loop(every, predictor, t_min, grid, known, of_steps)
     start = Chain.of(loop.clamp(jax.vmap(lambda k: graph.limit(k, shape[1:]))(of_limit)))
     if chain is not None:
         start = jax.tree.map(lambda new, old: jnp.where(begin == 0, new, old), start, chain)
@@ -142,7 +153,7 @@ def sample(
     stop = steps if end is None else end
 
     def finish(chain: Chain) -> Chain:
-        last = greedy if is_greedy else loop.options.shape
+        last = greedy if is_greedy else every.options.shape
         clean = denoise(chain.tokens, loop.times(t_min, chain), score_fn, graph, schedule, last)
         return loop.moved(chain, of_last, clean, 1)
 
@@ -161,18 +172,12 @@ def sample(
 class _Loop:
     """The reverse steps of `sample`, with its arguments; a key for each sample, [B]."""
 
-    score_fn: ScoreFn
-    graph: Graph
-    schedule: Schedule
+    every: Step  # what all steps have
     predictor: Callable[[Tokens, Step], Distribution] | None
-    options: Options
-    draw: Draw
-    steps: int | jax.Array
     t_min: float
     grid: Callable[..., jax.Array]
     known: Known | None
     keys: jax.Array
-    sample_keys: jax.Array
 
     def clamp(self, x: Tokens) -> Tokens:
         return x if self.known is None else self.known.clamp(x)
@@ -183,32 +188,24 @@ class _Loop:
 
     def is_unfinished(self, chain: Chain) -> jax.Array:
         """Whether a sample needs another call, bool [B]."""
-        if self.graph.mask is None or not trait(self.predictor, "is_adaptive"):
+        mask = self.every.graph.mask
+        if mask is None or not trait(self.predictor, "is_adaptive"):
             return jnp.ones(len(chain.tokens), bool)
-        return (chain.tokens == self.graph.mask).any(axis=-1)
+        return (chain.tokens == mask).any(axis=-1)
 
     def step(self, i: jax.Array, chain: Chain) -> Chain:
-        t, s = (self.grid(j, self.steps, self.t_min) for j in (i, i + 1))
-        s = jnp.where(i + 1 == self.steps, self.t_min, s)  # exactly
-        keys = jax.vmap(jax.random.fold_in, (0, None))(self.keys, i)
-        x = chain.tokens
-        one = Step(
+        steps, keys = self.every.steps, jax.vmap(jax.random.fold_in, (0, None))(self.keys, i)
+        t, s = (self.grid(j, steps, self.t_min) for j in (i, i + 1))
+        s = jnp.where(i + 1 == steps, self.t_min, s)  # exactly
+        one = self.every._replace(
             t=self.times(t, chain),
             s=self.times(s, chain),
-            score_fn=self.score_fn,
-            graph=self.graph,
-            schedule=self.schedule,
-            options=self.options,
             index=i,
-            steps=self.steps,
-            is_free=jnp.ones(x.shape, bool) if self.known is None else ~self.known.is_known,
             keys=jax.vmap(jax.random.fold_in, (0, None))(keys, jnp.uint32(OWN)),
-            sample_keys=self.sample_keys,
-            draw=self.draw,
             confidence=chain.confidence,
         )
         of_step = trait(self.predictor, "calls"), trait(self.predictor, "is_confident")
-        return self.moved(chain, keys, self.predictor(x, one), *of_step)
+        return self.moved(chain, keys, self.predictor(chain.tokens, one), *of_step)
 
     def moved(
         self,
@@ -220,9 +217,10 @@ class _Loop:
     ) -> Chain:
         """The chain with tokens drawn, after so many more network calls."""
         x = chain.tokens
-        drawn = self.clamp(jnp.where(x < 0, x, self.draw(keys, distribution)))
+        drawn = self.clamp(jnp.where(x < 0, x, self.every.draw(keys, distribution)))
         sure = chain.confidence
         if is_confident:
-            is_new = (x == self.graph.mask) & (drawn != self.graph.mask)
+            mask = self.every.graph.mask
+            is_new = (x == mask) & (drawn != mask)
             sure = jnp.where(is_new, distribution.confidence(drawn), sure)
         return Chain(drawn, chain.calls + calls * self.is_unfinished(chain), sure)
