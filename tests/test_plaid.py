@@ -17,12 +17,13 @@ from sedd_jax.cli import eval_command, sample_command, train_command
 from sedd_jax.configs import rivals
 from sedd_jax.data.tokenizers import Characters
 from sedd_jax.diffusion import gaussian
-from sedd_jax.diffusion.gaussian import DenseClean, EmbeddingDiffusion, LearnedSchedule
+from sedd_jax.diffusion.gaussian import EmbeddingDiffusion, LearnedSchedule
 from sedd_jax.diffusion.graphs import Absorbing
 from sedd_jax.diffusion.losses import stratified_times
 from sedd_jax.diffusion.objectives import Dwdse
 from sedd_jax.diffusion.objectives import Plaid as Objective
 from sedd_jax.diffusion.schedules import LogLinear
+from sedd_jax.diffusion.scores import Tokens, draw_categorical
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.pretrained import load
 from sedd_jax.models import plaid
@@ -37,6 +38,26 @@ SIGNS = jnp.array([[-1.0], [1.0]])
 # Three tokens, two positions, which depend on each other.
 PAIRS = np.array([[0.30, 0.02, 0.08], [0.05, 0.20, 0.05], [0.10, 0.02, 0.18]])
 CORNERS = np.array([[1.0, 0.0], [-0.5, 0.75**0.5], [-0.5, -(0.75**0.5)]])
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseClean:
+    """The clean tokens' distribution as a table of logits."""
+
+    logits: jax.Array  # float32 [B, L, V]
+    embeddings: jax.Array  # float32 [V, C]
+
+    def mean(self) -> jax.Array:
+        return jnp.matmul(jax.nn.softmax(self.logits), self.embeddings, precision="highest")
+
+    def mean_and_log_p(self, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+        log_p = jax.nn.log_softmax(self.logits)
+        return self.mean(), jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
+
+    def draw(self, keys: jax.Array, is_greedy: bool = False) -> Tokens:
+        if is_greedy:
+            return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
+        return draw_categorical(keys, self.logits)
 
 
 def exact(law, embeddings, schedule=LINEAR):

@@ -10,7 +10,6 @@ gamma = -log SNR rises with t and is learned. Levels are float32 [B, 1], one for
 latents float32 [B, L, C].
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -20,7 +19,7 @@ from jax.lax import stop_gradient
 
 from sedd_jax.diffusion.likelihood import Bound, Examples, check_passes, stratified
 from sedd_jax.diffusion.losses import Loss, Mean, independent_times
-from sedd_jax.diffusion.scores import Tokens, draw_categorical
+from sedd_jax.diffusion.scores import Tokens
 
 BINS = 64  # of the learned schedule
 # Shares of a batch: sequences that the reconstruction is estimated from, the others are for the
@@ -100,26 +99,6 @@ class Clean(Protocol):
 
     def draw(self, keys: jax.Array, is_greedy: bool = False) -> Tokens:
         """Tokens int32 [B, L], the likeliest with is_greedy; keys has one for each row, [B]."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DenseClean:
-    """It as a table of logits, for tests and small vocabularies."""
-
-    logits: jax.Array  # float32 [B, L, V]
-    embeddings: jax.Array  # float32 [V, C]
-
-    def mean(self) -> jax.Array:
-        return jnp.matmul(jax.nn.softmax(self.logits), self.embeddings, precision="highest")
-
-    def mean_and_log_p(self, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
-        log_p = jax.nn.log_softmax(self.logits)
-        return self.mean(), jnp.take_along_axis(log_p, tokens[..., None], axis=-1)[..., 0]
-
-    def draw(self, keys: jax.Array, is_greedy: bool = False) -> Tokens:
-        if is_greedy:
-            return jnp.argmax(self.logits, axis=-1).astype(jnp.int32)
-        return draw_categorical(keys, self.logits)
 
 
 class EmbeddingDiffusion(NamedTuple):
