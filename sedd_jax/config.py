@@ -281,6 +281,11 @@ def check(config: ConfigDict) -> None:
             f"config.sample.draw 'float32_gumbel' does not fit the predictor {predictor!r}; take "
             "exact"
         )
+    if config.data.windows == "random" and config.data.form != "packed":
+        raise ValueError(
+            f"config.data.windows 'random' does not fit data.form {config.data.form!r}, whose "
+            "blocks are documents; set data.windows to aligned"
+        )
     if [values[f"mesh.{axis}"] for axis in config.mesh].count(-1) > 1:
         raise ValueError("config.mesh holds -1 more than once; one axis may take what is left")
     low, high = config.schedule.sigma_min, config.schedule.sigma_max

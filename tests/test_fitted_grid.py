@@ -225,3 +225,8 @@ def test_a_report_writes_the_curve_too(run):
     assert report_command([f"--workdir={run}", "--passes=2"]) == 0
     heldout = json.loads((run / "summary.json").read_text())["heldout"]
     assert sedd_jax.load(run).curve == Curve.from_dict(heldout["curve"])
+    better = json.dumps(json.loads((run / "curve.json").read_text()) | {"passes": 1000})
+    (run / "curve.json").write_text(better)
+    (run / "picture.png").unlink()
+    assert report_command([f"--workdir={run}", "--passes=2"]) == 0
+    assert (run / "curve.json").read_text() == better and (run / "picture.png").is_file()

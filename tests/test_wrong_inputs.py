@@ -89,6 +89,7 @@ CASES = [
     Case(f"{TRAIN} --config.sample.grid=karras", "karras", "cosine"),
     Case(f"{TRAIN} --config.data.form=ragged", "ragged", "packed"),
     Case(f"{TRAIN} --config.data.windows=any", "any", "random"),
+    Case(f"{TRAIN} --config.data.windows=random --config.data.form=padded", "random", "aligned"),
     Case(f"{TRAIN} --config.data.corpus=wikitext", "wikitext", "wikitext103"),
     Case(f"{TRAIN} --config.data.tokenizer=tiktoken", "tiktoken", "gpt2"),
     Case(f"{TRAIN} --config.data.heldout_fraction=1", "1", "heldout_fraction"),

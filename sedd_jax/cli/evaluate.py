@@ -4,7 +4,6 @@ import argparse
 import functools
 import logging
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from sedd_jax.cli import generations, information
@@ -116,25 +115,13 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         )
     from sedd_jax.evaluation.likelihood import likelihood_table
     from sedd_jax.parallel import processes
+    from sedd_jax.runs.workdir import keep_curve, missing_files
 
     result = _bound(options) if options.gpt2 is None else _gpt2(options)
     show_result(likelihood_table(result), result, options.json)
-    if result.get("curve") is not None and processes.is_first():
-        _save_curve(options.workdir, result)
-
-
-def _save_curve(workdir: Path, result: dict[str, Any]) -> None:
-    """Writes the curve into the run's folder; says what became of it."""
-    from sedd_jax.runs.workdir import CURVE, missing_files, write_curve
-
-    if missing_files(workdir):  # an exported model
-        return
-    try:
-        write_curve(workdir, result)
-    except ValueError as error:
-        log.info("the curve of cross entropy is not saved for --grid=fitted: %s", error)
-    else:
-        log.info("written: %s, for --grid=fitted", workdir / CURVE)
+    is_of_run = result.get("curve") is not None and not missing_files(options.workdir)
+    if is_of_run and processes.is_first():
+        keep_curve(options.workdir, result)
 
 
 def _bound(options: argparse.Namespace) -> dict[str, Any]:

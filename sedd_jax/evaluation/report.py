@@ -77,7 +77,7 @@ def write_report(workdir: Path, summary: dict[str, Any], frames: Sequence[Frame]
     workdir."""
     write_json(workdir / runs.SUMMARY, summary)
     if summary["heldout"]["curve"] is not None:
-        runs.write_curve(workdir, summary["heldout"])
+        runs.keep_curve(workdir, summary["heldout"])
     metrics = runs.read_metrics(workdir)
     draw_picture(workdir / runs.PICTURE, metrics, summary["heldout"], frames)
 

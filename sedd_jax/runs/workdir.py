@@ -308,32 +308,39 @@ def open_workdir(folder: Path) -> Workdir:
     return Workdir(folder, config, _read_tokenizer(folder / TOKENIZER), original)
 
 
-def write_curve(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write the curve in a result of `evaluation.likelihood.evaluate_split`, with what was scored.
-
-    ValueError, which says why not, where it cannot be written.
-    """
-    if missing_files(folder):
-        raise ValueError(f"{str(folder)!r} is not the folder of a run")
+def keep_curve(folder: Path, result: Mapping[str, Any]) -> None:
+    """Write the curve in a result of `evaluation.likelihood.evaluate_split`, with what was scored,
+    into a run's folder, unless a better one is there; a line of log says what became of it."""
     about = {key: result[key] for key in ("step", "split", "blocks", "passes", "seed", "data")}
-    before, own = _json_in(folder / CURVE), _json_in(folder / DATA)
-    own_texts = [split["sha256"] for split in own.get("splits", {}).values()]
-    if before.get("step") == about["step"] and {*about} <= {*before}:
-        is_own, was_own = (each["data"]["sha256"] in own_texts for each in (about, before))
-        if was_own and not is_own:
-            raise ValueError("the one that is there is of the run's own text")
-        is_same_text = all(before[key] == about[key] for key in ("data", "split"))
-        copies, now = (each["blocks"] * each["passes"] for each in (before, about))
-        if is_same_text and copies > now:
-            raise ValueError(f"the one that is there is of more noised copies, {copies}, not {now}")
+    reason = _why_no_better(folder, about)
     try:
-        write_text(folder / CURVE, json.dumps({**about, **result["curve"]}))
+        if reason is None:
+            write_text(folder / CURVE, json.dumps({**about, **result["curve"]}))
+            log.info("written: %s, for --grid=fitted", folder / CURVE)
     except OSError as error:
-        raise ValueError(f"cannot write in {str(folder)!r}: {error.strerror}") from error
+        reason = f"cannot write in {str(folder)!r}: {error.strerror}"
+    if reason is not None:
+        log.info("the curve of cross entropy is not saved for --grid=fitted: %s", reason)
+
+
+def _why_no_better(folder: Path, about: Mapping[str, Any]) -> str | None:
+    """Why the curve of this evaluation is no better than the one in the folder; None if it is."""
+    before, own = _json_in(folder / CURVE), _json_in(folder / DATA)
+    if before.get("step") != about["step"] or not {*about} <= {*before}:
+        return None
+    own_texts = [split["sha256"] for split in own.get("splits", {}).values()]
+    is_own, was_own = (each["data"]["sha256"] in own_texts for each in (about, before))
+    if was_own and not is_own:
+        return "the one that is there is of the run's own text"
+    is_same_text = all(before[key] == about[key] for key in ("data", "split"))
+    copies, now = (each["blocks"] * each["passes"] for each in (before, about))
+    if is_same_text and copies > now:
+        return f"the one that is there is of more noised copies, {copies}, not {now}"
+    return None
 
 
 def read_curve(workdir: Workdir) -> dict[str, Any] | None:
-    """What `write_curve` wrote, not checked; None without it, and with a warning if no JSON."""
+    """What `keep_curve` wrote, not checked; None without it, and with a warning if no JSON."""
     file = workdir.folder / CURVE
     try:
         return load_json(file.read_bytes(), repr(str(file))) if file.is_file() else None
