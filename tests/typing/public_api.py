@@ -112,7 +112,7 @@ def parts(model: sedd_jax.SEDD) -> sedd_jax.SEDD:
 
 def noises(graph: Graph, schedule: schedules.Schedule) -> jax.Array:
     print(graphs.GRAPHS["absorbing"](vocab_size=5), schedules.SCHEDULES["log_linear"]())
-    print(graph.vocab_size, graph.predicts_clean, graph.dim)
+    print(graph.vocab_size, graph.predicts_clean, graph.dim, graph.mask)
     t = ones(2, 1)
     sigma: jax.Array = schedule.sigma(t)
     slope: jax.Array = schedule.dsigma_dt(t)
@@ -122,7 +122,8 @@ def noises(graph: Graph, schedule: schedules.Schedule) -> jax.Array:
     x, score = xt[0, 0], ones(graph.dim)
     rows = [graph.transp_rate(x), graph.transp_transition(x, sigma[0, 0])]
     rows += [graph.staggered_score(score, sigma[0, 0]), graph.reverse_rate(score, x)]
-    rows += [graph.clean_probabilities(score, x, sigma[0, 0])]
+    p = graph.clean_probabilities(score, x, sigma[0, 0])
+    rows += [p, graph.ancestral_probabilities(p, x, sigma[0, 0], 0.5 * sigma[0, 0], ones(1)[0])]
     rows += [graph.euler_probabilities(score, x, sigma[0, 0])]
     rows += [graph.tweedie_probabilities(score, x, sigma[0, 0])]
     print(lift(graph.reverse_rate, ones(2, 8, graph.dim), xt))
