@@ -20,10 +20,10 @@ from ml_collections.config_dict import RequiredValueError
 from sedd_jax import imports, registry
 from sedd_jax.configs import base
 from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
-from sedd_jax.diffusion.graphs import GRAPHS
+from sedd_jax.diffusion.graphs import GRAPHS, is_of
 from sedd_jax.diffusion.losses import TIMES
 from sedd_jax.diffusion.objectives import OBJECTIVES
-from sedd_jax.diffusion.predictors import PREDICTORS, suits, trait
+from sedd_jax.diffusion.predictors import PREDICTORS, trait
 from sedd_jax.diffusion.samplers import DRAWS
 from sedd_jax.diffusion.schedules import SCHEDULES, Geometric
 from sedd_jax.files import is_address, load_json
@@ -271,7 +271,7 @@ def check(config: ConfigDict) -> None:
         )
     _check_objective(config)
     predictor, graph = config.sample.predictor, config.graph.name
-    if not suits(PREDICTORS[predictor], GRAPHS[graph]):
+    if not is_of(GRAPHS[graph], trait(PREDICTORS[predictor], "graph")):
         raise ValueError(
             f"config.sample.predictor {predictor!r} does not fit the {graph} graph; take tweedie"
         )

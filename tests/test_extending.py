@@ -30,8 +30,8 @@ from sedd_jax.configs.rivals import RIVALS
 from sedd_jax.data import make_corpus
 from sedd_jax.diffusion.draws import categorical
 from sedd_jax.diffusion.graph import lift
-from sedd_jax.diffusion.graphs import GRAPHS, Uniform
-from sedd_jax.diffusion.predictors import PREDICTORS, suits
+from sedd_jax.diffusion.graphs import GRAPHS, Uniform, is_of
+from sedd_jax.diffusion.predictors import PREDICTORS, trait
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.experiment import evaluated_fraction
@@ -282,8 +282,8 @@ def test_a_graph_with_a_mask_of_its_own_is_absorbing(zipf):
     class Masked(zipf):
         mask = property(lambda self: self.vocab_size)
 
-    assert suits(PREDICTORS["first_hitting"], Masked)
-    assert not suits(PREDICTORS["first_hitting"], zipf)
+    kind = trait(PREDICTORS["first_hitting"], "graph")
+    assert is_of(Masked, kind) and not is_of(zipf, kind)
     assert evaluated_fraction(Masked(4), LogLinear(), 0.0) == pytest.approx(0.5, abs=1e-3)
     assert evaluated_fraction(zipf(4), LogLinear(), 0.0) == 1.0
 

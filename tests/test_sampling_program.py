@@ -14,7 +14,8 @@ from sedd_jax import experiment
 from sedd_jax.configs import openwebtext_small
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.samplers import Chain, Known
-from sedd_jax.inference.sampling import Rows, Sampling, cast_weights, reverse_steps
+from sedd_jax.inference.sampling import Rows, Sampling, reverse_steps
+from sedd_jax.models.in_loop import cast_weights
 from sedd_jax.training.dry_run import parse_target
 from sedd_jax.training.dry_run.hlo import parse
 

@@ -327,3 +327,13 @@ class Uniform(Graph):
 
 
 GRAPHS: dict[str, type[Graph]] = {"absorbing": Absorbing, "uniform": Uniform}
+
+
+def is_of(graph: type[Graph], names: str | tuple[str, ...] | None) -> bool:
+    """Whether a class of graphs is of these kinds of noise, names in GRAPHS or None for all; one
+    with a mask counts as absorbing."""
+    names, has_mask = (names,) if isinstance(names, str) else names, graph.mask is not Graph.mask
+    return names is None or any(
+        issubclass(graph, GRAPHS.get(name, ())) or (name == "absorbing" and has_mask)
+        for name in names
+    )

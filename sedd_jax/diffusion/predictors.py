@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from sedd_jax.diffusion.graph import Graph, lift
-from sedd_jax.diffusion.graphs import GRAPHS
 from sedd_jax.diffusion.reverse import (
     Distribution,
     Plan,
@@ -98,17 +97,6 @@ def trait(predictor: Callable | None, name: str) -> Any:
     """One of a predictor's `Traits`; a functools.partial has those of its function."""
     predictor = getattr(predictor, "func", predictor)
     return getattr(getattr(predictor, "traits", Traits()), name)
-
-
-def suits(predictor: Callable | None, graph: type[Graph]) -> bool:
-    """Whether a predictor is for these graphs; those with a mask count as absorbing."""
-    names = trait(predictor, "graph")
-    names = (names,) if isinstance(names, str) else names
-    has_mask = graph.mask is not Graph.mask
-    return names is None or any(
-        issubclass(graph, GRAPHS.get(name, ())) or (name == "absorbing" and has_mask)
-        for name in names
-    )
 
 
 # --- the paper's

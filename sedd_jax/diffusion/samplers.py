@@ -5,6 +5,7 @@ the caller jits.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +33,11 @@ class Known(NamedTuple):
     def clamp(self, x: Tokens) -> Tokens:
         """x with the known tokens where they are known."""
         return jnp.where(self.is_known, self.tokens, x)
+
+    @classmethod
+    def nothing(cls, shape: tuple[int, int]) -> "Known":
+        """No token of a batch of that shape."""
+        return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
 
 
 class Chain(NamedTuple):
@@ -133,30 +139,17 @@ def sample(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
     of_limit, of_steps, of_last = jax.vmap(lambda k: jax.random.split(k, 3), out_axes=1)(keys)
     own_keys = jax.vmap(jax.random.fold_in, (0, None))(of_limit, jnp.uint32(OWN))
-    every = Step(
-        t=jnp.zeros((shape[0], 1)),
-        s=jnp.zeros((shape[0], 1)),
-        score_fn=score_fn,
-        graph=graph,
-        schedule=schedule,
-        options=options or Options(),
-        steps=steps,
-        is_free=jnp.ones(shape, bool) if known is None else ~known.is_known,
-        sample_keys=own_keys,
-        draw=draw,
-    )
+    times, known = 2 * (jnp.zeros((shape[0], 1)),), known or Known.nothing(shape)
+    how = {"options": options or Options(), "steps": steps, "draw": draw}
+    how |= {"is_free": ~known.is_known, "sample_keys": own_keys}
+    every = Step(*times, score_fn, graph, schedule, **how)
     loop = _Loop(every, predictor, t_min, grid, known, of_steps)
-    start = Chain.of(loop.clamp(jax.vmap(lambda k: graph.limit(k, shape[1:]))(of_limit)))
+    start = Chain.of(known.clamp(jax.vmap(lambda k: graph.limit(k, shape[1:]))(of_limit)))
     if chain is not None:
         start = jax.tree.map(lambda new, old: jnp.where(begin == 0, new, old), start, chain)
-        start = start._replace(tokens=loop.clamp(start.tokens))
+        start = start._replace(tokens=known.clamp(start.tokens))
     stop = steps if end is None else end
-
-    def finish(chain: Chain) -> Chain:
-        last = greedy if is_greedy else every.options.shape
-        clean = denoise(chain.tokens, loop.times(t_min, chain), score_fn, graph, schedule, last)
-        return loop.moved(chain, of_last, clean, 1)
-
+    finish = functools.partial(loop.finish, of_last, greedy if is_greedy else every.options.shape)
     if trait(predictor, "is_adaptive"):
         _, start = jax.lax.while_loop(
             lambda state: (state[0] < stop) & loop.is_unfinished(state[1]).any(),
@@ -176,11 +169,8 @@ class _Loop:
     predictor: Callable[[Tokens, Step], Distribution] | None
     t_min: float
     grid: Callable[..., jax.Array]
-    known: Known | None
+    known: Known
     keys: jax.Array
-
-    def clamp(self, x: Tokens) -> Tokens:
-        return x if self.known is None else self.known.clamp(x)
 
     def times(self, t: jax.Array | float, chain: Chain) -> jax.Array:
         """t for each sample, float32 [B, 1]."""
@@ -207,6 +197,12 @@ class _Loop:
         of_step = trait(self.predictor, "calls"), trait(self.predictor, "is_confident")
         return self.moved(chain, keys, self.predictor(chain.tokens, one), *of_step)
 
+    def finish(self, keys: jax.Array, shape: Shape | None, chain: Chain) -> Chain:
+        """The chain with clean tokens; shape acts on their distribution."""
+        process = self.every.score_fn, self.every.graph, self.every.schedule
+        clean = denoise(chain.tokens, self.times(self.t_min, chain), *process, shape)
+        return self.moved(chain, keys, clean, 1)
+
     def moved(
         self,
         chain: Chain,
@@ -217,7 +213,7 @@ class _Loop:
     ) -> Chain:
         """The chain with tokens drawn, after so many more network calls."""
         x = chain.tokens
-        drawn = self.clamp(jnp.where(x < 0, x, self.every.draw(keys, distribution)))
+        drawn = self.known.clamp(jnp.where(x < 0, x, self.every.draw(keys, distribution)))
         sure = chain.confidence
         if is_confident:
             mask = self.every.graph.mask

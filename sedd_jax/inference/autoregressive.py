@@ -13,16 +13,9 @@ from sedd_jax.diffusion.autoregressive import Written
 from sedd_jax.diffusion.reverse import greedy
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.inference.batches import Texts
-from sedd_jax.inference.sampling import (
-    LEFT_TO_RIGHT,
-    SHAPES,
-    Rows,
-    Sampling,
-    cut_blocks,
-    joined_blocks,
-    params_in_loop,
-)
+from sedd_jax.inference.sampling import LEFT_TO_RIGHT, SHAPES, Rows, Sampling
 from sedd_jax.models.head import clean_logits
+from sedd_jax.models.in_loop import cut_blocks, joined_blocks, params_in_loop
 
 CAN = "an absorbing or uniform model"  # what does what an autoregressive model cannot
 

@@ -142,7 +142,7 @@ def corpus_bound(
     A call of bound_fn takes batch_size blocks, rounded up to the devices of the mesh that share a
     batch. t_min is the objective's. by_token keeps the bound of each token.
     """
-    results, done, count = [], 0, len(blocks.tokens)
+    results, count = [], len(blocks.tokens)
 
     def of_batch(blocks, index):
         bound = bound_fn(params, key, blocks, index, passes=passes)
@@ -152,8 +152,7 @@ def corpus_bound(
     for rows, bound in over_batches(of_batch, params, blocks, batch_size, mesh, **how):
         check_finite(bound, rows, "block")
         results.append(bound)
-        done = rows[-1] + 1
-    if done < count:
+    if not results or rows[-1] + 1 < count:
         return None
     whole = joined(results, count)
     curve = None

@@ -10,7 +10,7 @@ model.log_likelihood(["The first statement"], seed=0)  # Bound, nats
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -392,7 +392,8 @@ class SEDD:
             curve=None if self.curve is None else self.curve.to_dict(),
         )
         folder = local_path(folder)
-        self._once(lambda: convert.write_folder(folder, model, name=name, replace=replace))
+        how = {"name": name, "replace": replace}
+        processes.once(self.mesh, lambda: convert.write_folder(folder, model, **how))
 
     def push_to_hub(
         self,
@@ -407,12 +408,7 @@ class SEDD:
             folder = Path(temporary) / "model"
             self.save_pretrained(folder, name=name)
             how = {"private": private, "token": token, "message": message}
-            return self._once(lambda: hub.push(folder, name, **how))
-
-    def _once(self, action: Callable[[], Any]) -> Any:
-        """action() here, or on process 0 of those that share the model."""
-        is_shared = self.mesh is not None and processes.is_shared(self.mesh)
-        return processes.on_first_process(action) if is_shared else action()
+            return processes.once(self.mesh, lambda: hub.push(folder, name, **how))
 
     def decode(self, tokens: jax.Array | np.ndarray) -> list[str]:
         """A text for each row of int32 [B, L]; masked positions show as ░."""

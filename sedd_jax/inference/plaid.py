@@ -10,8 +10,9 @@ import numpy as np
 from sedd_jax.diffusion import gaussian
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.inference.batches import Texts
-from sedd_jax.inference.sampling import GAUSSIAN, Rows, Sampling, params_in_loop
+from sedd_jax.inference.sampling import GAUSSIAN, Rows, Sampling
 from sedd_jax.models.head import make_score_fn
+from sedd_jax.models.in_loop import params_in_loop
 from sedd_jax.parallel import processes
 
 OPTIONS = ("steps", "greedy")  # of Sampling, that mean something here

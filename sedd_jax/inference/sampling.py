@@ -4,27 +4,22 @@ import collections
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sedd_jax.diffusion import gaussian, grids, predictors, samplers
 from sedd_jax.diffusion.graph import Graph
-from sedd_jax.diffusion.predictors import Options, suits, trait
+from sedd_jax.diffusion.graphs import is_of
+from sedd_jax.diffusion.predictors import Options, trait
 from sedd_jax.diffusion.reverse import shaped
 from sedd_jax.diffusion.samplers import Chain, Known
 from sedd_jax.models.head import make_score_fn
-from sedd_jax.models.transformer import Transformer
-from sedd_jax.parallel.sharding import path_name
+from sedd_jax.models.in_loop import params_in_loop
 from sedd_jax.registry import keyword_defaults, with_parameters
-
-# Parameters that only matmuls in the network's dtype read.
-MATMUL_WEIGHTS = re.compile(r"(^|/)(blocks/(qkv|out|up|down)/kernel|head_weight)$")
 
 FITTED = "fitted"  # the grid whose times are the model's
 GRIDS = collections.ChainMap({FITTED: grids.fitted_grid}, grids.GRIDS)
@@ -35,40 +30,6 @@ PREDICTORS = collections.ChainMap(
     {LEFT_TO_RIGHT: None, GAUSSIAN: gaussian.posterior}, predictors.PREDICTORS
 )
 TABLES = {"predictor": PREDICTORS, "draw": samplers.DRAWS, "grid": GRIDS}
-
-
-def cast_weights(params: Any, dtype: Any) -> Any:
-    """params with the weights of the network's matmuls in dtype, in which they are multiplied.
-
-    Before a loop over network calls: inside it they would be read as float32 and cast at each.
-    """
-
-    def cast(path, leaf):
-        return leaf.astype(dtype) if MATMUL_WEIGHTS.search(path_name(path)) else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def params_in_loop(network: Transformer, params: Any) -> Callable[[], Any]:
-    """params for network calls in a loop, as they are read fastest: call it inside the loop."""
-    if network.placement.platform != "cpu":  # whose loops slice bfloat16 as float32
-        params = cast_weights(params, network.dtype)
-    if not network.is_unrolled:
-        return lambda: params
-    cut = cut_blocks(params["blocks"])
-    return lambda: params | {"blocks": joined_blocks(cut)}
-
-
-def cut_blocks(stacks: Any) -> list[Any]:
-    """The parameters of each block, cut out of their stacks before a loop, in which each network
-    call would copy them out."""
-    count = jax.tree.leaves(stacks)[0].shape[0]
-    return [jax.tree.map(lambda a, i=i: a[i], stacks) for i in range(count)]
-
-
-def joined_blocks(cut: list[Any]) -> Any:
-    """The stacks again, of which XLA makes no copy where only the blocks are read."""
-    return jax.tree.map(lambda *blocks: jnp.stack(blocks), *cut)
 
 
 class Inside(NamedTuple):
@@ -244,10 +205,9 @@ class Sampling:
                 f"predictor {name!r} is of {OF_OTHERS[name]} models, and this one takes reverse "
                 "steps of tokens; take tweedie"
             )
-        if not suits(self._predictor, type(graph)):
+        if not is_of(type(graph), names := self.trait("graph")):
             table = [(key, one) for key, one in PREDICTORS.items() if key not in OF_OTHERS]
-            others = ", ".join(key for key, one in table if suits(one, type(graph)))
-            names = self.trait("graph")
+            others = ", ".join(key for key, one in table if is_of(type(graph), trait(one, "graph")))
             names = names if isinstance(names, str) else " or ".join(names)
             raise ValueError(
                 f"predictor {name!r} is for {names} noise and this model's is of another kind, "

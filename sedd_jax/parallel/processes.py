@@ -140,6 +140,11 @@ def on_first_process(action: Callable[[], T]) -> T:
     return json.loads(gather_text(json.dumps(result))[0])
 
 
+def once(mesh: Mesh | None, action: Callable[[], T]) -> T:
+    """action() here; over a mesh of several processes `on_first_process`."""
+    return on_first_process(action) if mesh is not None and is_shared(mesh) else action()
+
+
 def check_same(what: str, values: Mapping[str, Any]) -> None:
     """ValueError on every process if one has other values than process 0."""
     first, *others = (json.loads(t) for t in gather_text(json.dumps(dict(values), default=str)))

@@ -113,6 +113,7 @@ def parts(model: sedd_jax.SEDD) -> sedd_jax.SEDD:
 def noises(graph: Graph, schedule: schedules.Schedule) -> jax.Array:
     print(graphs.GRAPHS["absorbing"](vocab_size=5), schedules.SCHEDULES["log_linear"]())
     print(graph.vocab_size, graph.predicts_clean, graph.dim, graph.mask)
+    print(graphs.is_of(type(graph), "absorbing"), graphs.is_of(type(graph), ("uniform", "zipf")))
     t = ones(2, 1)
     sigma: jax.Array = schedule.sigma(t)
     slope: jax.Array = schedule.dsigma_dt(t)
