@@ -21,6 +21,7 @@ import pytest
 import requests
 from conftest import REPOSITORY, real, says
 
+from sedd_jax import files
 from sedd_jax.data import TOKENIZERS, Corpus, make_corpus, prepare, readers
 from sedd_jax.data.corpora import split_of
 from sedd_jax.data.detokenizers import DETOKENIZERS
@@ -480,7 +481,7 @@ def server(tmp_path):
         thread.join()
 
 
-def test_an_archive_is_downloaded_once_and_verified(tmp_path, opened, row, server):
+def test_an_archive_is_downloaded_once_and_verified(tmp_path, opened, row, server, monkeypatch):
     archive = wikitext_zip(server.folder)
     row(
         "wikitext2",
@@ -499,6 +500,11 @@ def test_an_archive_is_downloaded_once_and_verified(tmp_path, opened, row, serve
     own = opened("wikitext2", manual_dir=downloads)
     for other in (again, own):
         assert (other.documents, other.corpus.source) == (read.documents, read.corpus.source)
+    hashed, sha256 = [], files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: hashed.append(path) or sha256(path))
+    here = {"manual_dir": None, "data_dir": tmp_path / "data", "progress": False}
+    corpus = open_published("wikitext2", **here)
+    assert [len([*corpus.documents("test")]) for _ in range(2)] == 2 * [4358] and len(hashed) == 1
 
 
 def test_what_killed_downloads_left_is_removed_after_an_hour(tmp_path, opened, row, server):

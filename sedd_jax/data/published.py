@@ -202,13 +202,16 @@ def open_published(
     splits = [split for split in row.splits if split in named or "" in named]
     reading = ReadingProgress("B")
 
-    def pairs() -> Pairs:
+    @functools.cache  # an archive is hashed once, not at each pass
+    def opened() -> list[Part]:
         downloads = Path(data_dir).absolute() / "downloads" / name
-        opened = parts or [
+        return parts or [
             Part(_download(archive, downloads, progress), archive.members)
             for archive in row.archives
         ]
-        return read_parts(opened, reader, splits, reading)
+
+    def pairs() -> Pairs:
+        return read_parts(opened(), reader, splits, reading)
 
     about = {"source": source, "detokenizer": row.detokenizer, "progress": reading}
     return Corpus.of_pairs(splits, pairs, **about)
