@@ -109,7 +109,7 @@ def test_the_values_add_up_to_the_bound(tiny_run, tmp_path, capsys):
     assert eval_command([*run, f"--values={tmp_path / 'values.csv'}"]) == 2
     assert "does not end in .npz or .jsonl" in capsys.readouterr().err
     assert eval_command([*run[:1], "--gpt2=gpt2", "--records=r", "--values=a.npz"]) == 2
-    assert "--values is for the bound" in capsys.readouterr().err
+    assert "--values is of the bound" in capsys.readouterr().err
 
 
 def test_rounds_are_averaged_by_token(model):

@@ -22,6 +22,7 @@ from sedd_jax.evaluation.values import group_starts, write_values
 from sedd_jax.inference import bounds
 from sedd_jax.inference.curve import Curve, prices
 from sedd_jax.inference.model import SEDD
+from sedd_jax.parallel import processes
 
 FEW_GROUPS = 10  # of documents: an error from fewer is itself known within a quarter at best
 ROWS = {
@@ -69,7 +70,7 @@ def evaluate_split(
     """
     check_records(model, records)
     heldout = data.read_blocks(records, split, blocks)
-    with activity("counting n-grams", progress and train is not None):
+    with activity("counting n-grams", processes.shows(progress and train is not None)):
         baselines = {} if train is None else baseline_nats(*train, heldout)  # before the bound
     total = model.bound(
         heldout,
@@ -83,7 +84,7 @@ def evaluate_split(
     )
     if values_file is not None:
         write_values(values_file, heldout, total.by_token, records.tokenizer)
-    with activity("counting, and pricing few calls", progress):
+    with activity("counting, and pricing few calls", processes.shows(progress)):
         sizes = _sizes(records, split, heldout)
         price = price_of_calls(model, total.curve, CALLS)
         sums = {**total.sums, **{name: float(each.sum()) for name, each in baselines.items()}}

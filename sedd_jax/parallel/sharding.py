@@ -142,7 +142,8 @@ def put_beside(params: Any, batch: Any, mesh: Mesh | None) -> Any:
     """`put_whole`, or, without a mesh, where the weights are: elsewhere jit would compile again."""
     if mesh is not None:
         return put_whole(batch, mesh)
-    return jax.device_put(batch, getattr(jax.tree.leaves(params)[0], "sharding", whole(None)))
+    leaf = next(iter(jax.tree.leaves(params)), None)
+    return jax.device_put(batch, getattr(leaf, "sharding", whole(None)))
 
 
 def put_tree(what: str, tree: Any, shardings: Any) -> Any:
