@@ -29,7 +29,7 @@ from sedd_jax.configs import base, quickstart
 from sedd_jax.configs.rivals import RIVALS
 from sedd_jax.data import make_corpus
 from sedd_jax.diffusion.draws import categorical
-from sedd_jax.diffusion.graph import lift
+from sedd_jax.diffusion.graph import Graph, GraphByTables, lift
 from sedd_jax.diffusion.graphs import GRAPHS, Uniform, is_of
 from sedd_jax.diffusion.predictors import PREDICTORS, trait
 from sedd_jax.diffusion.schedules import LogLinear
@@ -264,6 +264,16 @@ def test_the_graph_draws_with_all_the_digits_of_its_noise(zipf):
     assert (drawn == categorical(key, log_p)).all()
     limit = jnp.log(jnp.broadcast_to(graph.base_probabilities(), (2, 30, 1024)))
     assert (graph.limit(key, (2, 30)) == categorical(key, limit)).all()
+
+
+def test_a_graph_without_a_reverse_step_is_refused():
+    @dataclasses.dataclass(frozen=True)
+    class Half(Uniform):
+        ancestral_probabilities = GraphByTables.ancestral_probabilities
+
+    assert {"ancestral", "posterior_kl"} <= Graph.__abstractmethods__
+    with says("graph 'half' is not a dataclass, a subclass", "with all its abstract methods"):
+        sedd_jax.register("graph", "half")(Half)
 
 
 def test_predictors_that_need_more_of_a_graph_are_refused(zipf):

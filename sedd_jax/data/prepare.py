@@ -24,7 +24,6 @@ import numpy as np
 from sedd_jax import files
 from sedd_jax.console import progress_bar
 from sedd_jax.data.corpora import Corpus, Pairs
-from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.records import FORMAT, open_records
 from sedd_jax.data.tokenizers import Tokenizer
 
@@ -154,11 +153,12 @@ def _writing(folder: Path) -> Iterator[None]:
 # --- encoding
 
 
-def _encode_part(documents: list[str], tokenizer: Tokenizer, detokenizer: str, file: Path) -> None:
+def _encode_part(
+    documents: list[str], tokenizer: Tokenizer, detokenize: Callable[[str], str], file: Path
+) -> None:
     """Writes ids, where each document ends, and counts of the text."""
     words = sum(len(document.split()) for document in documents)
-    if detokenizer:
-        documents = [DETOKENIZERS[detokenizer](document) for document in documents]
+    documents = [detokenize(document) for document in documents]
     # Parts hold ids for any block length: the dtype is the tokenizer's alone.
     dtype = "<u2" if tokenizer.vocab_size <= 65535 else "<u4"
     separator = np.asarray(tokenizer.separator, dtype)
@@ -201,7 +201,7 @@ def _encode_all(
             if file.exists():
                 num_reused += 1
             else:
-                job = (documents, tokenizer, corpus.detokenizer, file)
+                job = (documents, tokenizer, corpus.detokenize, file)
                 pending.append(pool.submit(_encode_part, *job))
                 if len(pending) > workers:
                     pending.popleft().result()

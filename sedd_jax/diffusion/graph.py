@@ -127,13 +127,6 @@ class Graph(abc.ABC):
         An approximate score's is made a distribution: nothing below 0, sum 1.
         """
 
-    def ancestral_probabilities(
-        self, p: jax.Array, x: jax.Array, sigma_t: jax.Array, sigma_s: jax.Array, kappa: jax.Array
-    ) -> jax.Array:
-        """The distribution of `ancestral` for one token, [D], from p [V]: of a graph whose batches
-        have no form of their own."""
-        raise NotImplementedError(f"{type(self).__name__} has no ancestral_probabilities")
-
     # --- a batch: the forward process
 
     @abc.abstractmethod
@@ -195,21 +188,11 @@ class Graph(abc.ABC):
     def squared_error(self, scores: Scores, sigma: Sigma, xt: Tokens, x0: Tokens) -> jax.Array:
         """sum over y != x of Q[x, y] (s_y - ratio_y)^2, the ratios as above, [B, L]."""
 
+    @abc.abstractmethod
     def posterior_kl(
         self, scores: Scores, xt: Tokens, x0: Tokens, sigma_t: Sigma, sigma_s: Sigma
     ) -> jax.Array:
-        """KL(q(x_s | x_t, x0) || the reverse step of `ancestral`), nats per token, [B, L]: by the
-        table of states, for scores of a clean token's distribution."""
-
-        def token(score, x, x0, sigma_t, sigma_s):
-            given = self._at(x0)[: self.vocab_size]
-            q = self.ancestral_probabilities(given, x, sigma_t, sigma_s, 1.0)
-            p = self.tweedie_probabilities(score, x, sigma_t - sigma_s)
-            p = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
-            # Both sum to 1, and this way no term is below 0.
-            return (xlogy(q, q) - xlogy(q, p) - q + p).sum()
-
-        return lift(token, jnp.exp(scores.log_score()), xt, x0, sigma_t, sigma_s)
+        """KL(q(x_s | x_t, x0) || the reverse step of `ancestral`), nats per token, [B, L]."""
 
     # --- a batch: how far two sets of scores are apart
 
@@ -262,6 +245,7 @@ class Graph(abc.ABC):
         """Tweedie tau-leaping ("analytic") step over delta_sigma = sigma_t - sigma_s, [B, 1]."""
         return self._table(self.tweedie_probabilities, scores, xt, delta_sigma)
 
+    @abc.abstractmethod
     def ancestral(
         self,
         scores: Scores,
@@ -281,13 +265,6 @@ class Graph(abc.ABC):
         shape acts on p.
         """
 
-        def token(score, x, sigma_t, sigma_s, kappa):
-            p = shape_probabilities(self.clean_probabilities(score, x, sigma_t), shape)
-            return self.ancestral_probabilities(p, x, sigma_t, sigma_s, kappa)
-
-        kappa = jnp.broadcast_to(jnp.float32(kappa), xt.shape)
-        return self._table(token, scores, xt, sigma_t, sigma_s, kappa)
-
     def denoise(
         self, scores: Scores, xt: Tokens, sigma: Sigma, *, shape: Shape | None = None
     ) -> Distribution:
@@ -297,3 +274,34 @@ class Graph(abc.ABC):
             return self.tweedie_probabilities(score, x, sigma)[: self.vocab_size]
 
         return dataclasses.replace(self._table(clean, scores, xt, sigma), shape=shape)
+
+
+class GraphByTables(Graph):
+    """A graph that defines a reverse step of one token, and takes it by tables of states."""
+
+    @abc.abstractmethod
+    def ancestral_probabilities(
+        self, p: jax.Array, x: jax.Array, sigma_t: jax.Array, sigma_s: jax.Array, kappa: jax.Array
+    ) -> jax.Array:
+        """The distribution of `ancestral` for one token, [D], from p [V]."""
+
+    def ancestral(self, scores, xt, sigma_t, sigma_s, *, kappa=1.0, shape=None) -> Distribution:
+        def token(score, x, sigma_t, sigma_s, kappa):
+            p = shape_probabilities(self.clean_probabilities(score, x, sigma_t), shape)
+            return self.ancestral_probabilities(p, x, sigma_t, sigma_s, kappa)
+
+        kappa = jnp.broadcast_to(jnp.float32(kappa), xt.shape)
+        return self._table(token, scores, xt, sigma_t, sigma_s, kappa)
+
+    def posterior_kl(self, scores, xt, x0, sigma_t, sigma_s) -> jax.Array:
+        """For scores of a clean token's distribution: the ancestral step is then Tweedie's."""
+
+        def token(score, x, x0, sigma_t, sigma_s):
+            given = self._at(x0)[: self.vocab_size]
+            q = self.ancestral_probabilities(given, x, sigma_t, sigma_s, 1.0)
+            p = self.tweedie_probabilities(score, x, sigma_t - sigma_s)
+            p = jnp.maximum(p, jnp.finfo(jnp.float32).tiny)
+            # Both sum to 1, and this way no term is below 0.
+            return (xlogy(q, q) - xlogy(q, p) - q + p).sum()
+
+        return lift(token, jnp.exp(scores.log_score()), xt, x0, sigma_t, sigma_s)

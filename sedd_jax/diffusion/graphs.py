@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sedd_jax.diffusion.graph import Graph, Probe, ScoreEntropy, lift
+from sedd_jax.diffusion.graph import Graph, GraphByTables, Probe, ScoreEntropy, lift
 from sedd_jax.diffusion.reverse import Distribution, Reveal, Switch
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import (
@@ -208,7 +208,7 @@ def _reveal_chance(sigma_t: jax.Array, sigma_s: jax.Array) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Uniform(Graph):
+class Uniform(GraphByTables):
     """Every token jumps to any token at rate 1 / V: alpha 1{x = x0} + (1 - alpha) / V."""
 
     @property

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax.scipy.special import xlogy
 
 from sedd_jax.diffusion.draws import categorical
-from sedd_jax.diffusion.graph import Graph, ScoreEntropy, lift
+from sedd_jax.diffusion.graph import GraphByTables, ScoreEntropy, lift
 from sedd_jax.diffusion.scores import DenseScores, Scores, Sigma, Tokens
 
 TINY = 2.0**-126  # the smallest normal float32
 
 
 @dataclasses.dataclass(frozen=True)
-class TableGraph(Graph):
+class TableGraph(GraphByTables):
     """Needs transp_rate, transp_transition, staggered_score and base_probabilities; and dim, where
     there are other states than the clean tokens."""
 

@@ -55,10 +55,11 @@ def make_report(
     infilled = [] if template is None else model.infill(template, 3, seed=0, progress=True)
     states = list(model.stream(num_samples=8, seed=0, updates=PANELS - 1, progress=True))
     samples = states[-1].texts
-    is_countable = records.counts(train_split)["tokens"] <= MOST_TOKENS
-    train = records.fingerprint["form"] == "packed" and is_countable and (records, train_split)
+    is_small = records.counts(train_split)["tokens"] <= MOST_TOKENS
+    has_ngrams = records.fingerprint["form"] == "packed" and is_small
+    train = (records, train_split) if has_ngrams else None
     heldout = evaluate_split(
-        model, records, heldout_split, passes=passes, train=train or None, progress=True
+        model, records, heldout_split, passes=passes, train=train, progress=True
     )
     per_character = heldout["bits_per_character"]
     summary = {

@@ -13,7 +13,7 @@ import numpy as np
 import sedd_jax
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion import graphs, likelihood, losses, samplers, schedules
-from sedd_jax.diffusion.graph import Graph, Probe, ScoreEntropy, lift
+from sedd_jax.diffusion.graph import Graph, GraphByTables, Probe, ScoreEntropy, lift
 from sedd_jax.diffusion.scores import DenseScores, ScoreFn, Scores
 
 
@@ -124,7 +124,8 @@ def noises(graph: Graph, schedule: schedules.Schedule) -> jax.Array:
     rows = [graph.transp_rate(x), graph.transp_transition(x, sigma[0, 0])]
     rows += [graph.staggered_score(score, sigma[0, 0]), graph.reverse_rate(score, x)]
     p = graph.clean_probabilities(score, x, sigma[0, 0])
-    rows += [p, graph.ancestral_probabilities(p, x, sigma[0, 0], 0.5 * sigma[0, 0], ones(1)[0])]
+    by_tables: GraphByTables = graphs.Uniform(5)
+    rows += [p, by_tables.ancestral_probabilities(p, x, sigma[0, 0], sigma[0, 0] / 2, ones(1)[0])]
     rows += [graph.euler_probabilities(score, x, sigma[0, 0])]
     rows += [graph.tweedie_probabilities(score, x, sigma[0, 0])]
     print(lift(graph.reverse_rate, ones(2, 8, graph.dim), xt))
