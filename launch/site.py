@@ -32,6 +32,7 @@ LAYERS = {
     "models": "The networks",
     "kernels": "Kernels",
     "parallel": "Devices and processes",
+    "host": "Files, the hub, the terminal",
     "data": "Corpora, tokenizers, records",
     "convert": "Formats of others",
     "runs": "A run's folder",
@@ -40,7 +41,7 @@ LAYERS = {
     "training": "Training",
     "configs": "The configs",
 }
-MODULES = ("config", "experiment", "state", "console", "files", "hub")
+MODULES = ("config", "registry", "experiment", "state")
 
 
 def on_files(files, config):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 from ml_collections.config_dict import RequiredValueError
 
-from sedd_jax import imports, registry
+from sedd_jax import registry
 from sedd_jax.configs import base
 from sedd_jax.data import FORMS, KNOWN_CORPORA, TOKENIZERS, WINDOWS, is_corpus
 from sedd_jax.diffusion.graphs import GRAPHS, is_of
@@ -26,7 +26,8 @@ from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.diffusion.predictors import PREDICTORS, trait
 from sedd_jax.diffusion.samplers import DRAWS
 from sedd_jax.diffusion.schedules import SCHEDULES, Geometric
-from sedd_jax.files import is_address, load_json
+from sedd_jax.host import imports
+from sedd_jax.host.files import is_address, load_json
 from sedd_jax.kernels import attention
 from sedd_jax.models.transformer import NOISE_INPUTS, SAVED
 

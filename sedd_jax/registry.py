@@ -1,6 +1,7 @@
 """Parts of one's own - schedules, graphs, objectives, predictors, grids, corpora - by name.
 
-`register` puts one into the table of its kind; the modules of config.imports call it: imports.py.
+`register` puts one into the table of its kind; the modules of config.imports call it, see
+host/imports.py.
 """
 
 import dataclasses

@@ -92,7 +92,7 @@ TEST_DATA = Path(os.environ.get("SEDD_TEST_DATA", REPOSITORY / "../shared/data")
 @pytest.fixture
 def bars(monkeypatch):
     """Progress is drawn as on a terminal, though standard error is none."""
-    monkeypatch.setattr("sedd_jax.console.has_lines", lambda: False)
+    monkeypatch.setattr("sedd_jax.host.console.has_lines", lambda: False)
 
 
 def real(name: str) -> Path:

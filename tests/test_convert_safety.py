@@ -19,7 +19,7 @@ from original_models import write_safetensors
 
 from sedd_jax.convert import torch_files, weights
 from sedd_jax.convert.weights import BUFFER, DIGEST
-from sedd_jax.files import load_json
+from sedd_jax.host.files import load_json
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
 SHAPES = {"a.weight": (3, 4), "b.weight": (3, 4), "bias": (5,), "nothing": (0, 2)}

@@ -21,7 +21,7 @@ from conftest import QUICK, REPOSITORY, TINY, says
 
 import sedd_jax
 from sedd_jax import config as configuration
-from sedd_jax import imports, registry
+from sedd_jax import registry
 from sedd_jax.cli.compare import _runs
 from sedd_jax.cli.keys import values_of
 from sedd_jax.cli.train import parse_train
@@ -35,6 +35,7 @@ from sedd_jax.diffusion.predictors import PREDICTORS, trait
 from sedd_jax.diffusion.schedules import LogLinear
 from sedd_jax.diffusion.scores import DenseScores
 from sedd_jax.experiment import evaluated_fraction
+from sedd_jax.host import imports
 from sedd_jax.inference import sampling
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.training.train import train

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from conftest import says
 
-from sedd_jax import files
+from sedd_jax.host import files
 
 HOLD = textwrap.dedent(
     """
     import sys, time
     from pathlib import Path
-    from sedd_jax import files
+    from sedd_jax.host import files
     with files.claimed(Path(sys.argv[1]), "trains in 'run'"):
         print("held", flush=True)
         time.sleep(60)

@@ -10,7 +10,7 @@ import pytest
 from conftest import says
 from local_hub import NOWHERE, OWNER, READER, commit_of
 
-from sedd_jax import hub
+from sedd_jax.host import hub
 
 FILES = {
     "config.json": b'{"length": 1024}',
@@ -216,5 +216,5 @@ def test_every_fault_of_a_push_is_named_without_the_token(
 
 
 def test_the_client_is_imported_by_its_first_use():
-    program = "import sys, sedd_jax.hub; sys.exit('huggingface_hub' in sys.modules)"
+    program = "import sys, sedd_jax.host.hub; sys.exit('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

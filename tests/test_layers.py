@@ -14,8 +14,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sedd_jax"
 LAYERS = (
-    ("console", "files", "hub", "diffusion", "kernels", "parallel"),
-    ("data", "models", "state", "imports"),
+    ("host", "diffusion", "kernels", "parallel"),
+    ("data", "models", "state"),
     ("registry",),
     ("config",),
     ("experiment",),

@@ -21,11 +21,11 @@ import pytest
 import requests
 from conftest import REPOSITORY, real, says
 
-from sedd_jax import files
 from sedd_jax.data import TOKENIZERS, Corpus, make_corpus, prepare, readers
 from sedd_jax.data.corpora import split_of
 from sedd_jax.data.detokenizers import DETOKENIZERS
 from sedd_jax.data.published import PUBLISHED, open_published
+from sedd_jax.host import files
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 LM1B = "1-billion-word-language-modeling-benchmark-r13output"

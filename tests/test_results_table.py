@@ -7,8 +7,8 @@ import json
 import pytest
 
 from sedd_jax.cli.evaluate import run
-from sedd_jax.console import WIDTH
 from sedd_jax.evaluation.results_table import Number
+from sedd_jax.host.console import WIDTH
 
 
 def likelihood(bound: float, split: str = "test", documents: float | None = 0.04) -> dict:

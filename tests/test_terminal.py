@@ -11,7 +11,7 @@ import pytest
 from conftest import command_line
 from pseudo_terminal import COLUMNS, draw, in_terminal
 
-from sedd_jax import console
+from sedd_jax.host import console
 
 TIME = r"\d\d:\d\d:\d\d "
 SILENCE = 15.0  # seconds, where another process may have the processor; alone it is 3

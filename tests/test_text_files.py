@@ -18,11 +18,11 @@ from conftest import says
 from pyarrow import parquet
 
 from sedd_jax import config as configuration
-from sedd_jax import files
 from sedd_jax.cli import prepare_command
 from sedd_jax.configs import quickstart
 from sedd_jax.data import make_corpus, make_records, open_records
 from sedd_jax.data.text_files import text, text_source
+from sedd_jax.host import files
 from sedd_jax.runs import workdir
 
 # Without the time of day, which would be in the names of tests.

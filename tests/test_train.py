@@ -164,7 +164,7 @@ def test_a_workdir_that_cannot_be_written_is_said(tmp_path, tiny_config, monkeyp
     def read_only(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("sedd_jax.files.os.open", read_only)
+    monkeypatch.setattr("sedd_jax.host.files.os.open", read_only)
     with pytest.raises(ValueError, match="cannot write in workdir .*Read-only.*another workdir"):
         train(tiny_config, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []

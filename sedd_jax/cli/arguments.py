@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sedd_jax.files import local_path, write_json
+from sedd_jax.host.files import local_path, write_json
 
 NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
 MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
@@ -106,7 +106,7 @@ def add_imports(parser: argparse.ArgumentParser) -> None:
 
 def _imported(text: str) -> tuple[str, ...]:
     """An argparse type that runs the modules: the other arguments may name what they register."""
-    from sedd_jax.imports import import_modules
+    from sedd_jax.host.imports import import_modules
 
     names = tuple(filter(None, text.split(",")))
     try:
@@ -261,9 +261,9 @@ def new_file(text: str) -> Path:
 
 def check_run(source: Path, remedy: str) -> None:
     """ValueError for a model alone where the command needs its run; load refuses other things."""
-    from sedd_jax import hub
     from sedd_jax.convert.folder import INDEX, PICKLED, WEIGHTS
     from sedd_jax.convert.weights import PICKLED_INDEX
+    from sedd_jax.host import hub
 
     if any((source / name).is_file() for name in (WEIGHTS, INDEX, PICKLED, PICKLED_INDEX)):
         fault = f"{str(source)!r} is an exported model, which has no records of its own"

@@ -5,7 +5,7 @@ import importlib.util
 
 from sedd_jax.cli.arguments import add_json, add_model, path, show_result
 from sedd_jax.cli.cluster import load_model
-from sedd_jax.files import sha256
+from sedd_jax.host.files import sha256
 
 NOISE = ("passes", "batch_size", "seed")
 

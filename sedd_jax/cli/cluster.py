@@ -14,7 +14,7 @@ from absl import flags
 from sedd_jax.cli.arguments import make_parser, named_tokenizer
 from sedd_jax.cli.compiled import add_compilation_cache, keep_compiled_programs
 from sedd_jax.cli.messages import SIGPIPE, libraries_on_stderr, message_of, reader_is_gone
-from sedd_jax.console import activity
+from sedd_jax.host.console import activity
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -17,7 +17,7 @@ FAILED = 3  # the status when a method could not be trained, scored or sampled
 def run(name: str, argv: list[str]) -> int:
     options, keys = _parsed(name, argv)
     from sedd_jax.evaluation import comparison, comparison_table
-    from sedd_jax.files import write_json
+    from sedd_jax.host.files import write_json
     from sedd_jax.runs.workdir import in_use, prepare_data
 
     out = options.out.absolute()

@@ -7,7 +7,7 @@ import platform
 import zlib
 from pathlib import Path
 
-from sedd_jax.files import user_cache
+from sedd_jax.host.files import user_cache
 
 CHOICES = ("on", "off")
 WORDS = (

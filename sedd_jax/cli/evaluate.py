@@ -27,7 +27,7 @@ from sedd_jax.cli.arguments import (
 )
 from sedd_jax.cli.choices import answers, choices, harness
 from sedd_jax.cli.cluster import load_model, load_scorer, run_joined
-from sedd_jax.console import WIDTH
+from sedd_jax.host.console import WIDTH
 
 log = logging.getLogger(__name__)
 

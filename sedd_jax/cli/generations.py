@@ -21,7 +21,7 @@ from sedd_jax.cli.arguments import (
     show_result,
 )
 from sedd_jax.cli.cluster import load_model, load_scorer
-from sedd_jax.files import write_json
+from sedd_jax.host.files import write_json
 
 
 def generative_perplexity(parser: argparse.ArgumentParser, argv: list[str]) -> None:

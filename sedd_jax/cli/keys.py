@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sedd_jax.config import KEYS, check_value, with_values
-from sedd_jax.imports import import_modules
+from sedd_jax.host.imports import import_modules
 
 
 def parse(key: str, text: str) -> Any:

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from tqdm.auto import tqdm
 
-from sedd_jax.files import shown
+from sedd_jax.host.files import shown
 
 TIME = "%H:%M:%S"
 SIGPIPE = 128 + 13  # the status of what the shell saw end by that signal

@@ -9,7 +9,7 @@ from sedd_jax.cli.arguments import (
 )
 from sedd_jax.cli.compiled import add_compilation_cache, keep_compiled_programs
 from sedd_jax.cli.sample import show
-from sedd_jax.console import activity
+from sedd_jax.host.console import activity
 
 
 def run(name: str, argv: list[str]) -> None:

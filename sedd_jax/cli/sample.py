@@ -23,8 +23,8 @@ from sedd_jax.cli.arguments import (
 )
 from sedd_jax.cli.cluster import load_model, run_joined
 from sedd_jax.cli.messages import visible
-from sedd_jax.console import activity
-from sedd_jax.files import replacing
+from sedd_jax.host.console import activity
+from sedd_jax.host.files import replacing
 
 OPTIONS = ("steps", "predictor", "draw", "grid")  # that every sample says it was drawn with
 

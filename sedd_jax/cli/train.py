@@ -17,7 +17,7 @@ from sedd_jax.cli.arguments import did_you_mean, joined
 from sedd_jax.cli.cluster import CLUSTER, cluster_of, run_on_all
 from sedd_jax.cli.compiled import keep_compiled_programs
 from sedd_jax.cli.messages import say
-from sedd_jax.files import local_path
+from sedd_jax.host.files import local_path
 
 USAGE = """sedd-train --config=quickstart --workdir=DIR [--config.train.steps=100]
 
@@ -136,7 +136,7 @@ def _read_config(argument: str) -> ConfigDict:
     """What get_config of FILE[:ARGUMENT] returns; ValueError for any mistake in the file."""
     path, colon, text = _find_config(argument).partition(":")
     arguments = [text] if colon else []
-    from sedd_jax import imports
+    from sedd_jax.host import imports
 
     # As a module: config.imports may name the same file.
     get_config = getattr(imports.execute(path, "config file", REMEDY), "get_config", None)

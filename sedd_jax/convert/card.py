@@ -11,7 +11,7 @@ from sedd_jax.config import Constraint
 from sedd_jax.convert.original_config import TEXT
 from sedd_jax.data import Tokenizer
 from sedd_jax.diffusion.objectives import OBJECTIVES
-from sedd_jax.files import load_json
+from sedd_jax.host.files import load_json
 from sedd_jax.runs.workdir import SUMMARY, Workdir
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from sedd_jax.convert.card import facts_of_run
 from sedd_jax.convert.folder import Pretrained
 from sedd_jax.convert.sisters import FAMILIES
 from sedd_jax.data import Tokenizer
-from sedd_jax.files import check_new, local_path
+from sedd_jax.host.files import check_new, local_path
 from sedd_jax.parallel.devices import check_platform
 from sedd_jax.runs import workdir
 

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import imports
 from sedd_jax.configs import base
 from sedd_jax.convert import names, original_config, sisters, torch_files, weights
 from sedd_jax.convert.card import model_card
@@ -24,7 +23,8 @@ from sedd_jax.convert.weights import INDEX, WEIGHTS
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
 from sedd_jax.data.subwords import LibraryTokenizer
 from sedd_jax.diffusion.objectives import OBJECTIVES
-from sedd_jax.files import appearing, check_new, load_json, local_path, refuse_pointer_file
+from sedd_jax.host import imports
+from sedd_jax.host.files import appearing, check_new, load_json, local_path, refuse_pointer_file
 
 log = logging.getLogger(__name__)
 

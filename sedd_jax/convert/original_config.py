@@ -18,7 +18,7 @@ from sedd_jax import registry
 from sedd_jax.config import Constraint
 from sedd_jax.configs import base
 from sedd_jax.data import CORPORA
-from sedd_jax.files import load_json, shown
+from sedd_jax.host.files import load_json, shown
 
 EPS = 1e-3  # of the original's log-linear noise, which has no field for it
 NO_CLIP = 1e30  # our clip_norm for the original's negative grad_clip, which turns clipping off

@@ -17,7 +17,7 @@ import yaml
 from sedd_jax import experiment
 from sedd_jax.convert import names, original_config, torch_files
 from sedd_jax.convert.folder import Pretrained
-from sedd_jax.files import appearing, check_new
+from sedd_jax.host.files import appearing, check_new
 from sedd_jax.runs import workdir
 
 YAML = Path(".hydra/config.yaml")

@@ -17,7 +17,7 @@ from sedd_jax import config as configuration
 from sedd_jax.convert import names, original_config
 from sedd_jax.convert.original_config import FromOriginal, get, put
 from sedd_jax.convert.weights import BUFFER
-from sedd_jax.files import shown
+from sedd_jax.host.files import shown
 
 SEDD = "sedd"
 # GIDD's buffers of the rotary embedding, [1, positions, q k v, 1, K].

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from sedd_jax.convert.weights import Shapes, Tensors, open_tensors, write_tensors
-from sedd_jax.files import load_json, refuse_pointer_file
+from sedd_jax.host.files import load_json, refuse_pointer_file
 
 MAX_FILE = 32 << 30  # bytes
 MAX_PICKLE = 64 << 20  # bytes of the pickle in it, which holds names and offsets but no numbers

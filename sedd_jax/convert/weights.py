@@ -17,8 +17,8 @@ import ml_dtypes  # noqa: F401  numpy knows bfloat16 once this is imported
 import numpy as np
 import safetensors
 
-from sedd_jax import hub
-from sedd_jax.files import load_json, refuse_pointer_file, shown
+from sedd_jax.host import hub
+from sedd_jax.host.files import load_json, refuse_pointer_file, shown
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from sedd_jax.data.records import Records, open_records
 from sedd_jax.data.text_files import root_of, text
 from sedd_jax.data.tfds import PREFIX, open_tfds
 from sedd_jax.data.tokenizers import make_tokenizer
-from sedd_jax.files import local_path
+from sedd_jax.host.files import local_path
 
 CORPORA = ("pydoc", "text", *sorted(PUBLISHED))
 KNOWN_CORPORA = f"{', '.join(CORPORA)}, {PREFIX}NAME[/CONFIG][:VERSION]"  # for people

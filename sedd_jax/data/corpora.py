@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from sedd_jax.data.detokenizers import DETOKENIZERS
-from sedd_jax.files import refuse_pointer, sha256
+from sedd_jax.host.files import refuse_pointer, sha256
 
 SPLITS = ("train", "validation")
 WINDOW = 50  # characters; text shared over this many or more counts as a leak between splits

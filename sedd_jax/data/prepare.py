@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from sedd_jax import files
-from sedd_jax.console import progress_bar
 from sedd_jax.data.corpora import Corpus, Pairs
 from sedd_jax.data.records import FORMAT, open_records
 from sedd_jax.data.tokenizers import Tokenizer
+from sedd_jax.host import files
+from sedd_jax.host.console import progress_bar
 
 log = logging.getLogger(__name__)
 

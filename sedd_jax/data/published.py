@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from sedd_jax import files
-from sedd_jax.console import progress_bar
 from sedd_jax.data import readers
 from sedd_jax.data.corpora import PATH, Corpus, Pairs, ReadingProgress, listing_sha256
 from sedd_jax.data.readers import SPLITS, Part, Reader, read_parts
+from sedd_jax.host import files
+from sedd_jax.host.console import progress_bar
 
 log = logging.getLogger(__name__)
 

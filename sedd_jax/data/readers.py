@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from sedd_jax.data.corpora import Pairs, ReadingProgress, decode, json_lines, split_of
-from sedd_jax.files import refuse_pointer_file
+from sedd_jax.host.files import refuse_pointer_file
 
 SPLITS = ("train", "validation", "test")
 REMEDY = "download it again or repair it"  # of a published file, for errors

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd_jax.console import wrapped
 from sedd_jax.data.tokenizers import Tokenizer, tokenizer_from_dict
-from sedd_jax.files import local_path
+from sedd_jax.host.console import wrapped
+from sedd_jax.host.files import local_path
 
 FORMAT = 2
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.tokenizer import PATH, Tokenizer, cut, to_utf8
-from sedd_jax.files import local_path, refuse_pointer_file
+from sedd_jax.host.files import local_path, refuse_pointer_file
 
 BLANK = "\u2581"  # how SentencePiece writes a space
 LINE = 1000  # characters of a training sentence at most

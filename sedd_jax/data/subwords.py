@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from sedd_jax import hub
 from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.tokenizer import PATH, Tokenizer, cut, shorten, to_utf8
-from sedd_jax.files import load_json, local_path, refuse_pointer_file
+from sedd_jax.host import hub
+from sedd_jax.host.files import load_json, local_path, refuse_pointer_file
 
 WHOLE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 # Tokens that end a text, most specific first; CONFIG's eos_token goes before them.

@@ -22,7 +22,7 @@ from sedd_jax.data.corpora import (
     split_of,
 )
 from sedd_jax.data.text_formats import OPENERS, READERS, kind_of, read
-from sedd_jax.files import local_path, refuse_pointer_file
+from sedd_jax.host.files import local_path, refuse_pointer_file
 
 FEW = 20  # documents; below this a split by document is too coarse, so the text is cut instead
 SPLIT_NAMES = {

@@ -15,7 +15,7 @@ from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.sentencepiece import SentencePiece
 from sedd_jax.data.subwords import GPT2, Bert, LibraryTokenizer, Subwords
 from sedd_jax.data.tokenizer import Tokenizer, check_ids, shorten, to_utf8
-from sedd_jax.files import load_json, local_path, refuse_pointer_file
+from sedd_jax.host.files import load_json, local_path, refuse_pointer_file
 
 
 @dataclass(frozen=True)

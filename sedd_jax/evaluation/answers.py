@@ -5,12 +5,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sedd_jax.console import progress_bar
 from sedd_jax.diffusion.likelihood import bits_per_character, perplexity, perplexity_error
 from sedd_jax.evaluation.choices import AT_ONCE, check_scorable, encoded_pair, pair_bounds
 from sedd_jax.evaluation.statistics import mean_and_error, ratio_and_error
 from sedd_jax.evaluation.tables import of_any_size, with_error
 from sedd_jax.evaluation.tasks import DELIMITER, check_spaces, check_text, read_rows
+from sedd_jax.host.console import progress_bar
 from sedd_jax.inference.bounds import check_noise
 from sedd_jax.inference.model import SEDD
 from sedd_jax.parallel import processes

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sedd_jax.console import progress_bar, wrapped
 from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.evaluation.statistics import mean_and_error
 from sedd_jax.evaluation.tables import aligned, column, with_error
 from sedd_jax.evaluation.tasks import Question
+from sedd_jax.host.console import progress_bar, wrapped
 from sedd_jax.inference.bounds import check_noise
 from sedd_jax.inference.model import SEDD
 from sedd_jax.parallel import processes

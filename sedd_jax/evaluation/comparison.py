@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax.evaluation.statistics import sample_statistics
-from sedd_jax.files import load_json, shown, write_json
+from sedd_jax.host.files import load_json, shown, write_json
 from sedd_jax.runs import workdir as runs
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ import numpy as np
 
 from sedd_jax import __version__
 from sedd_jax import config as configuration
-from sedd_jax.console import wrapped
 from sedd_jax.diffusion.likelihood import perplexity, perplexity_error
 from sedd_jax.diffusion.objectives import OBJECTIVES
 from sedd_jax.evaluation.comparison import (
@@ -39,7 +38,8 @@ from sedd_jax.evaluation.tables import (
     statistics_columns,
     with_error,
 )
-from sedd_jax.files import replacing, write_json, write_text
+from sedd_jax.host.console import wrapped
+from sedd_jax.host.files import replacing, write_json, write_text
 from sedd_jax.runs import workdir as runs
 
 FILE = "comparison"  # and .md, .tex, .csv, .json, .png

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from sedd_jax.console import progress_bar
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.evaluation.choices import AT_ONCE, Pair, check_scorable, encoded_pair, pair_bounds
+from sedd_jax.host.console import progress_bar
 from sedd_jax.inference.batches import Texts
 from sedd_jax.inference.bounds import check_noise
 from sedd_jax.inference.model import SEDD

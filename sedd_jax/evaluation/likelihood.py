@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from sedd_jax import data
-from sedd_jax.console import activity, wrapped
 from sedd_jax.diffusion.grids import GRIDS
 from sedd_jax.diffusion.likelihood import bits_per_character
 from sedd_jax.evaluation.ngrams import baseline_nats
@@ -19,6 +18,7 @@ from sedd_jax.evaluation.scorer import Scorer
 from sedd_jax.evaluation.statistics import ratio_and_error
 from sedd_jax.evaluation.tables import Group, aligned, column, of_any_size, with_error
 from sedd_jax.evaluation.values import group_starts, write_values
+from sedd_jax.host.console import activity, wrapped
 from sedd_jax.inference import bounds
 from sedd_jax.inference.curve import Curve, prices
 from sedd_jax.inference.model import SEDD

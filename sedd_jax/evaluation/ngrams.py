@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from sedd_jax import data
-from sedd_jax.console import activity
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.evaluation.scorer import check_token_rows
+from sedd_jax.host.console import activity
 
 ORDERS = range(2, 11)  # those of a scorer
 DEFAULT_ORDER = 5

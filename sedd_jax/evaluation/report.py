@@ -12,7 +12,7 @@ from sedd_jax import data
 from sedd_jax.diffusion.likelihood import check_passes
 from sedd_jax.evaluation.likelihood import evaluate_split, stream_of
 from sedd_jax.evaluation.ngrams import read_parts
-from sedd_jax.files import write_json
+from sedd_jax.host.files import write_json
 from sedd_jax.inference.frames import COLUMNS, Frame, columns_of
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.trajectory import Animation

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sedd_jax.console import wrapped
 from sedd_jax.evaluation.likelihood import OF_DOCUMENTS, UNITS
 from sedd_jax.evaluation.tables import (
     Group,
@@ -21,6 +20,7 @@ from sedd_jax.evaluation.tables import (
     markdown,
     markdown_text,
 )
+from sedd_jax.host.console import wrapped
 
 SUMMARY = "summary.json"  # of sedd-report
 PRINTED = ("perplexity_per_token", "bits_per_character")  # in the paper's Tables 1 and 2

@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sedd_jax import hub
 from sedd_jax.config import DTYPES
-from sedd_jax.console import activity
 from sedd_jax.convert import weights
 from sedd_jax.data import subwords
 from sedd_jax.data.tokenizers import GPT2 as GPT2Tokenizer
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import make_key
-from sedd_jax.files import load_json, local_path
+from sedd_jax.host import hub
+from sedd_jax.host.console import activity
+from sedd_jax.host.files import load_json, local_path
 from sedd_jax.inference.bounds import joined, over_batches
 from sedd_jax.models import gpt2
 from sedd_jax.models.gpt2 import GPT2

@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from sedd_jax.console import WIDTH, wrapped
 from sedd_jax.evaluation.statistics import DISTINCT_N, REPETITION_N
+from sedd_jax.host.console import WIDTH, wrapped
 from sedd_jax.inference.sampling import Sampling
 
 MIN_REFERENCES = 500  # below, MAUVE says little

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sedd_jax.files import load_json, local_path, refuse_pointer_file, shown
+from sedd_jax.host.files import load_json, local_path, refuse_pointer_file, shown
 
 DELIMITER = " "  # between a prompt and a choice
 Row = dict[str, Any]  # a line's object

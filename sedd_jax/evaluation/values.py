@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sedd_jax.data import Blocks, Tokenizer
-from sedd_jax.files import replacing
+from sedd_jax.host.files import replacing
 
 
 class Document(NamedTuple):

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sedd_jax.console import progress_bar, ticking
 from sedd_jax.data import Blocks
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.likelihood import (
@@ -24,6 +23,7 @@ from sedd_jax.diffusion.likelihood import (
 from sedd_jax.diffusion.objectives import Objective
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import NotFiniteError
+from sedd_jax.host.console import progress_bar, ticking
 from sedd_jax.inference.batches import filled
 from sedd_jax.inference.curve import Curve
 from sedd_jax.inference.sampling import check_whole

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sedd_jax import convert, data, hub
+from sedd_jax import convert, data
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.graph import Graph
@@ -26,7 +26,8 @@ from sedd_jax.diffusion.likelihood import Bound
 from sedd_jax.diffusion.objectives import Dwdse, Objective
 from sedd_jax.diffusion.schedules import Schedule
 from sedd_jax.diffusion.scores import ScoreFn
-from sedd_jax.files import local_path
+from sedd_jax.host import hub
+from sedd_jax.host.files import local_path
 from sedd_jax.inference import batches, bounds, revision
 from sedd_jax.inference.batches import Texts
 from sedd_jax.inference.curve import Curve, checked_curve, fitted_times

@@ -11,15 +11,16 @@ from typing import Any
 from jax.sharding import Mesh
 
 from sedd_jax import config as configuration
-from sedd_jax import convert, data, experiment, hub
-from sedd_jax.console import activity
+from sedd_jax import convert, data, experiment
 from sedd_jax.convert import weights
 from sedd_jax.convert.folder import OURS, PICKLED, Pretrained
 from sedd_jax.convert.sisters import FAMILIES
 from sedd_jax.data.tokenizers import Tokenizer
 from sedd_jax.diffusion.draws import check_settings
-from sedd_jax.files import local_path
-from sedd_jax.imports import FOLDER, import_modules
+from sedd_jax.host import hub
+from sedd_jax.host.console import activity
+from sedd_jax.host.files import local_path
+from sedd_jax.host.imports import FOLDER, import_modules
 from sedd_jax.inference.curve import Curve
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sedd_jax.console import progress_bar, ticking
 from sedd_jax.diffusion.draws import make_key
 from sedd_jax.diffusion.objectives import Autoregressive, Plaid
 from sedd_jax.diffusion.samplers import Known
 from sedd_jax.diffusion.scores import NotFiniteError
+from sedd_jax.host.console import progress_bar, ticking
 from sedd_jax.inference import batches, revision
 from sedd_jax.inference.autoregressive import AutoregressiveSampler
 from sedd_jax.inference.batches import Texts

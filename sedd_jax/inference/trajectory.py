@@ -20,7 +20,7 @@ import numpy as np
 
 from sedd_jax.data.tokenizer import shorten
 from sedd_jax.data.tokenizers import Tokenizer
-from sedd_jax.files import local_path, replacing, write_text
+from sedd_jax.host.files import local_path, replacing, write_text
 from sedd_jax.inference import frames
 
 MAX_TEXTS = 4  # of a state in a notebook's output

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sedd_jax import files
+from sedd_jax.host import files
 from sedd_jax.parallel import processes, sharding
 from sedd_jax.state import TrainState
 

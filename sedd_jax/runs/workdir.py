@@ -26,9 +26,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
-from sedd_jax import data, experiment, imports, registry
+from sedd_jax import data, experiment, registry
 from sedd_jax.data import Tokenizer, tokenizer_from_dict
-from sedd_jax.files import appearing, check_new, claimed, load_json, local_path, write_text
+from sedd_jax.host import imports
+from sedd_jax.host.files import appearing, check_new, claimed, load_json, local_path, write_text
 from sedd_jax.parallel import processes
 from sedd_jax.runs.checkpoint import Checkpoints
 from sedd_jax.state import TrainState

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from tqdm.auto import tqdm
 
-from sedd_jax.console import LINE_SECONDS, activity, has_lines
 from sedd_jax.diffusion.scores import NotFiniteError
+from sedd_jax.host.console import LINE_SECONDS, activity, has_lines
 from sedd_jax.inference import bounds
 from sedd_jax.parallel import processes
 from sedd_jax.parallel.devices import GIB

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from sedd_jax.files import write_text
+from sedd_jax.host.files import write_text
 from sedd_jax.runs import workdir as runs
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from sedd_jax import __version__, data, registry
 from sedd_jax import config as configuration
 from sedd_jax.configs.base import get_config as get_base_config
-from sedd_jax.console import activity
 from sedd_jax.experiment import Experiment, make_experiment, make_mesh
-from sedd_jax.files import local_path
+from sedd_jax.host.console import activity
+from sedd_jax.host.files import local_path
 from sedd_jax.inference import bounds
 from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from sedd_jax import config as configuration
 from sedd_jax import data
-from sedd_jax.console import activity
-from sedd_jax.files import local_path
+from sedd_jax.host.console import activity
+from sedd_jax.host.files import local_path
 from sedd_jax.training.dry_run.collectives import Collective
 from sedd_jax.training.dry_run.costs import Cost
 from sedd_jax.training.dry_run.estimate import Estimate, Parameter

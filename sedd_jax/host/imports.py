@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
-from sedd_jax.files import local_path, user_cache
+from sedd_jax.host.files import local_path, user_cache
 
 FOLDER = "imports"  # of a run and of an exported model: the copies of its .py files
 
