@@ -143,12 +143,10 @@ def compare_memory(options: argparse.Namespace, size: Size, sides: list[Side]) -
 
 
 def _peaks(worker: Worker, task: Task, steps: int) -> dict[str, Any]:
-    about, first = task.start(worker), worker.call("memory")
+    about, first = task.start(worker), worker.call("peak")
     worker.call("forget_memory")
     worker.call(task.kind, steps=steps)
-    later = worker.call("memory")
-    peaks = {"first_bytes": first["peak"], "later_bytes": later["peak"], "now_bytes": later["now"]}
-    return about | peaks
+    return about | {"first_bytes": first, "later_bytes": worker.call("peak")}
 
 
 def _memory_cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:

@@ -3,15 +3,12 @@
     python benchmarks/device.py --against=PATH_OF_THE_ORIGINAL --json=device.json
     python benchmarks/device.py --size=tiny --budget=60  # the rehearsal, on a CPU
 
-The most valuable rows come first: the device's ceilings and a large training batch, of the original
-under torch.compile too (unless --no-compile), then sampling, each with where our time goes, a small
-batch, and the largest that fits. Each group of rows has a process of its own, which has the whole
+The most valuable rows come first: the device's ceilings and a usual training batch, of the original
+under torch.compile too (unless --no-compile), then sampling, each with where our time goes, and a
+small and a large batch. Each group of rows has a process of its own, which has the whole
 accelerator; a row that fails, lasts longer than its limit or does not fit the budget says so, and
 the next one follows. JSON is written after every row. Columns and what is timed are those of
 compare.py.
-
-The largest batch is a power of two: the first guess is a line through the peaks of the batches
-before it, then it is doubled or halved until one fits and the next does not (or was not tried).
 
 Where the time goes is of one profile of a few steps, or of a sample, by the names of the device's
 kernels (device_time.py): milliseconds of a step or a network call. Of a CPU they are of all its
@@ -33,12 +30,11 @@ from measure import Failed, Side, Task, Worker
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The rows of one size; batch sizes of training are powers of two."""
+    """The rows of one size."""
 
     length: int
     batch: int
-    small_batch: int
-    max_batch: int  # to try
+    other_batches: tuple[int, ...]
     sample_batches: tuple[int, ...]  # all but the last one are profiled too
     steps: int  # of a sample
     seconds: float  # of one timing
@@ -49,9 +45,9 @@ class Plan:
 
 
 PLANS = {
-    "tiny": Plan(64, 2, 1, 4, (1, 2, 4), 4, 0.2),
-    "small": Plan(1024, 32, 8, 1024, (1, 16, 64), 64, 1.5),
-    "medium": Plan(1024, 16, 8, 512, (1, 16, 64), 64, 1.5),
+    "tiny": Plan(64, 2, (1, 4), (1, 2, 4), 4, 0.2),
+    "small": Plan(1024, 32, (8, 128), (1, 16, 64), 64, 1.5),
+    "medium": Plan(1024, 16, (8, 64), (1, 16, 64), 64, 1.5),
 }
 
 
@@ -108,20 +104,17 @@ def measure_all(bench: Bench, sides: list[Side]) -> None:
     """Every group of rows, for one side after the other."""
     plan = bench.plan
     not_compiled = [side for side in sides if not side.compiled]
-    large, small = plan.training(plan.batch), plan.training(plan.small_batch)
+    usual, *others = map(plan.training, (plan.batch, *plan.other_batches))
     samples = [Task("sample", size, plan.length, plan.steps) for size in plan.sample_batches]
-    bench.profiled = {large, *samples[:-1]}
-    groups = ((sides, [large]), (not_compiled, samples), (sides, [small]))
-    for of, tasks in groups:
+    bench.profiled = {usual, *samples[:-1]}
+    for of, tasks in ((sides, [usual]), (not_compiled, samples), (sides, others)):
         for side in of:
             measure_rows(bench, side, tasks)
-    for side in not_compiled:
-        measure_largest(bench, side)
 
 
-def measure_rows(bench: Bench, side: Side, tasks: Sequence[Task]) -> bool:
-    """A row for each task, in one process as long as none fails; whether the last one did not."""
-    rest, done = list(tasks), True
+def measure_rows(bench: Bench, side: Side, tasks: Sequence[Task]) -> None:
+    """A row for each task, in one process as long as none fails."""
+    rest = list(tasks)
     while rest:
         with Worker(side.doing(rest[0].kind), measure.SIZES[bench.name]) as worker:
             done = True
@@ -130,7 +123,6 @@ def measure_rows(bench: Bench, side: Side, tasks: Sequence[Task]) -> bool:
                 done = measure_row(bench, worker, task, _times)
                 if done and side.kind == "ours" and task in bench.profiled:
                     done = measure_row(bench, worker, task, _profile)
-    return done
 
 
 def measure_row(bench: Bench, worker: Worker, task: Task, numbers: Callable) -> bool:
@@ -161,33 +153,12 @@ def _times(bench: Bench, worker: Worker, task: Task) -> dict[str, Any]:
     seconds = measure.spread(turns)["median"]
     rates = task.rates(seconds, bench.forward_flops)
     numbers = {"seconds": seconds, "turns": turns, "compiles": sum(compiles)}
-    return about | numbers | rates | {"peak_bytes": worker.call("memory")["peak"]}
+    return about | numbers | rates | {"peak_bytes": worker.call("peak")}
 
 
 def _profile(_: Bench, worker: Worker, task: Task) -> dict[str, Any]:
     """Where the time of what was timed last goes."""
     return worker.call("profile", kind=task.kind, steps=task.steps or 3)
-
-
-def measure_largest(bench: Bench, side: Side) -> None:
-    """Rows of larger training batches, until one fits and its double does not."""
-    limit = bench.plan.max_batch
-    known = bench.measured(side=side.name, kind="train")
-    if not known:
-        return
-    first, *_, last = sorted([*known, *known], key=lambda row: row["batch_size"])
-    batch_size = 2 * last["batch_size"]
-    if last.get("memory") and last["batch_size"] > first["batch_size"]:
-        added = last["batch_size"] - first["batch_size"]
-        a_row = max((last["peak_bytes"] - first["peak_bytes"]) / added, 1.0)
-        rows = (last["memory"] - first["peak_bytes"]) / a_row + first["batch_size"]
-        batch_size = max(batch_size, 2 ** int(math.log2(max(rows, 1.0))))
-    batch_size = min(batch_size, limit)
-    tried = {row["batch_size"] for row in known}
-    while batch_size not in tried and batch_size <= limit and bench.left > 0.0:
-        fits = measure_rows(bench, side, [bench.plan.training(batch_size)])
-        tried.add(batch_size)
-        batch_size = 2 * batch_size if fits else batch_size // 2
 
 
 def tables(bench: Bench) -> str:

@@ -102,9 +102,9 @@ class Worker:
         self._process.start()
         its_end.close()
 
-    def call(self, name: str, timeout: float = math.inf, **arguments: Any) -> Any:
-        """What worker.py answers to the call; Failed if it raises, or after timeout or deadline."""
-        seconds = max(0.0, min(timeout, self.deadline - time.monotonic()))
+    def call(self, name: str, **arguments: Any) -> Any:
+        """What worker.py answers to the call; Failed if it raises, or at the deadline."""
+        seconds = max(0.0, self.deadline - time.monotonic())
         try:
             self._calls.send((name, arguments))
             if not self._calls.poll(seconds if math.isfinite(seconds) else None):

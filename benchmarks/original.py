@@ -57,8 +57,7 @@ class Original:
     def about(self) -> dict[str, Any]:
         about = {"framework": f"torch {self.torch.__version__}", "device": "cpu"}
         if self.is_accelerator:
-            device = self.torch.cuda.get_device_properties(self.device)
-            about |= {"device": device.name, "memory": device.total_memory}
+            about["device"] = self.torch.cuda.get_device_name(self.device)
         return about
 
     def _build(self, length: int) -> tuple[Any, Any, Any, Any]:
@@ -147,13 +146,10 @@ class Original:
 
         return run
 
-    def device_memory(self) -> dict[str, int] | None:
-        cuda = self.torch.cuda
-        if not self.is_accelerator:
-            return None
-        return {"peak": cuda.max_memory_allocated(), "now": cuda.memory_allocated()}
+    def device_peak(self) -> int | None:
+        return self.torch.cuda.max_memory_allocated() if self.is_accelerator else None
 
-    def forget_device_memory(self) -> None:
+    def forget_device_peak(self) -> None:
         if self.is_accelerator:
             self.torch.cuda.reset_peak_memory_stats()
 

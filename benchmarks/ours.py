@@ -55,9 +55,7 @@ class Ours:
         self.compiles += event.endswith("backend_compile_duration")
 
     def about(self) -> dict[str, Any]:
-        stats = (self.device.memory_stats() if self.is_accelerator else None) or {}
-        about = {"device": self.device.device_kind, "framework": f"jax {self.jax.__version__}"}
-        return about | {"memory": stats.get("bytes_limit")}
+        return {"device": self.device.device_kind, "framework": f"jax {self.jax.__version__}"}
 
     def _experiment(self, batch_size: int, length: int, **changes: Any) -> Any:
         """What the config means on one device: nothing is allocated."""
@@ -171,13 +169,13 @@ class Ours:
         multiply = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
         return lambda: multiply(a, b).block_until_ready()
 
-    def device_memory(self) -> dict[str, int] | None:
-        """Bytes in use of the accelerator, at most and now; None on a CPU."""
+    def device_peak(self) -> int | None:
+        """Bytes of the accelerator in use at most; None on a CPU. jax's allocator keeps it."""
         stats = self.device.memory_stats() if self.is_accelerator else None
-        return stats and {"peak": stats["peak_bytes_in_use"], "now": stats["bytes_in_use"]}
+        return stats and stats["peak_bytes_in_use"]
 
-    def forget_device_memory(self) -> None:
-        """jax's allocator keeps its peak."""
+    def forget_device_peak(self) -> None:
+        pass
 
 
 def use_checkout(path: Path) -> None:

@@ -80,19 +80,16 @@ def _fastest(run, least: float) -> float:
     return min(times)
 
 
-def memory(program) -> dict:
-    """Bytes held at once since the last `forget_memory`, and now; of the device, or of a CPU's
-    process beyond what it held after its imports."""
-    held = program.device_memory()
-    if held is None:
-        held = {"peak": _status("VmHWM"), "now": _status("VmRSS")}
-        held = {name: value - program.after_imports for name, value in held.items()}
-    return held
+def peak(program) -> int:
+    """Bytes held at once since the last `forget_memory`, of the device, or of a CPU's process
+    beyond what it held after its imports."""
+    held = program.device_peak()
+    return _status("VmHWM") - program.after_imports if held is None else held
 
 
 def forget_memory(program) -> None:
     """The peak is what is held now, where that can be set (not of jax's device allocator)."""
-    program.forget_device_memory()
+    program.forget_device_peak()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -107,7 +104,7 @@ def _status(name: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-CALLS = (start_training, train, start_sampling, sample, matmul_rates, memory, forget_memory)
+CALLS = (start_training, train, start_sampling, sample, matmul_rates, peak, forget_memory)
 CALLS = {fn.__name__: fn for fn in CALLS}
 
 

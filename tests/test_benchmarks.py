@@ -190,7 +190,7 @@ def test_the_original_samples_without_torchscript_and_trains_with_it(measure):
 def test_a_row_that_fails_ends_nothing_and_every_row_is_kept(measure, monkeypatch, tmp_path):
     """The original's folder is empty, so each row of it fails."""
     device, file = importlib.import_module("device"), tmp_path / "device.json"
-    plan = device.Plan(16, 2, 1, 2, (1, 2), 2, 0.01)
+    plan = device.Plan(16, 2, (1, 4), (1, 2), 2, 0.01)
     monkeypatch.setitem(device.PLANS, "tiny", plan)
     monkeypatch.setitem(measure.SIZES, "tiny", measure.Size(**SMALLEST))
     options = ["--size=tiny", "--no-compile", f"--against={tmp_path}", f"--json={file}"]
@@ -209,7 +209,9 @@ def test_a_row_that_fails_ends_nothing_and_every_row_is_kept(measure, monkeypatc
         (original, "sample", 1, False),
         (original, "sample", 2, False),
         (ours, "train", 1, False),
+        (ours, "train", 4, False),
         (original, "train", 1, False),
+        (original, "train", 4, False),
     ]
     for row in rows:
         assert ("skipped" in row) == (row["side"] == original), row
