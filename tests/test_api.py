@@ -303,6 +303,20 @@ def test_what_cannot_be_meant_is_refused_in_one_line(model, call, words):
         call(model)
 
 
+def test_an_option_that_the_predictor_does_not_read_is_said_once(model, caplog):
+    sampling._warn_of_unread.cache_clear()
+    for _ in range(2):
+        chosen = model.chosen(predictor="tweedie", eta=0.3)
+    assert caplog.messages == [
+        "eta has no effect on predictor 'tweedie'; it is of remdm_cap, remdm_rescale, remdm_loop"
+    ]
+    caplog.clear()
+    model.chosen(**dataclasses.asdict(model.sampling))  # nothing is other than the model's own
+    model.chosen(predictor="psi", kappa=0.3)
+    model.chosen(predictor=predictors.tweedie, eta=0.4)  # of one's own: it may read any
+    assert chosen.eta == 0.3 and not caplog.messages
+
+
 def test_known_tokens_may_not_be_longer_than_the_model(model):
     long = model.length + 1
     with says(f"{long} positions are not in [1, {model.length}], the model's length"):

@@ -13,9 +13,10 @@ import toy_languages as toys
 from sedd_jax.diffusion import predictors, samplers
 from sedd_jax.diffusion.graph import lift
 from sedd_jax.diffusion.graphs import GRAPHS
-from sedd_jax.diffusion.predictors import PREDICTORS, Options, Step, trait
+from sedd_jax.diffusion.predictors import PREDICTORS, Options, Step, Traits, trait
 from sedd_jax.diffusion.reverse import shaped
 from sedd_jax.diffusion.schedules import LogLinear
+from sedd_jax.inference.sampling import READ_BY
 from sedd_jax.models.head import HeadScores
 from sedd_jax.models.transformer import Output
 from sedd_jax.parallel.sharding import Placement
@@ -188,6 +189,26 @@ def test_one_step_is_the_tables_of_its_definition(name, predictor, t, s):
         kappa = 1.0 - laws.cap(0.1)(t, a_t, a_s) / (1.0 - a_s)
     exact = laws.ancestral(model, model.posterior(t), a_t, a_s, kappa)
     np.testing.assert_allclose(got, exact, atol=3e-4 if t == 1.0 else 1e-5)
+
+
+@pytest.mark.parametrize("predictor", [name for name in PREDICTORS if name != "none"])
+def test_options_have_an_effect_on_the_predictors_that_are_listed(predictor):
+    read = set()
+
+    class Recorder:
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(Options(), name)
+
+    def watched(xt, step):
+        return function(xt, step._replace(options=Recorder()))
+
+    function = PREDICTORS[predictor]
+    watched.traits = getattr(function, "traits", Traits())
+    one_sigma = predictor not in ("first_hitting", "entropy_bounded", "confidence")
+    process = network("absorbing", one_sigma=one_sigma), GRAPHS["absorbing"](3), LogLinear()
+    samplers.sample(jax.random.key(0), *process, (1, 3), steps=2, predictor=watched, t_min=T_MIN)
+    assert read & READ_BY.keys() == {name for name, of in READ_BY.items() if predictor in of}
 
 
 def test_network_calls_are_counted_for_each_sample():

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
@@ -19,8 +20,9 @@ from sedd_jax.diffusion.reverse import shaped
 from sedd_jax.diffusion.samplers import Chain, Known
 from sedd_jax.models.head import make_score_fn
 from sedd_jax.models.in_loop import params_in_loop
-from sedd_jax.registry import keyword_defaults, with_parameters
+from sedd_jax.registry import is_registered, keyword_defaults, with_parameters
 
+log = logging.getLogger(__name__)
 FITTED = "fitted"  # the grid whose times are the model's
 GRIDS = collections.ChainMap({FITTED: grids.fitted_grid}, grids.GRIDS)
 LEFT_TO_RIGHT = "left_to_right"  # the predictor of autoregressive models: no reverse step
@@ -60,6 +62,13 @@ NUMBERS = {  # of Sampling; traced, so another value does not compile again
     "temperature": Inside(0.0, math.inf, "()"),
     "top_p": Inside(0.0, 1.0, "(]"),
     "t_min": Inside(0.0, 1.0, "()"),
+}
+READ_BY = {  # those of our predictors that an option has an effect on
+    "theta": ("two_stage", "theta_trapezoidal"),
+    "eta": ("remdm_cap", "remdm_rescale", "remdm_loop"),
+    "kappa": ("psi",),
+    "gamma": ("entropy_bounded",),
+    "threshold": ("confidence",),
 }
 KnownTokens = tuple[np.ndarray, np.ndarray]  # tokens int32 and is_known bool, [L] or [N, L]
 SHAPES = ("temperature", "top_p", "top_k")
@@ -224,6 +233,13 @@ class Sampling:
             )
         return self
 
+    def warn_of_unread(self, given: Iterable[str]) -> None:
+        """A line, once in a process, for each option that the predictor does not read."""
+        if isinstance(self.predictor, str) and not is_registered("predictor", self.predictor):
+            for name in given:
+                if self.predictor not in READ_BY.get(name, [self.predictor]):
+                    _warn_of_unread(name, self.predictor)
+
     def options(self) -> Options:
         """The numbers as predictors take them."""
         shape = shaped(self.temperature, self.top_p, self.top_k)
@@ -249,6 +265,12 @@ jax.tree_util.register_dataclass(
     data_fields=["steps", *NUMBERS, "top_k", "grid", "parameters"],
     meta_fields=["predictor", "draw", "normalised", "greedy"],
 )
+
+
+@functools.cache
+def _warn_of_unread(option: str, predictor: str) -> None:
+    readers = ", ".join(READ_BY[option])
+    log.warning("%s has no effect on predictor %r; it is of %s", option, predictor, readers)
 
 
 class Rows(NamedTuple):

@@ -55,7 +55,11 @@ class DiffusionSampler:
     model: Any  # a SEDD
 
     def chosen(self, **options: Any) -> Sampling:
-        return self.model.sampling.replaced(**options).checked_for(self.model.graph)
+        usual = self.model.sampling
+        chosen = usual.replaced(**options).checked_for(self.model.graph)
+        given = [k for k, v in options.items() if v is not None and v != getattr(usual, k)]
+        chosen.warn_of_unread(given)
+        return chosen
 
     def check_known(self, known: Known) -> None:
         pass  # any token may be kept
