@@ -212,15 +212,32 @@ def make_objective(config: ConfigDict) -> Objective:
 
 
 def make_schedule(config: ConfigDict) -> Schedule:
-    """The noise schedule; ValueError if a user's own leaves no number of float32 at t = 1."""
-    schedule = _build("schedule", config.schedule)
+    """The noise schedule; ValueError if it leaves no number of float32 at t = 1, or if a user's own
+    has a slope that is not sigma's."""
+    schedule, name = _build("schedule", config.schedule), config.schedule.name
     last = float(schedule.sigma(jnp.float32(1.0)))
     if not 0.0 < last <= 80.0:
         raise ValueError(
-            f"schedule {config.schedule.name!r} has sigma(1) = {last}, which is not in (0, 80], "
-            "where float32 has exp(sigma); leave a share of the tokens clean at t = 1"
+            f"schedule {name!r} has sigma(1) = {last}, which is not in (0, 80], where float32 has "
+            "exp(sigma); leave a share of the tokens clean at t = 1"
         )
+    if registry.is_registered("schedule", name):
+        _check_slope(schedule, name)
     return schedule
+
+
+def _check_slope(schedule: Schedule, name: str) -> None:
+    """ValueError unless sigma rises, at the rate dsigma_dt within 5 %."""
+    t, h = jnp.linspace(0.1, 0.9, 9), 0.01
+    rise = (schedule.sigma(t + h) - schedule.sigma(t - h)) / (2 * h)
+    slope = schedule.dsigma_dt(t)
+    is_wrong = ~(jnp.abs(slope - rise) < 0.05 * rise)  # NaN is wrong
+    if is_wrong.any():
+        i = int(jnp.argmax(is_wrong))
+        raise ValueError(
+            f"schedule {name!r} has dsigma_dt({t[i]:g}) = {slope[i]:g}, where sigma rises by "
+            f"{rise[i]:g} a unit of time; let sigma rise, and return its slope"
+        )
 
 
 def _build(kind: str, section: Mapping[str, Any], **fields: Any) -> Any:

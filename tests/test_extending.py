@@ -1,5 +1,6 @@
 """Parts of a user's own: the code of docs/extend.md, run as a user would, and what is refused."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -17,17 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_graphs
+import test_schedules
 from conftest import QUICK, REPOSITORY, TINY, says
 
 import sedd_jax
 from sedd_jax import config as configuration
-from sedd_jax import registry
+from sedd_jax import experiment, registry
 from sedd_jax.cli.compare import _runs
 from sedd_jax.cli.keys import values_of
 from sedd_jax.cli.train import parse_train
 from sedd_jax.configs import base, quickstart
 from sedd_jax.configs.rivals import RIVALS
 from sedd_jax.data import make_corpus
+from sedd_jax.diffusion import samplers
 from sedd_jax.diffusion.draws import categorical
 from sedd_jax.diffusion.graph import Graph, GraphByTables, lift
 from sedd_jax.diffusion.graphs import GRAPHS, Uniform, is_of
@@ -180,7 +183,7 @@ def test_a_fresh_process_goes_on_with_the_run_samples_and_scores(run, tmp_path):
     done = commands(
         run.parent / "cache",
         ("train", [f"--workdir={copy}", "--config.train.steps=3"]),
-        ("sample", [f"--workdir={copy}", "--num_samples=1"]),
+        ("sample", [f"--workdir={copy}", "--num_samples=1", "--predictor=warm", "--grid=power"]),
         ("eval", ["likelihood", f"--workdir={copy}", "--passes=2", "--blocks=4"]),
     )
     assert "resuming at step 2" in done.stderr and "nats" in done.stdout
@@ -278,8 +281,9 @@ def test_a_graph_without_a_reverse_step_is_refused():
 
 
 def test_predictors_that_need_more_of_a_graph_are_refused(zipf):
+    others = ", ".join(one for one in PREDICTORS if trait(PREDICTORS[one], "graph") is None)
     for name in ("two_stage", "entropy_bounded", "first_hitting"):
-        with says(f"predictor {name!r} is for", "Zipf", "euler, tweedie, none, theta"):
+        with says(f"predictor {name!r} is for", "Zipf", f"there are {others}"):
             Sampling().replaced(predictor=name).checked_for(zipf(4))
     config = quickstart.get_config()
     config.graph.update(name="zipf", scale_by_sigma=False)
@@ -307,13 +311,48 @@ def test_the_prior_of_the_graph_is_the_largest_over_the_clean_tokens(zipf):
     )
 
 
-def test_the_schedule_has_its_slope(files):
+def test_the_schedule_passes_the_checks_of_the_built_in_ones(files, monkeypatch):
+    def cosine(t, eps=1e-3):
+        return -np.log1p(-(1 - eps) * np.sin(np.pi * t / 2) ** 2)
+
     imports.import_modules([files["cosine.py"]])
-    schedule = registry.KINDS["schedule"].table["cosine"](eps=0.01)
-    t = jnp.linspace(0.01, 1.0, 50)
-    slope = jax.vmap(jax.grad(schedule.sigma))(t)
-    np.testing.assert_allclose(schedule.dsigma_dt(t), slope, rtol=1e-4, atol=1e-4)
-    assert abs(float(schedule.sigma(1.0)) + np.log(0.01)) < 1e-3
+    monkeypatch.setitem(test_schedules.FLOAT64, "cosine", cosine)
+    test_schedules.test_sigma_equals_float64_at_every_time("cosine")
+    test_schedules.test_dsigma_dt_is_the_derivative_of_sigma("cosine")
+    test_schedules.test_dsigma_dt_is_the_float64_slope("cosine")
+    test_schedules.test_sigma_rises("cosine")
+
+
+@pytest.mark.parametrize(
+    "sigma, slope, words",
+    [
+        (lambda t: t, lambda t: 0.0 * t, "dsigma_dt(0.1) = 0, where sigma rises by 1 a unit"),
+        (lambda t: t, lambda t: jnp.where(t > 0.45, 2.0, 1.0), "dsigma_dt(0.5) = 2, where"),
+        (lambda t: t, lambda t: t * jnp.nan, "dsigma_dt(0.1) = nan, where"),
+        (lambda t: t * (1.5 - t), lambda t: 1.5 - 2 * t, "dsigma_dt(0.8) = -0.0"),
+        (lambda t: 20.0 * t**3, lambda t: 60.0 * t**2, None),
+    ],
+)
+def test_a_slope_that_is_not_sigmas_is_refused(sigma, slope, words):
+    @sedd_jax.register("schedule", "bent")
+    @dataclasses.dataclass(frozen=True)
+    class Bent:
+        def sigma(self, t):
+            return sigma(t)
+
+        def dsigma_dt(self, t):
+            return slope(t)
+
+    config = quickstart.get_config()
+    config.schedule.name = "bent"
+    with says(f"schedule 'bent' has {words}") if words else contextlib.nullcontext():
+        experiment.make_schedule(config)
+
+
+def test_a_predictor_that_returns_no_distribution_is_refused():
+    process = (None, Uniform(3), LogLinear(), (1, 2))
+    with pytest.raises(ValueError, match="returns an array, no Distribution"):
+        samplers.sample(jax.random.key(0), *process, steps=2, predictor=lambda xt, step: xt)
 
 
 def test_the_corpus_says_its_name_and_parameters(files):
@@ -384,6 +423,10 @@ def test_a_config_file_may_register_and_name_itself(tmp_path):
             ["config.schedule.parameters.eps 'small'", "a finite number", "0.001"],
         ),
         (["schedule.parameters.eps=0.1"], ["'eps'", "schedule 'log_linear' has none"]),
+        (
+            ["imports={cosine}", "schedule.name=cosine", "schedule.eps=0.1"],
+            ["config.schedule.eps", "'cosine'", "config.schedule.parameters.eps"],
+        ),
         (['sample.parameters={{"x": 1}}'], ["'x'", "'tweedie'", "'uniform'", "none"]),
         (["imports={cosine},{other}"], ["two files called 'cosine.py'"]),
     ],

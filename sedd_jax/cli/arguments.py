@@ -4,6 +4,7 @@ import argparse
 import atexit
 import difflib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -150,6 +151,17 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="reverse steps (default: the config's)")
 
 
+def _parameters(text: str) -> dict[str, Any]:
+    """An argparse type: names and values."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise argparse.ArgumentTypeError(f'{text!r} is not like {{"power": 3}}; write JSON')
+    return values
+
+
 # Options of sampling but for steps: None where the model's config decides, or the default.
 SAMPLING = {
     "predictor": (
@@ -169,6 +181,7 @@ SAMPLING = {
     "temperature": (float, "of the clean tokens; below 1 texts vary less than the model says"),
     "top_p": (float, "draw from the likeliest tokens that have this probability together"),
     "top_k": (int, "draw from so many of the likeliest tokens"),
+    "parameters": (_parameters, "of a predictor or grid of your own, as JSON: '{\"power\": 3}'"),
 }
 SWITCHES = {
     "normalised": "euler, tweedie on absorbing noise: time alone decides when a token is revealed",
@@ -188,6 +201,24 @@ def sampling_of(options: argparse.Namespace, *more: str) -> dict[str, Any]:
     """The values of add_sampling's flags, and of the named others, that were given."""
     values = {name: getattr(options, name) for name in (*SAMPLING, *SWITCHES, *more)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def check_sampling(
+    options: argparse.Namespace, source: Path | str, *more: str, predictors: Iterable[str] = ()
+) -> None:
+    """ValueError, before a model is loaded, for options that no model can be sampled with.
+
+    predictors are those of a list, which may be the model's own too.
+    """
+    from sedd_jax.inference.pretrained import import_own
+    from sedd_jax.inference.sampling import TABLES, Sampling
+
+    named = sampling_of(options, *more)
+    asked = [(kind, named[kind]) for kind in TABLES if kind in named]
+    asked += [("predictor", name) for name in predictors]
+    if any(name not in TABLES[kind] for kind, name in asked):
+        import_own(source)  # which may register it
+    Sampling().replaced(**named)
 
 
 def add_scorer(parser: argparse.ArgumentParser) -> None:

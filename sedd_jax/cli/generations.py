@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sedd_jax.cli.arguments import (
     add_steps,
     check_matplotlib,
     check_run,
+    check_sampling,
     chosen_records,
     output_file,
     run_records,
@@ -61,7 +63,7 @@ def mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         check_run(options.workdir, NEEDS_RECORDS)
     from sedd_jax.evaluation import generations, likelihood, mauve, ngrams, tables
 
-    _check_sampling(options)
+    check_sampling(options, options.workdir)
     if ngrams.order_of(options.scorer) is not None:
         raise ValueError(
             f"scorer {options.scorer!r} has no hidden states, which MAUVE compares; choose a GPT-2"
@@ -97,7 +99,7 @@ def frontier(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     lists = _lists(options)
     if options.picture:
         check_matplotlib("--picture")
-    _check_samples(options)
+    _check_samples(options, [name for name in lists[1] if name is not None])
     from sedd_jax.evaluation import frontier as frontiers
     from sedd_jax.evaluation import tables
     from sedd_jax.parallel import processes
@@ -181,16 +183,9 @@ def _add_references(parser: argparse.ArgumentParser) -> None:
     add_records(parser)
 
 
-def _check_sampling(options: argparse.Namespace) -> None:
-    """ValueError, before a model is loaded, for options that no model can be sampled with."""
-    from sedd_jax.inference.sampling import Sampling
-
-    Sampling().replaced(**sampling_of(options))
-
-
-def _check_samples(options: argparse.Namespace) -> None:
+def _check_samples(options: argparse.Namespace, predictors: Iterable[str] = ()) -> None:
     """ValueError, before a model is loaded, for samples or references that cannot be measured."""
-    _check_sampling(options)
+    check_sampling(options, options.workdir, predictors=predictors)
     if options.references is None and (options.records or options.split):
         raise ValueError("--records and --split need --references, how many texts to compare with")
     if options.references is not None and options.records is None:

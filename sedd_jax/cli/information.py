@@ -10,6 +10,7 @@ from sedd_jax.cli.arguments import (
     add_sampling,
     add_steps,
     check_run,
+    check_sampling,
     chosen_records,
     name_or_path,
     sampling_of,
@@ -72,6 +73,4 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("records", "split", "blocks"):
         if options.num_samples is not None and getattr(options, name) is not None:
             raise ValueError(f"--{name} and --num_samples are both there; leave one out")
-    from sedd_jax.inference.sampling import Sampling
-
-    Sampling().replaced(**{name: chosen[name] for name in chosen if name != "steps"})
+    check_sampling(options, options.workdir)

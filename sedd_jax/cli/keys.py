@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sedd_jax import registry
 from sedd_jax.config import KEYS, check_value, with_values
 from sedd_jax.host.imports import import_modules
 
@@ -50,7 +51,23 @@ def _whole_of_float(text: str) -> int:
 
 def with_texts(config: ConfigDict, texts: Mapping[str, str]) -> ConfigDict:
     """`with_values` of what is written after --config.KEY=."""
-    return with_values(config, values_of(texts, config))
+    changed = with_values(config, values_of(texts, config))
+    for key in texts:
+        _check_is_read(key, changed)
+    return changed
+
+
+def _check_is_read(key: str, config: ConfigDict) -> None:
+    """ValueError for a field of sedd_jax's own parts where the config names a registered one."""
+    kind, _, field = key.partition(".")
+    if kind not in ("schedule", "graph", "objective") or ".parameters." in key:
+        return
+    name, read = config[kind].name, ("name", "parameters", *registry.KINDS[kind].given)
+    if registry.is_registered(kind, name) and field not in read:
+        raise ValueError(
+            f"config.{key} is of sedd_jax's own, {kind} {name!r} does not read it; give its own "
+            f"fields, as config.{kind}.parameters.{field}"
+        )
 
 
 def values_of(texts: Mapping[str, str], config: Mapping[str, Any] | None = None) -> dict[str, Any]:

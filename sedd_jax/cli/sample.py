@@ -15,6 +15,7 @@ from sedd_jax.cli.arguments import (
     add_sampling,
     add_step,
     add_tokenizer,
+    check_sampling,
     make_parser,
     name_or_path,
     new_file,
@@ -37,13 +38,11 @@ def run(name: str, argv: list[str]) -> int:
 def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     options = _parsed(parser, argv)
     from sedd_jax import data
-    from sedd_jax.inference.sampling import Sampling
     from sedd_jax.inference.trajectory import Animation
     from sedd_jax.parallel import processes
 
-    named = sampling_of(options, "steps")
-    Sampling().replaced(**named)  # a wrong value is refused before a model is loaded
-    source = options.workdir or options.model
+    source, named = options.workdir or options.model, sampling_of(options, "steps")
+    check_sampling(options, source, "steps")
     model = load_model(options, source)
     if options.explain:
         print(explained(model, named, options))

@@ -195,7 +195,15 @@ class _Loop:
             confidence=chain.confidence,
         )
         of_step = trait(self.predictor, "calls"), trait(self.predictor, "is_confident")
-        return self.moved(chain, keys, self.predictor(chain.tokens, one), *of_step)
+        distribution = self.predictor(chain.tokens, one)
+        if not hasattr(distribution, "draw"):
+            is_array = isinstance(distribution, jax.Array)
+            what = "an array" if is_array else f"a {type(distribution).__name__}"
+            raise ValueError(
+                f"predictor {self.predictor!r} returns {what}, no Distribution of the next tokens; "
+                "return one, as step.graph.tweedie(...) is"
+            )
+        return self.moved(chain, keys, distribution, *of_step)
 
     def finish(self, keys: jax.Array, shape: Shape | None, chain: Chain) -> Chain:
         """The chain with clean tokens; shape acts on their distribution."""

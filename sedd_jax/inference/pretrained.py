@@ -26,6 +26,7 @@ from sedd_jax.inference.model import SEDD
 from sedd_jax.inference.sampling import Sampling
 from sedd_jax.parallel import processes, sharding
 from sedd_jax.parallel.devices import check_platform
+from sedd_jax.runs.workdir import open_workdir
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,14 @@ def load(
     params = sharding.put_tree("weights", model.params, where)
     model = _assemble(model._replace(params=params), dtype, mesh)
     return dataclasses.replace(model, workdir=workdir)
+
+
+def import_own(source: str | Path) -> None:
+    """Run the modules that a run's or an exported model's folder names, as `load` does."""
+    folder = local_path(source)
+    if os.path.lexists(folder):
+        form = convert.recognise(folder)
+        {"workdir": open_workdir, "hub": convert.open_folder}.get(form, lambda _: None)(folder)
 
 
 def _facts(model: Pretrained) -> dict[str, Any]:
