@@ -5,6 +5,7 @@ what they run: `python test_processes_scoring.py measure RUN SCORER OUT --coordi
 """
 
 import json
+import re
 import signal
 import sys
 import time
@@ -226,7 +227,7 @@ def test_the_end_of_one_process_ends_all_with_a_line(tmp_path, what):
 def test_a_killed_evaluation_ends_the_other(tmp_path, tiny_run, victim):
     command = ["-m", "sedd_jax", "eval", "likelihood", f"--workdir={tiny_run}", "--passes=512"]
     with Processes(tmp_path / "out", [*command, "--batch_size=2"], devices=1) as group:
-        group.wait_until(lambda: "bound:" in group.said(0))
+        group.wait_until(lambda: re.search(r"bound:? \d", group.said(0)))
         time.sleep(3)
         group.members[victim].kill()
         statuses = group.finish(seconds=20)

@@ -49,7 +49,7 @@ class _Lines(plain.tqdm):
         values = self.format_dict
         size = tqdm.format_sizeof if self.unit_scale else str
         total = "" if self.total is None else f" of {size(self.total)}"
-        done = f"{size(self.n)}{total}{'' if self.unit == 'B' else ' '}{self.unit.strip()}"
+        done = f"{size(self.n)}{total}{_units(self.unit.strip())}"
         left = ""
         if self.total is not None and self.n and values["elapsed"]:
             seconds = values["elapsed"] * (self.total - self.n) / self.n
@@ -64,6 +64,13 @@ class _Lines(plain.tqdm):
         if not self.disable:
             self.disable = True
             self._decr_instances(self)
+
+
+def _units(unit: str) -> str:
+    """A bar's unit behind a number: "B", " batches", " steps"."""
+    if unit == "B":
+        return unit
+    return f" {unit}{'' if unit.endswith('s') else 'es' if unit.endswith('ch') else 's'}"
 
 
 @contextlib.contextmanager
