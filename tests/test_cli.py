@@ -129,7 +129,7 @@ def test_an_empty_or_foreign_workdir_is_one_line(capsys, tmp_path, command, argu
         (["--length", "33"], "length 33 is not a whole number in [1, 32]"),
         (["--length", "8", "--prefix", "x" * 9], "more than length 8"),
         (["--format", "csv"], "unknown format 'csv'; known: text, jsonl"),
-        (["--model", "some/one"], "give --workdir, a run's folder, or --model"),
+        (["--model", "some/one"], "--workdir and --model say"),
         (["--out", "/"], "--out: '/' exists already"),
         (["--html", "/none/a.html"], "--html: '/none/a.html' is in no folder"),
         (["--animation", "a.mp4"], "--html: 'a.mp4' has none of the endings of an animation"),
@@ -747,7 +747,7 @@ def test_a_misspelt_flag_gets_a_suggestion(capsys, command, arguments, message):
 
 def test_a_value_may_look_like_a_flag(capsys):
     line = fails(capsys, sample_command, "--prefix=--- a", "--suffix", "--b c", "--format=x")
-    assert "give --workdir" in line
+    assert "arguments are required: --workdir/--model;" in line
 
 
 def shown_help(capsys, command, *arguments) -> str:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from sedd_jax.host.files import local_path, write_json
 
 NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
-MODEL = "the run's folder, an exported one, or a hub id, as louaaron/sedd-small"
+MODEL = "the run's folder, an exported one, or a hub id, owner/name or owner/name@commit"
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -92,11 +92,6 @@ def joined(argv: list[str]) -> list[str]:
     return arguments
 
 
-def add_workdir(parser: argparse.ArgumentParser, about: str) -> None:
-    parser.add_argument("--workdir", type=path, required=True, help=about)
-    add_imports(parser)
-
-
 def add_imports(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--imports",
@@ -117,10 +112,6 @@ def _imported(text: str) -> tuple[str, ...]:
     return names
 
 
-def add_step(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--step", type=int, help="a run's checkpoint (default: the newest)")
-
-
 def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -130,10 +121,22 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     add("--tokenizer_path", type=name_or_path, default="", help="its files, as for sedd-prepare")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """What names a model: --workdir, --step and --tokenizer."""
-    add_workdir(parser, MODEL)
-    add_step(parser)
+class _Once(argparse.Action):
+    """Stores the value of a flag that has two names."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if (earlier := getattr(namespace, self.dest)) not in (None, values):
+            names = " and ".join(self.option_strings)
+            parser.error(f"{names} say {str(earlier)!r} and {str(values)!r}; give one")
+        setattr(namespace, self.dest, values)
+
+
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """What names a model: --workdir or --model, --imports, --step and --tokenizer."""
+    how = {"type": path, "action": _Once, "metavar": "MODEL", "help": MODEL}
+    parser.add_argument("--workdir", "--model", required=required, **how)
+    add_imports(parser)
+    parser.add_argument("--step", type=int, help="a run's checkpoint (default: the newest)")
     add_tokenizer(parser)
 
 
@@ -203,9 +206,7 @@ def sampling_of(options: argparse.Namespace, *more: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_sampling(
-    options: argparse.Namespace, source: Path | str, *more: str, predictors: Iterable[str] = ()
-) -> None:
+def check_sampling(options: argparse.Namespace, *more: str, predictors: Iterable[str] = ()) -> None:
     """ValueError, before a model is loaded, for options that no model can be sampled with.
 
     predictors are those of a list, which may be the model's own too.
@@ -217,7 +218,7 @@ def check_sampling(
     asked = [(kind, named[kind]) for kind in TABLES if kind in named]
     asked += [("predictor", name) for name in predictors]
     if any(name not in TABLES[kind] for kind, name in asked):
-        import_own(source)  # which may register it
+        import_own(options.workdir)  # which may register it
     Sampling().replaced(**named)
 
 

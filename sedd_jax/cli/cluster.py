@@ -125,10 +125,9 @@ def run_on_all(
             end.fail(message_of(error), status=1, details=traceback.format_exc())
 
 
-def load_model(options: argparse.Namespace, source: str | Path | None = None) -> "SEDD":
-    """The model of --workdir, or of source, with --step and --tokenizer, over all processes."""
-    source = options.workdir if source is None else source
-    return load_over_all(source, step=options.step, tokenizer=named_tokenizer(options))
+def load_model(options: argparse.Namespace) -> "SEDD":
+    """The model of --workdir, with --step and --tokenizer, over all processes."""
+    return load_over_all(options.workdir, step=options.step, tokenizer=named_tokenizer(options))
 
 
 def load_over_all(source: str | Path, **options: Any) -> "SEDD":

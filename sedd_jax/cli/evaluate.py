@@ -8,13 +8,10 @@ from typing import Any
 
 from sedd_jax.cli import generations, information
 from sedd_jax.cli.arguments import (
-    MODEL,
     NEEDS_RECORDS,
-    add_imports,
     add_json,
+    add_model,
     add_records,
-    add_step,
-    add_tokenizer,
     check_run,
     chosen_records,
     did_you_mean,
@@ -62,15 +59,12 @@ def run(name: str, argv: list[str]) -> int:
 def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """An upper bound on -log p of a split, in every unit."""
     add = parser.add_argument
-    add("--workdir", type=path, help=MODEL)
-    add_imports(parser)
-    add_step(parser)
+    add_model(parser, required=False)
     add(
         "--gpt2",
         type=name_or_path,
         help="score with this GPT-2 instead: gpt2, gpt2-medium, a folder, a hub id",
     )
-    add_tokenizer(parser)
     add_records(parser)
     add("--blocks", type=int, help="score this many blocks (default: all)")
     add(

@@ -63,7 +63,7 @@ def mauve(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         check_run(options.workdir, NEEDS_RECORDS)
     from sedd_jax.evaluation import generations, likelihood, mauve, ngrams, tables
 
-    check_sampling(options, options.workdir)
+    check_sampling(options)
     if ngrams.order_of(options.scorer) is not None:
         raise ValueError(
             f"scorer {options.scorer!r} has no hidden states, which MAUVE compares; choose a GPT-2"
@@ -185,7 +185,7 @@ def _add_references(parser: argparse.ArgumentParser) -> None:
 
 def _check_samples(options: argparse.Namespace, predictors: Iterable[str] = ()) -> None:
     """ValueError, before a model is loaded, for samples or references that cannot be measured."""
-    check_sampling(options, options.workdir, predictors=predictors)
+    check_sampling(options, predictors=predictors)
     if options.references is None and (options.records or options.split):
         raise ValueError("--records and --split need --references, how many texts to compare with")
     if options.references is not None and options.records is None:

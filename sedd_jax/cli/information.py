@@ -73,4 +73,4 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("records", "split", "blocks"):
         if options.num_samples is not None and getattr(options, name) is not None:
             raise ValueError(f"--{name} and --num_samples are both there; leave one out")
-    check_sampling(options, options.workdir)
+    check_sampling(options)

@@ -1,10 +1,11 @@
 """sedd-report: write a run's table, samples and picture."""
 
 from sedd_jax.cli.arguments import (
-    add_workdir,
+    add_imports,
     check_matplotlib,
     check_run,
     make_parser,
+    path,
     run_records,
 )
 from sedd_jax.cli.compiled import add_compilation_cache, keep_compiled_programs
@@ -14,7 +15,8 @@ from sedd_jax.host.console import activity
 
 def run(name: str, argv: list[str]) -> None:
     parser = make_parser(name, "A run's table, samples, picture.png and summary.json.")
-    add_workdir(parser, "the run's folder")
+    parser.add_argument("--workdir", type=path, required=True, help="the run's folder")
+    add_imports(parser)
     parser.add_argument("--template", help='text to infill, "The [MASK:24] statement."')
     parser.add_argument("--passes", type=int, default=16, help="noise levels a block, even")
     parser.add_argument("--began", type=float, help="Unix time that `seconds` counts from")

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sedd_jax.cli.arguments import (
-    add_imports,
+    add_model,
     add_sampling,
-    add_step,
-    add_tokenizer,
     check_sampling,
     make_parser,
-    name_or_path,
     new_file,
     path,
     sampling_of,
@@ -41,9 +38,9 @@ def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     from sedd_jax.inference.trajectory import Animation
     from sedd_jax.parallel import processes
 
-    source, named = options.workdir or options.model, sampling_of(options, "steps")
-    check_sampling(options, source, "steps")
-    model = load_model(options, source)
+    named = sampling_of(options, "steps")
+    check_sampling(options, "steps")
+    model = load_model(options)
     if options.explain:
         print(explained(model, named, options))
         return
@@ -91,21 +88,13 @@ def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         steps = f"{chosen['steps']} steps, {chosen['predictor']}, seed {options.seed}"
         steps += f", strength {revised['strength']:g}" if revised else ""
         with activity("drawing", processes.is_first()):
-            Animation(seen, f"{Path(source).name}: {steps}").save(options.animation)
+            Animation(seen, f"{options.workdir.name}: {steps}").save(options.animation)
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
     """The arguments; ValueError for what can be seen to be wrong before a model is loaded."""
     add = parser.add_argument
-    add("--workdir", type=path, help="the run's folder")
-    add_imports(parser)
-    add(
-        "--model",
-        type=name_or_path,
-        help="in its place: a hub id, owner/name@commit, or an exported folder",
-    )
-    add_step(parser)
-    add_tokenizer(parser)
+    add_model(parser)
     add("--template", help='text with free positions, "Hi, my name is [MASK:20]."')
     add("--prefix", default="", help="text that every sample begins with")
     add("--suffix", default="", help="text that every sample ends with")
@@ -133,8 +122,6 @@ def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namesp
     add("--explain", action="store_true", help="say what would be done and its price; draw nothing")
     add("--live", action="store_true", help="show the first sample in the terminal as it comes")
     options = parser.parse_args(argv)
-    if (options.workdir is None) == (options.model is None):
-        raise ValueError("give --workdir, a run's folder, or --model, a hub id or a folder")
     for flag in ("prefix", "suffix", "length"):
         if options.template is not None and getattr(options, flag):
             raise ValueError(f"--template cannot go with --{flag}; write it into the template")
