@@ -326,11 +326,16 @@ def test_the_schedule_passes_the_checks_of_the_built_in_ones(files, monkeypatch)
 @pytest.mark.parametrize(
     "sigma, slope, words",
     [
-        (lambda t: t, lambda t: 0.0 * t, "dsigma_dt(0.1) = 0, where sigma rises by 1 a unit"),
-        (lambda t: t, lambda t: jnp.where(t > 0.45, 2.0, 1.0), "dsigma_dt(0.5) = 2, where"),
-        (lambda t: t, lambda t: t * jnp.nan, "dsigma_dt(0.1) = nan, where"),
-        (lambda t: t * (1.5 - t), lambda t: 1.5 - 2 * t, "dsigma_dt(0.8) = -0.0"),
+        (lambda t: t, lambda t: 0.0 * t, "dsigma_dt(0.13) = 0, where sigma"),
+        (lambda t: t, lambda t: jnp.where(t > 0.5, 2.0, 1.0), "dsigma_dt(0.552857) = 2, where"),
+        (lambda t: t, lambda t: t * jnp.nan, "dsigma_dt(0.13) = nan, where"),
+        (lambda t: t * (1.5 - t), lambda t: 1.5 - 2 * t, "dsigma_dt(0.764286) = -0.0"),
         (lambda t: 20.0 * t**3, lambda t: 60.0 * t**2, None),
+        (
+            lambda t: jnp.where(t < 0.5, t, 4.0 * t - 1.5),
+            lambda t: jnp.where(t < 0.5, 1.0, 4.0),
+            None,
+        ),
     ],
 )
 def test_a_slope_that_is_not_sigmas_is_refused(sigma, slope, words):

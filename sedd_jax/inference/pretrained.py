@@ -89,9 +89,11 @@ def load(
 def import_own(source: str | Path) -> None:
     """Run the modules that a run's or an exported model's folder names, as `load` does."""
     folder = local_path(source)
-    if os.path.lexists(folder):
-        form = convert.recognise(folder)
-        {"workdir": open_workdir, "hub": convert.open_folder}.get(form, lambda _: None)(folder)
+    form = convert.recognise(folder) if os.path.lexists(folder) else None
+    if form == "workdir":
+        open_workdir(folder)
+    elif form == "hub":
+        convert.open_folder(folder)
 
 
 def _facts(model: Pretrained) -> dict[str, Any]:
