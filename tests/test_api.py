@@ -285,7 +285,11 @@ def test_padding_changes_no_sample(model, predictor):
         (lambda m: m.stream(steps=0), "steps 0 is not a whole number in"),
         (lambda m: m.stream(updates=0), "updates 0 is not a whole number in"),
         (lambda m: m.log_likelihood([]), "no texts; give at least one"),
-        (lambda m: m.log_likelihood([""]), "text 0 has 0 tokens, not 1 to 32"),
+        (
+            lambda m: m.log_likelihood([""]),
+            "text 0 has 0 tokens, not 1 to 32, the model's length; give",
+        ),
+        (lambda m: m.log_likelihood(None), "a text is a str, or its tokens as an integer array"),
         (lambda m: m.log_likelihood(["if", "x" * 33]), "text 1 has 33 tokens, not 1 to 32"),
         (lambda m: m.log_likelihood("if", passes=3), "passes 3 must be an even number"),
         (

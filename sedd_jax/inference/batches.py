@@ -1,6 +1,6 @@
 """Rows of tokens of any length in batches of few shapes, each of which is compiled once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -114,7 +114,7 @@ Text = str | np.ndarray  # or its tokens, int [n]
 def listed(texts: Text | Sequence[Text]) -> list[Text]:
     """The texts as a list; one by itself, str or [n], is one of them."""
     is_one = isinstance(texts, str) or (isinstance(texts, np.ndarray) and texts.ndim < 2)
-    return [texts] if is_one else list(texts)
+    return [texts] if is_one or not isinstance(texts, Iterable) else list(texts)
 
 
 def tokens_of(text: Text, tokenizer: Tokenizer) -> np.ndarray:
@@ -168,7 +168,7 @@ def encoded(
         if not 1 <= len(row) <= max_length:
             raise ValueError(
                 f"{name} {number} has {len(row)} tokens, not 1 to {max_length}, the model's "
-                f"length; {remedy}"
+                f"length; {remedy if row.size else 'give text'}"
             )
     return rows
 

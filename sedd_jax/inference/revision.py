@@ -81,7 +81,7 @@ def drafts(
     a part of it, and positions of tokens. ValueError for a draft that is empty or longer than
     max_length, and for what is to be kept and is not there.
     """
-    remedy = "give text, or revise it in parts"
+    remedy = "revise it in parts"
     rows = encoded("draft", texts, tokenizer, max_length, remedy)
     keep = [keep] if isinstance(keep, str | int) else list(keep)
     is_known = [np.zeros(len(row), bool) for row in rows]
