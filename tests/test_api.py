@@ -287,7 +287,7 @@ def test_padding_changes_no_sample(model, predictor):
         (lambda m: m.log_likelihood([]), "no texts; give at least one"),
         (
             lambda m: m.log_likelihood([""]),
-            "text 0 has 0 tokens, not 1 to 32, the model's length; give",
+            "text 0 has 0 tokens, not 1 to 32",
         ),
         (lambda m: m.log_likelihood(None), "a text is a str, or its tokens as an integer array"),
         (lambda m: m.log_likelihood(["if", "x" * 33]), "text 1 has 33 tokens, not 1 to 32"),
