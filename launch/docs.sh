@@ -2,6 +2,8 @@
 # Builds the docs into build/site; a warning is an error, and so is anything that a page would load
 # from the network. bash launch/docs.sh serve shows them at 127.0.0.1:8000 as they are edited.
 set -euo pipefail
+source "$(dirname "$0")/functions.sh"
+show_help "$0" "$@"
 source "$(dirname "$0")/environment.sh"
 install docs
 export NO_MKDOCS_2_WARNING=1  # the theme's advertisement of its successor

@@ -12,14 +12,15 @@
 # gives each process the one GPU of its SLURM_LOCALID. --gpus-per-node leaves all of a node's GPUs
 # visible to each process, which that numbering and NCCL's peer-to-peer copies need.
 #
-# B: in --signal: the batch shell alone gets the signal, 120 s before the end. It must not pass TERM to srun,
-# which answers by SIGKILL to its tasks; scancel --signal signals the tasks and not this shell.
 # The job is requeued if it was stopped and is still SLURM's to run: after scancel JOB it is not.
 # That is for train, which goes on from its checkpoint. eval and sample have none: they run once, to
 # the end of the time, and are not requeued.
 #
 # VENV (.venv) names the virtual environment; SUPERVISE_* are those of supervise.sh.
 set -uo pipefail
+
+# B: in --signal: the batch shell alone gets the signal, 120 s before the end. It must not pass TERM to srun,
+# which answers by SIGKILL to its tasks; scancel --signal signals the tasks and not this shell.
 
 refuse() {
   echo "slurm.sh: error: $*" >&2

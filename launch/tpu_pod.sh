@@ -176,6 +176,7 @@ watch() {
           *) say "waiting for the slice, the request is $request" ;;
         esac
         ;;
+      *'attribute [project]'*) refuse "gcloud knows no project; give --project=PROJECT" ;;
       *) say "the slice is $now" ;; # CREATING, DELETING, or gcloud could not tell
     esac
     sleep "$pause"

@@ -15,6 +15,7 @@ import sedd_jax
 from sedd_jax.cli import eval_command, prepare_command, report_command, sample_command
 from sedd_jax.diffusion import grids
 from sedd_jax.diffusion.graphs import Uniform
+from sedd_jax.inference import curve as curves
 from sedd_jax.inference import sampling
 from sedd_jax.inference.curve import Curve, fitted_times
 
@@ -126,6 +127,28 @@ def test_the_curve_of_another_text_does_not_replace_that_of_the_runs_own(capsys,
     assert (run / "curve.json").read_text() == own
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith("the one that is there is of the run's own text")
+    (run / "curve.json").unlink()
+
+
+def test_the_curve_of_an_older_step_neither_replaces_nor_passes_for_the_newest(capsys, run, caplog):
+    (run / "curve.json").unlink(missing_ok=True)
+    assert eval_command(evaluated(run, "--passes=2", "--step=4")) == 0
+    curves._warn_of_step.cache_clear()
+    caplog.clear()
+    for _ in range(2):
+        sedd_jax.load(run).chosen(grid="fitted")
+    (line,) = [line for line in caplog.messages if "curve" in line]
+    assert line.startswith("the curve of the fitted grid is of step 4 and the model of step 8;")
+    assert eval_command(evaluated(run, "--passes=2")) == 0  # it replaces the older step's
+    newest = (run / "curve.json").read_text()
+    assert json.loads(newest)["step"] == 8
+    assert eval_command(evaluated(run, "--passes=4", "--step=4")) == 0
+    assert (run / "curve.json").read_text() == newest
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith("the one that is there is of a later step, 8")
+    caplog.clear()
+    sedd_jax.load(run).chosen(grid="fitted")
+    assert not [line for line in caplog.messages if "curve" in line]
     (run / "curve.json").unlink()
 
 

@@ -188,7 +188,7 @@ SAMPLING = {
 }
 SWITCHES = {
     "normalised": "euler, tweedie on absorbing noise: time alone decides when a token is revealed",
-    "greedy": "the denoiser takes the likeliest tokens",
+    "greedy": "the denoiser, after the last step, takes the likeliest tokens (--top_k=1: all do)",
 }
 
 

@@ -29,7 +29,11 @@ def choices(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         "hellaswag:PATH, arc_easy:, arc_challenge:, piqa:, winogrande:, boolq: the published file "
         "or its folder",
     )
-    add("--delimiter", default=" ", help="between prompt and choice of one's own lines")
+    add(
+        "--delimiter",
+        default=" ",
+        help="between prompt and choice of one's own lines (default: a space)",
+    )
     add("--limit", type=int, help="the first so many questions (default: all)")
     _add_noise(parser, "a choice", "choices")
     add(
@@ -83,6 +87,8 @@ def answers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 def harness(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """Tasks of lm-evaluation-harness, with its arguments: --model_args workdir=DIR --tasks NAME."""
     if importlib.util.find_spec("lm_eval") is None:
+        parser.epilog = 'Its arguments are the harness\'s; pip install "sedd_jax[eval]" brings it.'
+        parser.parse_known_args(argv)  # --help
         raise ValueError(f'{parser.prog} needs lm-evaluation-harness; pip install "sedd_jax[eval]"')
     from sedd_jax.evaluation.harness import run_command
     from sedd_jax.parallel import processes

@@ -47,7 +47,7 @@ def run(name: str, argv: list[str]) -> int:
         print(f"{name}: {stop}", file=sys.stderr)
         return 128 + stop.number
     print(comparison_table.terminal(runs))
-    print(f"\nwritten: {', '.join(map(str, files))}")
+    print("\nwritten:", *map(str, files), sep="\n  ")
     return FAILED if any(run.read(comparison.FAILURE) for run in runs) else 0
 
 

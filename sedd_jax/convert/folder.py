@@ -213,7 +213,7 @@ def write_folder(
     shapes = {name: array.shape for name, array in tensors.items()}
     weights.compare(shapes, names.expected_tensors(config, vocab_size), "the parameter tree")
     for fault in original_config.cannot_say(config):
-        log.warning("config.json cannot say %s", fault)
+        log.warning("left out of config.json, which has no key for it: %s", fault)
     theirs = original_config.to_original_config(config, vocab_size, model.original)
     ours = {
         "format": FORMAT,

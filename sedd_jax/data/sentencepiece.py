@@ -16,6 +16,7 @@ import numpy as np
 
 from sedd_jax.data.corpora import Corpus
 from sedd_jax.data.tokenizer import PATH, Tokenizer, cut, to_utf8
+from sedd_jax.host.console import activity
 from sedd_jax.host.files import local_path, refuse_pointer_file
 
 BLANK = "\u2581"  # how SentencePiece writes a space
@@ -158,6 +159,7 @@ def _read_model(path: str, documents: Iterable[str]) -> bytes:
         ) from error
 
 
+@activity("training SentencePiece")
 def _train(size: int, documents: Iterable[str]) -> bytes:
     """Trains a unigram model whose decoding gives back every text; the same for the same text."""
     from sentencepiece import SentencePieceTrainer

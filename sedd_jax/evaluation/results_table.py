@@ -233,8 +233,12 @@ def results_table(runs: Sequence[Run], form: str, words: Sequence[str] = ()) -> 
     every = dict.fromkeys(name for run in runs for name in run.numbers)
     names = [name for name in every if not words or any(word in name for word in words)]
     if not names:
-        known = ", ".join(every) or "none: no run has results"
-        raise ValueError(f"no column has {' or '.join(words) or 'a number'}; known: {known}")
+        if not every:
+            raise ValueError(
+                "no run has results; sedd-report writes its summary.json, and sedd-eval, with "
+                "--json=RUN/NAME.json, those of an evaluation"
+            )
+        raise ValueError(f"no column has {' or '.join(words)}; known: {', '.join(every)}")
     return FORMATS[form](runs, names)
 
 

@@ -12,6 +12,7 @@ The difference is the price of K calls (Lavenant and Zanella 2025, arXiv 2510.25
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
@@ -21,6 +22,8 @@ import numpy as np
 from sedd_jax.diffusion.graph import Graph
 from sedd_jax.diffusion.objectives import Objective
 from sedd_jax.diffusion.schedules import Schedule
+
+log = logging.getLogger(__name__)
 
 BINS = 64  # of mask share, at most
 DEGREE = 32  # of the polynomial fitted to them
@@ -173,11 +176,16 @@ def fitted_shares(curve: Curve, calls: int) -> np.ndarray:
 
 
 def checked_curve(
-    curve: Curve | None, graph: Graph, objective: Objective, workdir: str | None
+    curve: Curve | None,
+    graph: Graph,
+    objective: Objective,
+    workdir: str | None,
+    step: int | None = None,
 ) -> Curve:
     """The curve that a fitted grid needs; ValueError without one, or for noise that has none.
 
-    workdir is the folder of the model's run, for the message; None for an exported model.
+    workdir is the folder of the model's run, for the message; None for an exported model. step is
+    that of the model's weights; one line, once, says if the curve is of another.
     """
     if not objective.has_curve:
         raise ValueError(
@@ -195,7 +203,19 @@ def checked_curve(
             "grid 'fitted' needs the curve of cross entropy, which this model comes without; run "
             f"sedd-eval likelihood --workdir={workdir or 'RUN'}{where}, or choose uniform or cosine"
         )
+    if step is not None and curve.about.get("step", step) != step:
+        _warn_of_step(curve.about["step"], step)
     return curve
+
+
+@functools.cache
+def _warn_of_step(of_curve: int, of_model: int) -> None:
+    log.warning(
+        "the curve of the fitted grid is of step %d and the model of step %d; sedd-eval likelihood "
+        "measures it again",
+        of_curve,
+        of_model,
+    )
 
 
 # --- times

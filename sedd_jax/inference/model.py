@@ -259,7 +259,7 @@ class SEDD:
         """The times of the grid "fitted"; None with another, or where nothing steps over it."""
         if sampling.grid != FITTED or sampling.predictor == "none":
             return None
-        curve = checked_curve(self.curve, self.graph, self.objective, self.workdir)
+        curve = checked_curve(self.curve, self.graph, self.objective, self.workdir, self.step)
         return fitted_times(curve, sampling.steps, self.schedule)
 
     def _call(self, num_samples: int, updates: int, options: Mapping[str, Any]) -> Call:

@@ -97,7 +97,7 @@ class Sampling:
     temperature: of the tokens' probabilities, p^(1/temperature).
     top_p: draws from the likeliest tokens that reach this probability together.
     top_k: draws from this many of the likeliest tokens.
-    greedy: the denoiser takes the likeliest tokens.
+    greedy: the denoiser, after the last step, takes the likeliest tokens; top_k=1: all steps.
     parameters: keyword arguments of a predictor or grid of one's own, which compile again.
     """
 

@@ -201,7 +201,8 @@ def prepare_data(config: ConfigDict, workdir: Path) -> data.Records:
         if value != (requested := values[f"data.{field}"]):
             raise ValueError(
                 f"the records in {str(folder)!r} have {field} {value!r}, config.data.{field} is "
-                f"{requested!r}; name another folder in config.data.records or change the config"
+                f"{requested!r}; name another folder in config.data.records, or give "
+                f"--config.data.{field}={value}"
             )
     if not is_new and section.corpus == "text" and section.path:
         _check_text(records, section.path, section.heldout_fraction)
@@ -313,9 +314,8 @@ def keep_curve(folder: Path, result: Mapping[str, Any]) -> None:
     """Write the curve in a result of `evaluation.likelihood.evaluate_split`, with what was scored,
     into a run's folder, unless a better one is there; a line of log says what became of it."""
     about = {key: result[key] for key in ("step", "split", "blocks", "passes", "seed", "data")}
-    reason = _why_no_better(folder, about)
     try:
-        if reason is None:
+        if (reason := _why_no_better(folder, about)) is None:
             write_text(folder / CURVE, json.dumps({**about, **result["curve"]}))
             log.info("written: %s, for --grid=fitted", folder / CURVE)
     except OSError as error:
@@ -327,15 +327,17 @@ def keep_curve(folder: Path, result: Mapping[str, Any]) -> None:
 def _why_no_better(folder: Path, about: Mapping[str, Any]) -> str | None:
     """Why the curve of this evaluation is no better than the one in the folder; None if it is."""
     before, own = _json_in(folder / CURVE), _json_in(folder / DATA)
-    if before.get("step") != about["step"] or not {*about} <= {*before}:
+    step = before.get("step")
+    if not isinstance(step, int) or not {*about} <= {*before} or step < about["step"]:
         return None
+    if step > about["step"]:
+        return f"the one that is there is of a later step, {step}"
     own_texts = [split["sha256"] for split in own.get("splits", {}).values()]
     is_own, was_own = (each["data"]["sha256"] in own_texts for each in (about, before))
     if was_own and not is_own:
         return "the one that is there is of the run's own text"
-    is_same_text = all(before[key] == about[key] for key in ("data", "split"))
     copies, now = (each["blocks"] * each["passes"] for each in (before, about))
-    if is_same_text and copies > now:
+    if all(before[key] == about[key] for key in ("data", "split")) and copies > now:
         return f"the one that is there is of more noised copies, {copies}, not {now}"
     return None
 
