@@ -203,12 +203,15 @@ def _likelihood_table(rows: Sequence[Row]) -> list[Group]:
         "training_seconds": "seconds",
         "tokens_per_second": "tok/s",
     }
+    nats = [column("", likelihood("nats_per_token", True))]
+    if any(spreads := [*spread()]):
+        nats.append(column("seeds", spreads))
     return [
         ("", [column("", map(_label, rows))]),
         ("", [column("params", number("parameters"))]),
         ("training", [column(name, number(key)) for key, name in training.items()]),
         ("", [column("bits/char", likelihood("bits_per_character", False))]),
-        ("nats/token", [column("", likelihood("nats_per_token", True)), column("seeds", spread())]),
+        ("nats/token", nats),
         ("", [column("PPL", perplexities())]),
     ]
 

@@ -47,7 +47,8 @@ class _Lines(plain.tqdm):
             return
         self._line_at = time.monotonic() + LINE_SECONDS
         values = self.format_dict
-        size = tqdm.format_sizeof if self.unit_scale else str
+        is_scaled = self.unit_scale and max(self.n, self.total or 0) >= 1000
+        size = tqdm.format_sizeof if is_scaled else str
         total = "" if self.total is None else f" of {size(self.total)}"
         done = f"{size(self.n)}{total}{_units(self.unit.strip())}"
         left = ""
