@@ -259,6 +259,8 @@ class Progress:
         if self._in_flight is not None:
             self._in_flight.block_until_ready()
             self._in_flight = None
+            if self._bar.n == self._bar.initial:
+                self._bar.unpause()  # compiling says nothing of the time that is left
             self._bar.update()
 
     def train(self, step: int, learning_rate: float) -> None:
