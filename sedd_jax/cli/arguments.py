@@ -5,6 +5,7 @@ import atexit
 import difflib
 import importlib.util
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sedd_jax.host.files import local_path, write_json
+
+log = logging.getLogger(__name__)
 
 NEEDS_RECORDS = "give --records, a folder made by sedd-prepare"
 MODEL = "the run's folder, an exported one, or a hub id, owner/name or owner/name@commit"
@@ -338,3 +341,13 @@ def show_result(text: str, result: Any, file: Path | None) -> None:
     print(text)
     if file is not None and processes.is_first():
         write_json(file, result)
+    say_written(file)
+
+
+def say_written(*files: Path | None) -> None:
+    """A line for each file that was named and is there now, on process 0."""
+    from sedd_jax.parallel import processes
+
+    for file in filter(None, files):
+        if processes.is_first():
+            log.info("written: %s", file)

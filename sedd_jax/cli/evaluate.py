@@ -20,6 +20,7 @@ from sedd_jax.cli.arguments import (
     output_file,
     path,
     run_records,
+    say_written,
     show_result,
 )
 from sedd_jax.cli.choices import answers, choices, harness
@@ -113,6 +114,7 @@ def _likelihood(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 
     result = _bound(options) if options.gpt2 is None else _gpt2(options)
     show_result(likelihood_table(result), result, options.json)
+    say_written(options.values)
     is_of_run = result.get("curve") is not None and not missing_files(options.workdir)
     if is_of_run and processes.is_first():
         keep_curve(options.workdir, result)
@@ -183,6 +185,7 @@ def _table(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         print(text, end="")
     else:
         options.out.write_text(text, encoding="utf-8")
+        say_written(options.out)
 
 
 # What --help says of each is its docstring.

@@ -20,6 +20,7 @@ from sedd_jax.cli.arguments import (
     output_file,
     run_records,
     sampling_of,
+    say_written,
     show_result,
 )
 from sedd_jax.cli.cluster import load_model, load_scorer
@@ -122,6 +123,7 @@ def frontier(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     print(tables.perplexity_table(results))
     if options.picture:
         frontiers.draw_picture(options.picture, results)
+    say_written(options.json, options.picture)
 
 
 def _picture_file(text: str) -> Path:

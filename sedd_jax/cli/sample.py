@@ -18,6 +18,7 @@ from sedd_jax.cli.arguments import (
     new_file,
     path,
     sampling_of,
+    say_written,
 )
 from sedd_jax.cli.cluster import load_model, run_joined
 from sedd_jax.cli.messages import visible
@@ -89,6 +90,7 @@ def _sample(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         steps += f", strength {revised['strength']:g}" if revised else ""
         with activity("drawing", processes.is_first()):
             Animation(seen, f"{options.workdir.name}: {steps}").save(options.animation)
+    say_written(options.out, options.animation)
 
 
 def _parsed(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:

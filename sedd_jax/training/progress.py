@@ -259,7 +259,7 @@ class Progress:
         if self._in_flight is not None:
             self._in_flight.block_until_ready()
             self._in_flight = None
-            if self._bar.n == self._bar.initial:
+            if not self._bar.disable and self._bar.n == self._bar.initial:
                 self._bar.unpause()  # compiling says nothing of the time that is left
             self._bar.update()
 
