@@ -149,8 +149,8 @@ def _pace(e: Estimate, seconds: float) -> str:
     """What a step of so many seconds makes of all the config's steps."""
     hours = seconds * e.steps / 3600
     return (
-        f"{1e3 * seconds:,.1f} ms a step, {e.tokens / seconds:,.0f} tokens/s, "
-        f"{hours:,.1f} h for {e.steps:,} steps ({hours * e.devices:,.0f} device hours)"
+        f"{1e3 * seconds:,.1f} ms a step, {e.tokens / seconds:,.0f} tok/s; "
+        f"{e.steps:,} steps: {hours:,.1f} h, {hours * e.devices:,.0f} device-hours"
     )
 
 
@@ -171,8 +171,8 @@ def _parameter_lines(e: Estimate) -> list[str]:
 
 def _memory_lines(e: Estimate) -> list[str]:
     state = (
-        f"parameters {format_bytes(e.parameter_bytes)}, EMA {format_bytes(e.ema_bytes)}, "
-        f"optimizer {format_bytes(e.optimizer_bytes)}"
+        f"weights {format_bytes(e.parameter_bytes)}, EMA {format_bytes(e.ema_bytes)}, "
+        f"moments {format_bytes(e.optimizer_bytes)}"
     )
     rows = [("state", e.state_bytes, state)]
     if e.is_compiled:
