@@ -218,9 +218,9 @@ def check_sampling(options: argparse.Namespace, *more: str, predictors: Iterable
     from sedd_jax.inference.sampling import TABLES, Sampling
 
     named = sampling_of(options, *more)
-    asked = [(kind, named[kind]) for kind in TABLES if kind in named]
-    asked += [("predictor", name) for name in predictors]
-    if any(name not in TABLES[kind] for kind, name in asked):
+    names = [(kind, named[kind]) for kind in TABLES if kind in named]
+    names += [("predictor", name) for name in predictors]
+    if any(name not in TABLES[kind] for kind, name in names):
         import_own(options.workdir)  # which may register it
     Sampling().replaced(**named)
 

@@ -175,8 +175,8 @@ class Scorer:
             return _on_mesh(of_rows, self.network, self.mesh, self.params, rows)
 
         how = {"name": "score", "progress": progress}
-        found = over_batches(of_batch, self.params, arrays, batch_size, self.mesh, **how)
-        return joined([result for _, result in found], len(arrays[0]))
+        parts = over_batches(of_batch, self.params, arrays, batch_size, self.mesh, **how)
+        return joined([result for _, result in parts], len(arrays[0]))
 
     def _check_rows(self, tokens, lengths):
         """(tokens, lengths), int32, of rows to take features of."""
