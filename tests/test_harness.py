@@ -236,6 +236,8 @@ def test_without_the_library_there_is_one_line(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert eval_command(["harness", "--tasks", "own"]) == 2
     assert 'needs lm-evaluation-harness; pip install "sedd_jax[eval]"' in capsys.readouterr().err
+    assert eval_command(["harness", "--help"]) == 0
+    assert 'pip install "sedd_jax[eval]"' in capsys.readouterr().out
     code = """
 import sys
 sys.modules["lm_eval"] = None

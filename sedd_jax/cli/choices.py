@@ -87,8 +87,9 @@ def answers(parser: argparse.ArgumentParser, argv: list[str]) -> None:
 def harness(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     """Tasks of lm-evaluation-harness, with its arguments: --model_args workdir=DIR --tasks NAME."""
     if importlib.util.find_spec("lm_eval") is None:
-        parser.epilog = 'Its arguments are the harness\'s; pip install "sedd_jax[eval]" brings it.'
-        parser.parse_known_args(argv)  # --help
+        if {"-h", "--help"} & {*argv}:
+            parser.epilog = 'Its other arguments: pip install "sedd_jax[eval]", and --help again.'
+            return parser.print_help()
         raise ValueError(f'{parser.prog} needs lm-evaluation-harness; pip install "sedd_jax[eval]"')
     from sedd_jax.evaluation.harness import run_command
     from sedd_jax.parallel import processes
