@@ -86,7 +86,7 @@ _IMPORTS = Constraint(
 )
 _PARAMETERS = Constraint(
     lambda x: isinstance(x, Mapping) and all(isinstance(name, str) for name in x),
-    "names with values, of a part that a module of config.imports registers",
+    'names with values, as {"power": 3}, of a part that a module of config.imports registers',
 )
 _PASSES = Constraint(lambda x: _is_whole(x) and x >= 2 and x % 2 == 0, "an even number >= 2")
 

@@ -4,7 +4,6 @@ import argparse
 import atexit
 import difflib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -158,14 +157,13 @@ def add_steps(parser: argparse.ArgumentParser) -> None:
 
 
 def _parameters(text: str) -> dict[str, Any]:
-    """An argparse type: names and values."""
+    """An argparse type, read as --config.sample.parameters is."""
+    from sedd_jax.cli.keys import parse
+
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise argparse.ArgumentTypeError(f'{text!r} is not like {{"power": 3}}; write JSON')
-    return values
+        return parse("sample.parameters", text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # Options of sampling but for steps: None where the model's config decides, or the default.

@@ -60,7 +60,7 @@ def with_texts(config: ConfigDict, texts: Mapping[str, str]) -> ConfigDict:
 def _check_is_read(key: str, config: ConfigDict) -> None:
     """ValueError for a field of sedd_jax's own parts where the config names a registered one."""
     kind, _, field = key.partition(".")
-    if kind not in ("schedule", "graph", "objective") or ".parameters." in key:
+    if kind not in registry.KINDS or ".parameters." in key:  # sections of one part each
         return
     name, read = config[kind].name, ("name", "parameters", *registry.KINDS[kind].given)
     if registry.is_registered(kind, name) and field not in read:

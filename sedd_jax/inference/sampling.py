@@ -69,6 +69,7 @@ READ_BY = {  # those of our predictors that an option has an effect on
     "kappa": ("psi",),
     "gamma": ("entropy_bounded",),
     "threshold": ("confidence",),
+    "normalised": ("euler", "tweedie"),
 }
 KnownTokens = tuple[np.ndarray, np.ndarray]  # tokens int32 and is_known bool, [L] or [N, L]
 SHAPES = ("temperature", "top_p", "top_k")
@@ -222,8 +223,9 @@ class Sampling:
                 f"predictor {name!r} is for {names} noise and this model's is of another kind, "
                 f"{type(graph).__name__}; for it there are {others}"
             )
-        if self.normalised and name not in ("euler", "tweedie"):
-            raise ValueError(f"normalised is of euler and tweedie, not of {name!r}; leave it out")
+        if self.normalised and name not in (readers := READ_BY["normalised"]):
+            known = " and ".join(readers)
+            raise ValueError(f"normalised is of {known}, not of {name!r}; leave it out")
         is_shaped = any(getattr(self, shape) is not None for shape in SHAPES)
         of_rates = name in ("euler", "theta_trapezoidal") and (self.normalised or is_shaped)
         if of_rates and not is_absorbing:
